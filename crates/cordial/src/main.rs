@@ -1,0 +1,2 @@
+//! The `cordial` program.
+fn main() {}

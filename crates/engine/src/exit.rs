@@ -1,0 +1,18 @@
+//! Why a vCPU stopped running: only what a scheduler must decide on.
+
+/// What [`Vcpu::run`](crate::Vcpu::run) returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// HLT: sleep until [`Signal`](crate::Signal) has an interrupt the guest accepts, an NMI, or something else pending.
+    Halted,
+    /// The guest spins (PAUSE loop) or asked to be descheduled.
+    Yielded,
+    /// An INIT signal arrived: load the state after INIT and wait for a start-up IPI.
+    Init,
+    /// [`Signals::STOP`](crate::Signals::STOP) was raised: the monitor wants the vCPU back.
+    Stopped,
+    /// A device ended the run (power-off, reset): [`CpuIo::stop_requested`](crate::CpuIo::stop_requested) said so.
+    Device,
+    /// Triple fault: the processor is in the shutdown state.
+    Shutdown,
+}

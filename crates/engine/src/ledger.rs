@@ -1,0 +1,277 @@
+//! The exit ledger: how often, and for how long, a vCPU left guest code.
+//!
+//! An exit is a departure from guest code into the monitor for something the guest asked for or the architecture
+//! demands. The engine's own work (decoding, TLB fills) is counted apart, as [`Work`]. Always on: one relaxed add and
+//! two time-stamp reads an exit.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Why a vCPU left guest code. The same names on every engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(usize)]
+pub enum Cause {
+    /// IN or INS.
+    PortRead,
+    /// OUT or OUTS.
+    PortWrite,
+    /// A load from a device's memory.
+    MmioRead,
+    /// A store to a device's memory.
+    MmioWrite,
+    /// RDMSR that the machine answered.
+    MsrRead,
+    /// WRMSR that the machine answered.
+    MsrWrite,
+    /// CPUID.
+    Cpuid,
+    /// HLT.
+    Halt,
+    /// VMCALL or VMMCALL.
+    Hypercall,
+    /// An interrupt was delivered.
+    Interrupt,
+    /// An NMI was delivered.
+    Nmi,
+    /// PAUSE in a loop.
+    Pause,
+    /// INIT or start-up.
+    Startup,
+    /// Triple fault.
+    Shutdown,
+}
+
+impl Cause {
+    /// All causes, in table order.
+    pub const ALL: [Self; 14] = [
+        Self::PortRead,
+        Self::PortWrite,
+        Self::MmioRead,
+        Self::MmioWrite,
+        Self::MsrRead,
+        Self::MsrWrite,
+        Self::Cpuid,
+        Self::Halt,
+        Self::Hypercall,
+        Self::Interrupt,
+        Self::Nmi,
+        Self::Pause,
+        Self::Startup,
+        Self::Shutdown,
+    ];
+
+    /// The name in tables and JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::PortRead => "port-read",
+            Self::PortWrite => "port-write",
+            Self::MmioRead => "mmio-read",
+            Self::MmioWrite => "mmio-write",
+            Self::MsrRead => "msr-read",
+            Self::MsrWrite => "msr-write",
+            Self::Cpuid => "cpuid",
+            Self::Halt => "halt",
+            Self::Hypercall => "hypercall",
+            Self::Interrupt => "interrupt",
+            Self::Nmi => "nmi",
+            Self::Pause => "pause",
+            Self::Startup => "startup",
+            Self::Shutdown => "shutdown",
+        }
+    }
+}
+
+/// The engine's own work; not exits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Work {
+    /// Guest instructions executed.
+    Instructions,
+    /// Blocks decoded.
+    Decode,
+    /// Decoded blocks found stale because their bytes were written.
+    SelfModified,
+    /// Soft-TLB fills (page walks).
+    TlbFill,
+    /// Soft-TLB flushes.
+    TlbFlush,
+    /// Exceptions delivered to the guest.
+    Exception,
+}
+
+impl Work {
+    /// All kinds, in table order.
+    pub const ALL: [Self; 6] =
+        [Self::Instructions, Self::Decode, Self::SelfModified, Self::TlbFill, Self::TlbFlush, Self::Exception];
+
+    /// The name in tables and JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Instructions => "instructions",
+            Self::Decode => "decode",
+            Self::SelfModified => "self-modified",
+            Self::TlbFill => "tlb-fill",
+            Self::TlbFlush => "tlb-flush",
+            Self::Exception => "exception",
+        }
+    }
+}
+
+/// Buckets of a latency histogram: two a power of two of TSC ticks, so a quantile is within 25 % of the truth.
+const BUCKETS: usize = 128;
+
+#[derive(Debug)]
+struct Row {
+    count: AtomicU64,
+    ticks: AtomicU64,
+    longest: AtomicU64,
+    buckets: [AtomicU64; BUCKETS],
+}
+
+impl Default for Row {
+    fn default() -> Self {
+        Self {
+            count: AtomicU64::new(0),
+            ticks: AtomicU64::new(0),
+            longest: AtomicU64::new(0),
+            buckets: std::array::from_fn(|_| AtomicU64::new(0)),
+        }
+    }
+}
+
+/// The counts of one vCPU. Written by the thread that runs it, readable by anyone at any time.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    rows: [Row; Cause::ALL.len()],
+    work: [AtomicU64; Work::ALL.len()],
+}
+
+/// What one row says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Summary {
+    /// Exits.
+    pub count: u64,
+    /// Time in them, TSC ticks.
+    pub ticks: u64,
+    /// Median, TSC ticks (upper edge of its bucket).
+    pub p50: u64,
+    /// 99th percentile, TSC ticks.
+    pub p99: u64,
+    /// The longest, TSC ticks.
+    pub longest: u64,
+}
+
+impl Ledger {
+    /// Counts an exit that took `ticks` of the host's TSC.
+    #[inline]
+    pub fn record(&self, cause: Cause, ticks: u64) {
+        let row = &self.rows[cause as usize];
+        add(&row.count, 1);
+        add(&row.ticks, ticks);
+        add(&row.buckets[bucket(ticks)], 1);
+        if ticks > row.longest.load(Ordering::Relaxed) {
+            row.longest.store(ticks, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts `amount` of the engine's own work.
+    #[inline]
+    pub fn work(&self, work: Work, amount: u64) {
+        add(&self.work[work as usize], amount);
+    }
+
+    /// How often `cause` happened.
+    pub fn count(&self, cause: Cause) -> u64 {
+        self.rows[cause as usize].count.load(Ordering::Relaxed)
+    }
+
+    /// How much `work` was done.
+    pub fn worked(&self, work: Work) -> u64 {
+        self.work[work as usize].load(Ordering::Relaxed)
+    }
+
+    /// One row, over the vCPUs given.
+    pub fn summary<'a>(ledgers: impl Iterator<Item = &'a Ledger> + Clone, cause: Cause) -> Summary {
+        let rows = ledgers.map(|ledger| &ledger.rows[cause as usize]);
+        let sum = |value: fn(&Row) -> &AtomicU64| rows.clone().map(|row| value(row).load(Ordering::Relaxed)).sum();
+        let count = sum(|row| &row.count);
+        let longest = rows.clone().map(|row| row.longest.load(Ordering::Relaxed)).max().unwrap_or(0);
+        let quantile = |share: f64| {
+            let wanted = (count as f64 * share).ceil() as u64;
+            let mut seen = 0;
+            for index in 0..BUCKETS {
+                seen += rows.clone().map(|row| row.buckets[index].load(Ordering::Relaxed)).sum::<u64>();
+                if seen >= wanted && seen > 0 {
+                    return bucket_end(index).min(longest);
+                }
+            }
+            longest
+        };
+        Summary { count, ticks: sum(|row| &row.ticks), p50: quantile(0.5), p99: quantile(0.99), longest }
+    }
+}
+
+/// Only the running thread writes, so a load and a store do, without the price of a locked add.
+#[inline]
+fn add(cell: &AtomicU64, amount: u64) {
+    cell.store(cell.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
+}
+
+fn bucket(ticks: u64) -> usize {
+    if ticks < 2 {
+        return ticks as usize;
+    }
+    let log = 63 - ticks.leading_zeros();
+    (2 * log + ((ticks >> (log - 1)) & 1) as u32) as usize
+}
+
+/// The largest value that falls into bucket `index`.
+fn bucket_end(index: usize) -> u64 {
+    if index < 2 {
+        return index as u64;
+    }
+    let log = index as u32 / 2;
+    let half = 1_u64 << (log - 1);
+    let start = (1_u64 << log) + (index as u64 % 2) * half;
+    start + (half - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_value_lies_in_its_bucket() {
+        for shift in 0..64 {
+            for near in [0_u64, 1, 2] {
+                let ticks = (1_u64 << shift).wrapping_sub(1).wrapping_add(near);
+                let index = bucket(ticks);
+                assert!(ticks <= bucket_end(index), "{ticks} in {index}");
+                assert!(index == 0 || ticks > bucket_end(index - 1), "{ticks} in {index}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_summary_adds_up_over_vcpus() {
+        let (one, two) = (Ledger::default(), Ledger::default());
+        for _ in 0..99 {
+            one.record(Cause::Halt, 10);
+        }
+        two.record(Cause::Halt, 1000);
+        let summary = Ledger::summary([&one, &two].into_iter(), Cause::Halt);
+        assert_eq!((summary.count, summary.ticks, summary.longest), (100, 1990, 1000));
+        assert!((10..16).contains(&summary.p50));
+        assert!(summary.p99 < 16);
+        assert_eq!(Ledger::summary([&one].into_iter(), Cause::Nmi), Summary::default());
+    }
+
+    #[test]
+    fn names_are_in_the_order_of_the_rows() {
+        for (index, cause) in Cause::ALL.iter().enumerate() {
+            assert_eq!(*cause as usize, index);
+        }
+        for (index, work) in Work::ALL.iter().enumerate() {
+            assert_eq!(*work as usize, index);
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! How everyone else reaches a vCPU, running or asleep.
+
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+bitflags::bitflags! {
+    /// What a vCPU is asked to look at.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Signals: u32 {
+        /// The interrupt controller may have a vector to deliver.
+        const INTERRUPT = 1 << 0;
+        /// A non-maskable interrupt.
+        const NMI = 1 << 1;
+        /// INIT.
+        const INIT = 1 << 2;
+        /// Start-up IPI; the vector is in [`Signal::startup_vector`].
+        const STARTUP = 1 << 3;
+        /// The monitor wants the vCPU to leave guest code.
+        const STOP = 1 << 4;
+        /// The engine's own request to this vCPU (forget cached translations, acknowledge a handshake).
+        const ENGINE = 1 << 5;
+    }
+}
+
+/// The mailbox of one vCPU. Raising is lock-free unless the vCPU sleeps.
+#[derive(Debug, Default)]
+pub struct Signal {
+    bits: AtomicU32,
+    asleep: AtomicU32,
+    startup_vector: AtomicU8,
+    lock: Mutex<()>,
+    wake: Condvar,
+}
+
+impl Signal {
+    /// Adds to what the vCPU is asked, and wakes it where it sleeps.
+    pub fn raise(&self, signals: Signals) {
+        self.bits.fetch_or(signals.bits(), Ordering::SeqCst);
+        if self.asleep.load(Ordering::SeqCst) != 0 {
+            let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+            self.wake.notify_all();
+        }
+    }
+
+    /// Raises [`Signals::STARTUP`] with the page number the processor starts at.
+    pub fn raise_startup(&self, vector: u8) {
+        self.startup_vector.store(vector, Ordering::SeqCst);
+        self.raise(Signals::STARTUP);
+    }
+
+    /// The vector of the last start-up IPI: the processor starts at `vector << 12`.
+    pub fn startup_vector(&self) -> u8 {
+        self.startup_vector.load(Ordering::SeqCst)
+    }
+
+    /// What is asked. One relaxed load: cheap enough for every block boundary.
+    #[inline]
+    pub fn pending(&self) -> Signals {
+        Signals::from_bits_retain(self.bits.load(Ordering::Relaxed))
+    }
+
+    /// The raw word, for engines that poll it from generated code.
+    pub fn word(&self) -> &AtomicU32 {
+        &self.bits
+    }
+
+    /// Takes back `signals`; returns those of them that were raised.
+    pub fn take(&self, signals: Signals) -> Signals {
+        Signals::from_bits_retain(self.bits.fetch_and(!signals.bits(), Ordering::SeqCst)) & signals
+    }
+
+    /// Sleeps until any of `signals` is raised, or `timeout` has passed. Returns what is pending then.
+    pub fn wait(&self, signals: Signals, timeout: Option<Duration>) -> Signals {
+        let deadline = timeout.map(|timeout| std::time::Instant::now() + timeout);
+        let mut guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.asleep.fetch_add(1, Ordering::SeqCst);
+        loop {
+            let pending = Signals::from_bits_retain(self.bits.load(Ordering::SeqCst));
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(std::time::Instant::now()));
+            if pending.intersects(signals) || left.is_some_and(|left| left.is_zero()) {
+                self.asleep.fetch_sub(1, Ordering::SeqCst);
+                return pending;
+            }
+            guard = match left {
+                Some(left) => self.wake.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0,
+                None => self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    #[test]
+    fn a_sleeper_wakes_for_what_it_waits_for() {
+        let signal = Arc::new(Signal::default());
+        let raiser = Arc::clone(&signal);
+        let thread = std::thread::spawn(move || {
+            raiser.raise(Signals::ENGINE);
+            raiser.raise_startup(0x9a);
+        });
+        let pending = signal.wait(Signals::STARTUP, None);
+        assert!(pending.contains(Signals::STARTUP));
+        assert_eq!(signal.startup_vector(), 0x9a);
+        thread.join().unwrap();
+        assert_eq!(signal.take(Signals::STARTUP | Signals::NMI), Signals::STARTUP);
+        assert_eq!(signal.pending(), Signals::ENGINE);
+    }
+
+    #[test]
+    fn waiting_ends_at_the_timeout() {
+        let signal = Signal::default();
+        assert_eq!(signal.wait(Signals::all(), Some(Duration::from_millis(1))), Signals::empty());
+    }
+}

@@ -1,0 +1,13 @@
+//! What the host can do for a VM, each a small trait with the Linux implementation and a deterministic fake.
+//!
+//! Nothing else in the house reads a clock, arms a timer or draws a random number: a test that wants to decide what
+//! time it is passes a [`fake::FakeClock`].
+
+mod clock;
+mod entropy;
+pub mod fake;
+mod timer;
+
+pub use clock::{Clock, HostClock, read_tsc};
+pub use entropy::{Entropy, HostEntropy};
+pub use timer::{HostTimers, Timer, TimerCallback, Timers};

@@ -1,0 +1,283 @@
+//! The RAM of one VM.
+#![allow(unsafe_code)] // the fence: maps memory and copies to and from it by pointer
+
+use std::fs::File;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
+
+use crate::{CodeBitmap, CodePages, Gpa, PAGE_SIZE};
+
+/// What the rust-vmm crates know guest memory as.
+pub type Backend = GuestMemoryMmap<CodeBitmap>;
+
+/// Why RAM could not be made or an access to it was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host refused memory for the guest.
+    #[error("cannot reserve {bytes} bytes of guest memory: {source}; ask for less with --mem")]
+    Reserve {
+        /// Size asked for.
+        bytes: u64,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// Regions overlap, are empty, or are not page-aligned.
+    #[error("guest memory region {start} of {bytes:#x} bytes is empty, unaligned or overlaps another")]
+    Region {
+        /// Where the region starts.
+        start: Gpa,
+        /// How long it is.
+        bytes: u64,
+    },
+    /// The guest named memory it does not have.
+    #[error("guest-physical range {start} of {bytes:#x} bytes is not RAM")]
+    NotRam {
+        /// Where the access starts.
+        start: Gpa,
+        /// How long it is.
+        bytes: u64,
+    },
+}
+
+/// One contiguous piece of RAM.
+#[derive(Clone, Debug)]
+pub struct Region {
+    /// First guest-physical address.
+    pub start: Gpa,
+    /// Length in bytes, a multiple of 4096.
+    pub bytes: u64,
+    host: NonNull<u8>,
+    code: Arc<CodePages>,
+}
+
+// SAFETY: `host` is only an address of a shared mapping that lives as long as the `GuestRam` this came from; what is
+// done through it is the caller's `unsafe`.
+unsafe impl Send for Region {}
+// SAFETY: as above; `Region` itself offers no access through the pointer.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// The host address of the first byte. Valid as long as the [`GuestRam`] it came from.
+    pub fn host_base(&self) -> NonNull<u8> {
+        self.host
+    }
+
+    /// The code tracking of this region; offsets are from [`Region::start`].
+    pub fn code(&self) -> &CodePages {
+        &self.code
+    }
+
+    /// True where `gpa` lies in this region.
+    pub fn contains(&self, gpa: Gpa) -> bool {
+        gpa.0.wrapping_sub(self.start.0) < self.bytes
+    }
+}
+
+/// The RAM of one VM: cheap to clone, shared by all its parts.
+#[derive(Clone, Debug)]
+pub struct GuestRam {
+    backend: Arc<Backend>,
+    regions: Arc<[Region]>,
+}
+
+impl GuestRam {
+    /// Reserves RAM at the given guest-physical places (`(start, bytes)`, page-aligned, ascending). It is zero, and costs
+    /// the host nothing until touched.
+    ///
+    /// # Errors
+    /// [`Error::Region`] where a region is empty, unaligned or overlapping; [`Error::Reserve`] where the host refuses.
+    pub fn new(ranges: &[(Gpa, u64)]) -> Result<Self, Error> {
+        let total: u64 = ranges.iter().map(|range| range.1).sum();
+        let reserve = |source| Error::Reserve { bytes: total, source };
+        let fd = memfd_create("guest-ram", MemfdFlags::CLOEXEC).map_err(|errno| reserve(errno.into()))?;
+        ftruncate(&fd, total).map_err(|errno| reserve(errno.into()))?;
+        let file = Arc::new(File::from(fd));
+
+        let mut offset = 0;
+        let mut mapped = Vec::new();
+        let mut regions: Vec<Region> = Vec::new();
+        for &(start, bytes) in ranges {
+            let refused = Error::Region { start, bytes };
+            let overlaps = regions.last().is_some_and(|last| start.0 < last.start.0 + last.bytes);
+            if bytes == 0 || (start.0 | bytes) % PAGE_SIZE != 0 || start.checked_add(bytes).is_none() || overlaps {
+                return Err(refused);
+            }
+            let code = Arc::new(CodePages::new(bytes));
+            let mapping = MmapRegionBuilder::new_with_bitmap(bytes as usize, CodeBitmap::new(Arc::clone(&code)))
+                .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                .build()
+                .map_err(|error| reserve(std::io::Error::other(error)))?;
+            let Some(host) = NonNull::new(mapping.as_ptr()) else { return Err(refused) };
+            // SAFETY: the range is the mapping just made; the advice changes page size only, and may fail freely.
+            unsafe { libc::madvise(host.as_ptr().cast(), bytes as usize, libc::MADV_HUGEPAGE) };
+            regions.push(Region { start, bytes, host, code });
+            mapped.push(GuestRegionMmap::new(mapping, GuestAddress(start.0)).ok_or(refused)?);
+            offset += bytes;
+        }
+        let backend = Backend::from_regions(mapped)
+            .map_err(|_| Error::Region { start: ranges.first().map_or(Gpa(0), |range| range.0), bytes: total })?;
+        Ok(Self { backend: Arc::new(backend), regions: regions.into() })
+    }
+
+    /// The view the rust-vmm crates take (virtqueues, loaders). Writes through it reach the code tracking.
+    pub fn backend(&self) -> &Arc<Backend> {
+        &self.backend
+    }
+
+    /// The pieces of RAM, ascending.
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// The region `gpa` lies in.
+    pub fn region(&self, gpa: Gpa) -> Option<&Region> {
+        self.regions.iter().find(|region| region.contains(gpa))
+    }
+
+    /// Bytes of RAM in all.
+    pub fn bytes(&self) -> u64 {
+        self.regions.iter().map(|region| region.bytes).sum()
+    }
+
+    /// The host address of `gpa`, good up to the end of its 4 KiB page and as long as this `GuestRam` lives. For
+    /// engines; everyone else reads and writes.
+    pub fn host_page(&self, gpa: Gpa) -> Option<NonNull<u8>> {
+        let region = self.region(gpa)?;
+        // SAFETY: `contains` put the offset within the region's one mapping.
+        Some(unsafe { region.host.add((gpa.0 - region.start.0) as usize) })
+    }
+
+    /// Copies `buffer.len()` bytes out of RAM.
+    ///
+    /// # Errors
+    /// [`Error::NotRam`] where any byte lies outside; `buffer` is then unspecified.
+    pub fn read(&self, gpa: Gpa, buffer: &mut [u8]) -> Result<(), Error> {
+        let bytes = buffer.len() as u64;
+        self.backend.read_slice(buffer, GuestAddress(gpa.0)).map_err(|_| Error::NotRam { start: gpa, bytes })
+    }
+
+    /// Copies `data` into RAM; code it overwrites is noticed.
+    ///
+    /// # Errors
+    /// [`Error::NotRam`] where any byte lies outside; nothing is written then.
+    pub fn write(&self, gpa: Gpa, data: &[u8]) -> Result<(), Error> {
+        self.check(gpa, data.len() as u64)?;
+        let bytes = data.len() as u64;
+        self.backend.write_slice(data, GuestAddress(gpa.0)).map_err(|_| Error::NotRam { start: gpa, bytes })
+    }
+
+    /// Fills `bytes` of RAM with `value`.
+    ///
+    /// # Errors
+    /// [`Error::NotRam`] where any byte lies outside; nothing is written then.
+    pub fn fill(&self, gpa: Gpa, value: u8, bytes: u64) -> Result<(), Error> {
+        self.check(gpa, bytes)?;
+        let chunk = [value; PAGE_SIZE as usize];
+        let mut done = 0;
+        while done < bytes {
+            let now = (bytes - done).min(PAGE_SIZE);
+            self.write(Gpa(gpa.0 + done), &chunk[..now as usize])?;
+            done += now;
+        }
+        Ok(())
+    }
+
+    /// Reads a value of plain old data.
+    ///
+    /// # Errors
+    /// [`Error::NotRam`] where any byte lies outside.
+    pub fn read_value<T: FromBytes + IntoBytes + FromZeros>(&self, gpa: Gpa) -> Result<T, Error> {
+        let mut value = T::new_zeroed();
+        self.read(gpa, value.as_mut_bytes())?;
+        Ok(value)
+    }
+
+    /// Writes a value of plain old data.
+    ///
+    /// # Errors
+    /// [`Error::NotRam`] where any byte lies outside; nothing is written then.
+    pub fn write_value<T: IntoBytes + Immutable>(&self, gpa: Gpa, value: &T) -> Result<(), Error> {
+        self.write(gpa, value.as_bytes())
+    }
+
+    /// Checks that `bytes` at `gpa` are all RAM.
+    ///
+    /// # Errors
+    /// [`Error::NotRam`] where any byte lies outside.
+    pub fn check(&self, gpa: Gpa, bytes: u64) -> Result<(), Error> {
+        let inside = self.backend.check_range(GuestAddress(gpa.0), bytes as usize);
+        if bytes == 0 || (gpa.checked_add(bytes - 1).is_some() && inside) {
+            Ok(())
+        } else {
+            Err(Error::NotRam { start: gpa, bytes })
+        }
+    }
+
+    /// Tells the code tracking that an engine wrote `bytes` at `gpa` by pointer. Returns true where code was hit.
+    pub fn note_write(&self, gpa: Gpa, bytes: u64) -> bool {
+        self.region(gpa).is_some_and(|region| region.code.note_write(gpa.0 - region.start.0, bytes))
+    }
+
+    /// How many bytes of guest RAM the host holds in memory, by the mapped file's block count.
+    pub fn resident_bytes(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        let file = self.backend.iter().next().and_then(|region| region.file_offset().map(|place| place.file()));
+        file.and_then(|file| file.metadata().ok()).map_or(0, |metadata| metadata.blocks() * 512)
+    }
+
+    /// The first guest-physical address past all RAM.
+    pub fn end(&self) -> Gpa {
+        Gpa(self.backend.last_addr().raw_value() + 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn two_regions() -> GuestRam {
+        GuestRam::new(&[(Gpa(0), 0x10000), (Gpa(0x100000), 0x10000)]).unwrap()
+    }
+
+    #[test]
+    fn values_round_trip_and_holes_are_refused() {
+        let ram = two_regions();
+        ram.write_value(Gpa(0x100008), &0x1122_3344_5566_7788_u64).unwrap();
+        assert_eq!(ram.read_value::<u64>(Gpa(0x100008)).unwrap(), 0x1122_3344_5566_7788);
+        assert!(matches!(ram.read_value::<u64>(Gpa(0xfffc)), Err(Error::NotRam { .. })));
+        assert!(ram.write(Gpa(0xfffc), &[1; 8]).is_err());
+        assert_eq!(ram.read_value::<u32>(Gpa(0xfffc)).unwrap(), 0, "a refused write changes nothing");
+        assert!(ram.check(Gpa(u64::MAX), 2).is_err());
+    }
+
+    #[test]
+    fn device_writes_reach_the_code_tracking() {
+        let ram = two_regions();
+        let region = &ram.regions()[1];
+        region.code().mark(0x40, 4);
+        let before = region.code().version(0x40);
+        ram.backend().write_slice(&[0x90; 16], GuestAddress(0x100038)).unwrap();
+        assert_ne!(region.code().version(0x40), before);
+    }
+
+    #[test]
+    fn impossible_regions_are_refused() {
+        for ranges in [
+            &[(Gpa(0), 0)][..],
+            &[(Gpa(1), 0x1000)],
+            &[(Gpa(0), 0x1001)],
+            &[(Gpa(0), 0x2000), (Gpa(0x1000), 0x1000)],
+        ] {
+            assert!(matches!(GuestRam::new(ranges), Err(Error::Region { .. })), "{ranges:?}");
+        }
+    }
+}
