@@ -1,0 +1,217 @@
+//! What the user asked for, as pure data.
+//!
+//! A plan is made by the command line (later also by the API and saved configurations), checked once by
+//! [`Plan::check`], laid out by [`layout`](crate::layout) and turned into a machine by
+//! [`Machine::assemble`](crate::Machine::assemble). Nothing here touches the host.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+/// Fewest bytes of RAM a machine can have: the legacy megabyte and something above it.
+pub const MIN_MEMORY: u64 = 2 << 20;
+/// Most bytes of RAM: what fits below the 64-bit PCI window in a 40-bit physical address space.
+pub const MAX_MEMORY: u64 = 512 << 30;
+/// Most vCPUs: 8-bit local APIC ids, of which 255 means all of them.
+pub const MAX_CPUS: u32 = 254;
+
+/// Which CPU engine runs the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineChoice {
+    /// The best one that works here; the choice and its reason are told.
+    #[default]
+    Auto,
+    /// Our own engine, which needs no hardware help.
+    Translate,
+    /// The host kernel's, through `/dev/kvm`.
+    Kvm,
+}
+
+/// Which paravirtual dialects the guest is offered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Dialects {
+    /// What stock Linux knows: kvmclock and its siblings.
+    pub kvm: bool,
+    /// The native one.
+    pub cordial: bool,
+}
+
+impl Dialects {
+    /// An unaware guest: no leaves, no MSRs, no hypervisor-present bit.
+    pub const NONE: Self = Self { kvm: false, cordial: false };
+
+    /// True where no dialect is spoken.
+    pub const fn is_none(self) -> bool {
+        !self.kvm && !self.cordial
+    }
+}
+
+impl Default for Dialects {
+    fn default() -> Self {
+        Self { kvm: true, cordial: false }
+    }
+}
+
+/// Bytes handed to the guest at boot: an initial RAM disk, or a Multiboot module.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Payload {
+    /// The contents of a file.
+    File(PathBuf),
+    /// Bytes made by the caller (a generated initramfs).
+    #[serde(serialize_with = "length_only")]
+    Bytes(Arc<[u8]>),
+}
+
+/// A printed plan says how long a generated payload is, not what is in it.
+fn length_only<S: serde::Serializer>(bytes: &Arc<[u8]>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&format!("{} bytes", bytes.len()))
+}
+
+/// A further Multiboot module, after the initial RAM disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Module {
+    /// What is loaded.
+    pub payload: Payload,
+    /// The string the guest finds beside it; by convention its name, then its arguments.
+    pub command_line: String,
+}
+
+/// How a disk's file is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskMode {
+    /// The guest's writes reach the file.
+    #[default]
+    ReadWrite,
+    /// The guest sees a read-only disk.
+    ReadOnly,
+}
+
+/// One virtio disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DiskPlan {
+    /// A raw image or block device.
+    pub path: PathBuf,
+    /// How it is used.
+    pub mode: DiskMode,
+    /// What `/sys/block/*/serial` says, at most 20 bytes.
+    pub serial: Option<String>,
+}
+
+/// Everything asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Plan {
+    /// vCPUs, 1..=[`MAX_CPUS`].
+    pub cpus: u32,
+    /// RAM in bytes, [`MIN_MEMORY`]..=[`MAX_MEMORY`], a multiple of 4096.
+    pub memory: u64,
+    /// Which engine.
+    pub engine: EngineChoice,
+    /// A name `engine::cpu_model` knows.
+    pub cpu_model: String,
+    /// Which dialects.
+    pub dialects: Dialects,
+    /// The kernel's file: bzImage, ELF or Multiboot.
+    pub kernel: PathBuf,
+    /// The initial RAM disk; for a Multiboot kernel the first module.
+    pub initrd: Option<Payload>,
+    /// Further Multiboot (or PVH) modules.
+    pub modules: Vec<Module>,
+    /// The kernel's command line.
+    pub command_line: String,
+    /// Disks in the order the guest numbers them.
+    pub disks: Vec<DiskPlan>,
+    /// The conveniences bare-metal test kernels expect: debug exit, fw_cfg, the test latch.
+    pub test_devices: bool,
+}
+
+impl Plan {
+    /// A plan for `kernel` with every other value at its default: one vCPU, 1 GiB.
+    pub fn new(kernel: impl Into<PathBuf>) -> Self {
+        Self {
+            cpus: 1,
+            memory: 1 << 30,
+            engine: EngineChoice::Auto,
+            cpu_model: "cordial".into(),
+            dialects: Dialects::default(),
+            kernel: kernel.into(),
+            initrd: None,
+            modules: Vec::new(),
+            command_line: String::new(),
+            disks: Vec::new(),
+            test_devices: false,
+        }
+    }
+
+    /// Checks what can be checked without touching the host.
+    ///
+    /// # Errors
+    /// [`Invalid`] for the first value out of its range.
+    pub fn check(&self) -> Result<(), Invalid> {
+        if !(1..=MAX_CPUS).contains(&self.cpus) {
+            return Err(Invalid::Cpus(self.cpus));
+        }
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.memory) || !self.memory.is_multiple_of(memory::PAGE_SIZE) {
+            return Err(Invalid::Memory(self.memory));
+        }
+        for text in std::iter::once(&self.command_line).chain(self.modules.iter().map(|module| &module.command_line)) {
+            if text.contains('\0') {
+                return Err(Invalid::CommandLine);
+            }
+        }
+        if let Some(serial) = self.disks.iter().filter_map(|disk| disk.serial.as_ref()).find(|serial| serial.len() > 20)
+        {
+            return Err(Invalid::Serial(serial.clone()));
+        }
+        Ok(())
+    }
+}
+
+/// A value no machine can have.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Invalid {
+    /// No vCPU, or too many.
+    #[error("{0} vCPUs asked for; a machine has 1 to {MAX_CPUS}: change --cpus")]
+    Cpus(u32),
+    /// Too little or too much memory.
+    #[error("{0} bytes of memory asked for; a machine has 2 MiB to 512 GiB in whole 4 KiB pages: change --mem")]
+    Memory(u64),
+    /// A NUL ends a command line for the guest.
+    #[error("a command line contains a NUL byte; the guest would see only what stands before it: remove it")]
+    CommandLine,
+    /// virtio-blk has 20 bytes for it.
+    #[error("disk serial \"{0}\" is longer than 20 bytes: shorten it")]
+    Serial(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_a_valid_plan() {
+        assert_eq!(Plan::new("vmlinuz").check(), Ok(()));
+    }
+
+    #[test]
+    fn impossible_values_are_named() {
+        let with = |change: fn(&mut Plan)| {
+            let mut plan = Plan::new("vmlinuz");
+            change(&mut plan);
+            plan.check().unwrap_err()
+        };
+        assert_eq!(with(|plan| plan.cpus = 0), Invalid::Cpus(0));
+        assert_eq!(with(|plan| plan.cpus = 255), Invalid::Cpus(255));
+        assert_eq!(with(|plan| plan.memory = 0), Invalid::Memory(0));
+        assert_eq!(with(|plan| plan.memory = (4 << 20) + 1), Invalid::Memory((4 << 20) + 1));
+        assert_eq!(with(|plan| plan.memory = u64::MAX), Invalid::Memory(u64::MAX));
+        assert_eq!(with(|plan| plan.command_line = "a\0b".into()), Invalid::CommandLine);
+        let disk = |serial: &str| DiskPlan { path: "d".into(), mode: DiskMode::ReadOnly, serial: Some(serial.into()) };
+        let mut plan = Plan::new("vmlinuz");
+        plan.disks = vec![disk(&"x".repeat(20)), disk(&"y".repeat(21))];
+        assert_eq!(plan.check(), Err(Invalid::Serial("y".repeat(21))));
+    }
+}
