@@ -10,3 +10,5 @@
 
 pub mod bus;
 pub mod interrupt;
+mod log_limit;
+pub mod pci;

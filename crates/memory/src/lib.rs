@@ -16,6 +16,7 @@
 mod address;
 mod code_pages;
 mod ram;
+pub mod vectored;
 
 pub use address::{Gpa, Gva, PAGE_SHIFT, PAGE_SIZE};
 pub use code_pages::{CodeBitmap, CodePages, LINE_SIZE};

@@ -271,12 +271,9 @@ mod tests {
 
     #[test]
     fn impossible_regions_are_refused() {
-        for ranges in [
-            &[(Gpa(0), 0)][..],
-            &[(Gpa(1), 0x1000)],
-            &[(Gpa(0), 0x1001)],
-            &[(Gpa(0), 0x2000), (Gpa(0x1000), 0x1000)],
-        ] {
+        for ranges in
+            [&[(Gpa(0), 0)][..], &[(Gpa(1), 0x1000)], &[(Gpa(0), 0x1001)], &[(Gpa(0), 0x2000), (Gpa(0x1000), 0x1000)]]
+        {
             assert!(matches!(GuestRam::new(ranges), Err(Error::Region { .. })), "{ranges:?}");
         }
     }
