@@ -216,6 +216,8 @@ pub struct CpuState {
     pub cr3: u64,
     /// Extensions; see [`cr4`].
     pub cr4: u64,
+    /// PAE page-directory-pointer entries, loaded with CR3 (Intel SDM vol. 3A, 4.4.1).
+    pub pdptrs: [u64; 4],
     /// Extended control register 0.
     pub xcr0: u64,
     /// Breakpoint addresses DR0..DR3.
@@ -283,6 +285,7 @@ impl CpuState {
             cr2: 0,
             cr3: 0,
             cr4: 0,
+            pdptrs: [0; 4],
             xcr0: 1,
             dr: [0; 4],
             dr6: 0xffff_0ff0,

@@ -1,1 +1,57 @@
-//! x
+//! The engine that needs no hardware help.
+//!
+//! ```text
+//!   guest bytes ─decode─> Block of Ops ─run─> handlers (exec, vector, system) ─┬─> CpuState
+//!        ▲                    │                                                ├─> mmu: soft TLB, page walks
+//!        └── mmu (fetch) ─────┘ valid while the page's version stands          └─> CpuIo: ports, MMIO, MSRs
+//! ```
+//!
+//! First tier: an interpreter over cached, decoded blocks. The second tier, a translator, takes the same blocks, state,
+//! MMU and code tracking, and falls back to these handlers for what is rare.
+//!
+//! Rooms: [`op`](crate::op) what a decoded instruction is; `decode` makes them; `block` keeps them; `mmu` is memory as
+//! the guest sees it; `exec` the integer instructions; `vector` x87, SSE and AVX; `system` everything privileged;
+//! `run` the loop; `shared` what the vCPUs of one VM owe each other.
+#![allow(unsafe_code)] // the fence: guest memory by pointer, native stubs
+
+mod block;
+mod cpu;
+mod decode;
+mod exec;
+mod flags;
+mod mmu;
+mod op;
+mod run;
+mod shared;
+mod system;
+mod vector;
+mod width;
+
+use std::sync::Arc;
+
+use engine::{Engine, Error, Vcpu, VcpuConfig};
+use memory::GuestRam;
+
+use crate::shared::Shared;
+
+/// The translating engine for one VM.
+pub struct Translator {
+    shared: Arc<Shared>,
+}
+
+impl Translator {
+    /// An engine whose vCPUs run in `ram`.
+    pub fn new(ram: GuestRam) -> Self {
+        Self { shared: Arc::new(Shared::new(ram)) }
+    }
+}
+
+impl Engine for Translator {
+    fn name(&self) -> &'static str {
+        "translate"
+    }
+
+    fn vcpu(&self, config: VcpuConfig) -> Result<Box<dyn Vcpu>, Error> {
+        Ok(Box::new(run::Runner::new(Arc::clone(&self.shared), config)?))
+    }
+}

@@ -1,0 +1,392 @@
+//! Loads, stores and read-modify-writes of guest memory.
+//!
+//! The fast path is one TLB probe and one machine access. Everything else (misses, page crossings, pages that hold code,
+//! devices, breakpoints, alignment checks) goes through [`Cpu::locate`]. Faults come before any side effect: a store
+//! that crosses into a page it may not write leaves the first page alone.
+
+use engine::state::{cr0, rflags, seg};
+use memory::{Gpa, Gva};
+
+use crate::cpu::{Cpu, vector};
+use crate::mmu::walk::Translation;
+use crate::mmu::{Access, DataMode, Rights, canonical};
+use crate::op::{Done, LOCK, Leave, Mem, Op};
+use crate::width::Width;
+
+/// Where an access that missed the fast path goes.
+enum Place {
+    /// RAM within a page; `code` where the page holds code and a write must be noted.
+    Ram { host: *mut u8, gpa: Gpa, code: bool },
+    /// A device.
+    Device(Gpa),
+    /// Two pages, each with its own translation; `first` bytes lie in the first.
+    Split { low: Translation, high: Translation, first: u64 },
+}
+
+impl Cpu {
+    /// Loads an operand.
+    #[inline(always)]
+    pub(crate) fn load<W: Width>(&mut self, mem: &Mem) -> Result<W, Leave> {
+        let address = self.linear(mem, W::BYTES as u64, Access::Read)?;
+        self.read_linear(address, mem.segment, Rights::Current)
+    }
+
+    /// Stores an operand.
+    #[inline(always)]
+    pub(crate) fn store<W: Width>(&mut self, mem: &Mem, value: W) -> Done {
+        let address = self.linear(mem, W::BYTES as u64, Access::Write)?;
+        self.write_linear(address, value, mem.segment, Rights::Current)
+    }
+
+    /// Loads from a linear address. `segment` only decides between #SS and #GP for a non-canonical one.
+    #[inline(always)]
+    pub(crate) fn read_linear<W: Width>(&mut self, address: u64, segment: u8, rights: Rights) -> Result<W, Leave> {
+        let mode = self.data_mode_for(rights);
+        if let Some(host) = self.tlb.lookup_read(mode, address, W::BYTES as u64) {
+            // SAFETY: the TLB vouches for the page, the probe for its end.
+            return Ok(unsafe { W::load(host) });
+        }
+        self.read_slow(address, W::BYTES as u64, segment, rights).map(W::of)
+    }
+
+    /// Stores to a linear address.
+    #[inline(always)]
+    pub(crate) fn write_linear<W: Width>(&mut self, address: u64, value: W, segment: u8, rights: Rights) -> Done {
+        let mode = self.data_mode_for(rights);
+        if let Some(host) = self.tlb.lookup_write(mode, address, W::BYTES as u64) {
+            // SAFETY: the TLB vouches for the page, the probe for its end; pages that hold code are not in it.
+            unsafe { value.store(host) };
+            return Ok(());
+        }
+        self.write_slow(address, &value.zext().to_le_bytes()[..W::BYTES], segment, rights)
+    }
+
+    /// Reads an operand and replaces it by `change` of it; atomically with a LOCK prefix. `change` may run more than once.
+    /// Returns the old and the new value. The access counts as a write from the start, as the processor has it.
+    #[inline(always)]
+    pub(crate) fn modify<W: Width>(&mut self, op: &Op, change: impl Fn(W) -> W) -> Result<(W, W), Leave> {
+        let address = self.linear(&op.mem, W::BYTES as u64, Access::Write)?;
+        let locked = op.prefixes & LOCK != 0;
+        self.modify_linear(address, op.mem.segment, locked, change)
+    }
+
+    /// [`Cpu::modify`] at a linear address.
+    #[inline(always)]
+    pub(crate) fn modify_linear<W: Width>(
+        &mut self,
+        address: u64,
+        segment: u8,
+        locked: bool,
+        change: impl Fn(W) -> W,
+    ) -> Result<(W, W), Leave> {
+        if let Some(host) = self.tlb.lookup_write(self.data_mode, address, W::BYTES as u64) {
+            // SAFETY: as in `write_linear`.
+            return Ok(unsafe { modify_at(host, locked, change) });
+        }
+        self.modify_slow(address, segment, locked, change)
+    }
+
+    #[cold]
+    fn modify_slow<W: Width>(
+        &mut self,
+        address: u64,
+        segment: u8,
+        locked: bool,
+        change: impl Fn(W) -> W,
+    ) -> Result<(W, W), Leave> {
+        let bytes = W::BYTES as u64;
+        match self.locate(address, bytes, Access::Write, segment, Rights::Current)? {
+            Place::Ram { host, gpa, code } => {
+                // SAFETY: `locate` vouches for `bytes` at `host`.
+                let values = unsafe { modify_at(host, locked, change) };
+                if code {
+                    self.note_code_write(gpa, bytes);
+                }
+                Ok(values)
+            }
+            place => {
+                // Two pages, or a device: no host instruction does this in one piece, so locked ones exclude each other.
+                let shared = std::sync::Arc::clone(&self.shared);
+                let guard = locked.then(|| shared.split_lock.lock());
+                let mut buffer = [0; 8];
+                self.read_place(&place, &mut buffer[..W::BYTES]);
+                let old = W::of(u64::from_le_bytes(buffer));
+                let new = change(old);
+                self.write_place(&place, &new.zext().to_le_bytes()[..W::BYTES]);
+                drop(guard);
+                Ok((old, new))
+            }
+        }
+    }
+
+    #[cold]
+    fn read_slow(&mut self, address: u64, bytes: u64, segment: u8, rights: Rights) -> Result<u64, Leave> {
+        let mut buffer = [0; 8];
+        let place = self.locate(address, bytes, Access::Read, segment, rights)?;
+        self.read_place(&place, &mut buffer[..bytes as usize]);
+        Ok(u64::from_le_bytes(buffer))
+    }
+
+    #[cold]
+    fn write_slow(&mut self, address: u64, data: &[u8], segment: u8, rights: Rights) -> Done {
+        let place = self.locate(address, data.len() as u64, Access::Write, segment, rights)?;
+        self.write_place(&place, data);
+        Ok(())
+    }
+
+    /// Reads up to a page of bytes at a linear address (vector operands, state areas). One access for up to 8 bytes only.
+    pub(crate) fn read_bytes(&mut self, address: u64, buffer: &mut [u8], segment: u8, rights: Rights) -> Done {
+        let place = self.locate(address, buffer.len() as u64, Access::Read, segment, rights)?;
+        self.read_place(&place, buffer);
+        Ok(())
+    }
+
+    /// Writes up to a page of bytes at a linear address; all of them or, with a fault, none.
+    pub(crate) fn write_bytes(&mut self, address: u64, data: &[u8], segment: u8, rights: Rights) -> Done {
+        self.write_slow(address, data, segment, rights)
+    }
+
+    /// Checks that `bytes` (up to a page) at a linear address may be written, without writing.
+    pub(crate) fn probe_write(&mut self, address: u64, bytes: u64, segment: u8, rights: Rights) -> Done {
+        self.locate(address, bytes, Access::Write, segment, rights).map(|_| ())
+    }
+
+    /// The host address of as many of `bytes` at `address` as lie in its page and need no care, for bulk operations (REP
+    /// MOVS and STOS). `None`: take the ordinary way, one element at a time.
+    pub(crate) fn bulk(&mut self, address: u64, bytes: u64, access: Access) -> Option<(*mut u8, u64)> {
+        let here = bytes.min(0x1000 - (address & 0xfff));
+        let host = match access {
+            Access::Write => self.tlb.lookup_write(self.data_mode, address, here),
+            _ => self.tlb.lookup_read(self.data_mode, address, here),
+        };
+        host.map(|host| (host, here))
+    }
+
+    /// Finds out where an access of 1..=4096 bytes goes, checking all of it and filling the TLB.
+    fn locate(
+        &mut self,
+        address: u64,
+        bytes: u64,
+        access: Access,
+        segment: u8,
+        rights: Rights,
+    ) -> Result<Place, Leave> {
+        let last = address.wrapping_add(bytes - 1);
+        let (address, last) = if self.mode.long {
+            if !canonical(address) || !canonical(last) {
+                return Err(self.segment_fault(segment as usize));
+            }
+            (address, last)
+        } else {
+            (address & 0xffff_ffff, last & 0xffff_ffff)
+        };
+        self.check_alignment(address, bytes, rights)?;
+        let place = if (address ^ last) & !0xfff == 0 {
+            let translation = self.translate(Gva(address), access, rights)?;
+            self.fill(address, access, rights, &translation);
+            self.place(&translation)
+        } else {
+            let low = self.translate(Gva(address), access, rights)?;
+            let high = self.translate(Gva(last & !0xfff), access, rights)?;
+            Place::Split { low, high, first: 0x1000 - (address & 0xfff) }
+        };
+        if self.watch {
+            self.check_data_breakpoints(address, bytes, access);
+        }
+        Ok(place)
+    }
+
+    fn place(&self, translation: &Translation) -> Place {
+        match self.shared.ram.region(translation.gpa) {
+            Some(region) => {
+                let offset = translation.gpa.0 - region.start.0;
+                // SAFETY: `region` found the address inside its mapping.
+                let host = unsafe { region.host_base().as_ptr().add(offset as usize) };
+                Place::Ram { host, gpa: translation.gpa, code: region.code().holds_code(offset) }
+            }
+            None => Place::Device(translation.gpa),
+        }
+    }
+
+    /// #AC(0): CR0.AM, RFLAGS.AC and CPL 3 (SDM vol. 3A, 6.15). Sizes of 2, 4 and 8; larger operands have their own rules.
+    fn check_alignment(&mut self, address: u64, bytes: u64, rights: Rights) -> Done {
+        let on = self.mode.cpl == 3
+            && rights == Rights::Current
+            && self.state.cr0 & cr0::AM != 0
+            && self.state.rflags & rflags::AC != 0;
+        if on && matches!(bytes, 2 | 4 | 8 | 16) && address % bytes.min(8) != 0 {
+            return Err(self.raise_code(vector::AC, 0));
+        }
+        Ok(())
+    }
+
+    /// Puts a translation into the TLB where no later access through it needs a check.
+    fn fill(&mut self, address: u64, access: Access, rights: Rights, translation: &Translation) {
+        let mode = self.data_mode_for(rights);
+        if mode == DataMode::Slow {
+            return;
+        }
+        let Place::Ram { host, code, .. } = self.place(translation) else { return };
+        self.config.ledger.work(engine::ledger::Work::TlbFill, 1);
+        if let Some((start, bytes)) = translation.large {
+            self.tlb.note_large(start, bytes);
+        }
+        if access == Access::Read || translation.writable_now {
+            // A write-only page does not exist: what may be written may be read.
+            self.tlb.fill_read(mode, address, host);
+        }
+        if translation.writable_now && !code {
+            self.tlb.fill_write(mode, address, host);
+        }
+    }
+
+    fn read_place(&mut self, place: &Place, buffer: &mut [u8]) {
+        match place {
+            Place::Ram { host, .. } => {
+                // SAFETY: `locate` vouches for the whole access.
+                unsafe { copy_from(*host, buffer) };
+            }
+            Place::Device(gpa) => {
+                self.io().mmio_read(*gpa, buffer);
+                self.after_device();
+            }
+            Place::Split { low, high, first } => {
+                let (head, tail) = buffer.split_at_mut(*first as usize);
+                let (low, high) = (self.place(low), self.place(high));
+                self.read_place(&low, head);
+                self.read_place(&high, tail);
+            }
+        }
+    }
+
+    fn write_place(&mut self, place: &Place, data: &[u8]) {
+        match place {
+            Place::Ram { host, gpa, code } => {
+                // SAFETY: `locate` vouches for the whole access.
+                unsafe { copy_to(*host, data) };
+                if *code {
+                    self.note_code_write(*gpa, data.len() as u64);
+                }
+            }
+            Place::Device(gpa) => {
+                self.io().mmio_write(*gpa, data);
+                self.after_device();
+            }
+            Place::Split { low, high, first } => {
+                let (head, tail) = data.split_at(*first as usize);
+                let (low, high) = (self.place(low), self.place(high));
+                self.write_place(&low, head);
+                self.write_place(&high, tail);
+            }
+        }
+    }
+
+    fn note_code_write(&mut self, gpa: Gpa, bytes: u64) {
+        if self.shared.ram.note_write(gpa, bytes) {
+            // It may have been this very block.
+            self.recheck = true;
+        }
+    }
+
+    /// Records hits of DR0..DR3 data breakpoints (SDM vol. 3B, 17.2.4); they trap after the instruction.
+    fn check_data_breakpoints(&mut self, address: u64, bytes: u64, access: Access) {
+        for number in 0..4 {
+            let control = self.state.dr7 >> (16 + number * 4) & 15;
+            let enabled = self.state.dr7 >> (number * 2) & 3 != 0;
+            let watches = match control & 3 {
+                1 => access == Access::Write,
+                3 => access != Access::Execute,
+                _ => false,
+            };
+            let length = [1, 2, 8, 4][(control >> 2) as usize];
+            let start = self.state.dr[number as usize] & !(length - 1);
+            if enabled && watches && address < start.wrapping_add(length) && start < address.wrapping_add(bytes) {
+                self.pending_debug |= 1 << number;
+                self.recheck = true;
+            }
+        }
+    }
+
+    /// Pushes a value of width `W`; RSP moves only when the store has happened.
+    #[inline(always)]
+    pub(crate) fn push<W: Width>(&mut self, value: W) -> Done {
+        let pointer = self.state.gpr[4].wrapping_sub(W::BYTES as u64);
+        let address = self.stack_linear(pointer, W::BYTES as u64, Access::Write)?;
+        self.write_linear(address, value, seg::SS as u8, Rights::Current)?;
+        self.set_stack_pointer(pointer);
+        Ok(())
+    }
+
+    /// Pops a value of width `W`.
+    #[inline(always)]
+    pub(crate) fn pop<W: Width>(&mut self) -> Result<W, Leave> {
+        let pointer = self.state.gpr[4];
+        let address = self.stack_linear(pointer, W::BYTES as u64, Access::Read)?;
+        let value = self.read_linear(address, seg::SS as u8, Rights::Current)?;
+        self.set_stack_pointer(pointer.wrapping_add(W::BYTES as u64));
+        Ok(value)
+    }
+
+    /// Writes RSP, ESP or SP, whichever the stack segment says. A 32-bit stack clears the upper half.
+    #[inline(always)]
+    pub(crate) fn set_stack_pointer(&mut self, value: u64) {
+        if self.mode.stack == 3 {
+            self.state.gpr[4] = value;
+        } else {
+            self.set_gpr(4, self.mode.stack, value);
+        }
+    }
+}
+
+/// # Safety
+/// `W::BYTES` bytes at `host` must be readable and writable.
+#[inline(always)]
+unsafe fn modify_at<W: Width>(host: *mut u8, locked: bool, change: impl Fn(W) -> W) -> (W, W) {
+    // SAFETY: by the caller's promise, for every access below.
+    unsafe {
+        let mut old = W::load(host);
+        if !locked {
+            let new = change(old);
+            new.store(host);
+            return (old, new);
+        }
+        loop {
+            let new = change(old);
+            let seen = old.compare_exchange(new, host);
+            if seen == old {
+                return (old, new);
+            }
+            old = seen;
+        }
+    }
+}
+
+/// Copies out of guest memory: one access for 1, 2, 4 and 8 bytes, as the guest would see it.
+///
+/// # Safety
+/// `buffer.len()` bytes at `host` must be readable.
+unsafe fn copy_from(host: *const u8, buffer: &mut [u8]) {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        match buffer.len() {
+            2 => buffer.copy_from_slice(&u16::load(host).to_le_bytes()),
+            4 => buffer.copy_from_slice(&u32::load(host).to_le_bytes()),
+            8 => buffer.copy_from_slice(&u64::load(host).to_le_bytes()),
+            length => std::ptr::copy_nonoverlapping(host, buffer.as_mut_ptr(), length),
+        }
+    }
+}
+
+/// # Safety
+/// `data.len()` bytes at `host` must be writable.
+unsafe fn copy_to(host: *mut u8, data: &[u8]) {
+    // SAFETY: by the caller's promise; the conversions cannot fail for these lengths.
+    unsafe {
+        match *data {
+            [a, b] => u16::from_le_bytes([a, b]).store(host),
+            [a, b, c, d] => u32::from_le_bytes([a, b, c, d]).store(host),
+            [a, b, c, d, e, f, g, h] => u64::from_le_bytes([a, b, c, d, e, f, g, h]).store(host),
+            _ => std::ptr::copy_nonoverlapping(data.as_ptr(), host, data.len()),
+        }
+    }
+}

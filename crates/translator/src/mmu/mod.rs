@@ -1,0 +1,18 @@
+//! Memory as the guest sees it: segments, paging, the soft TLB, and the way out to devices.
+//!
+//! ```text
+//!   operand ─address─> linear ─soft TLB─> host pointer ──> one load or store
+//!                        │ miss
+//!                        └─walk─> guest-physical ─┬─ RAM: fill the TLB, access
+//!                                                 ├─ RAM that holds code: access, then note the write
+//!                                                 └─ not RAM: CpuIo::mmio_*
+//! ```
+
+mod access;
+mod address;
+mod tlb;
+mod walk;
+
+pub(crate) use address::canonical;
+pub(crate) use tlb::{DataMode, Tlb};
+pub(crate) use walk::{Access, Rights};

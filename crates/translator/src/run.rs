@@ -1,0 +1,268 @@
+//! The loop: boundaries between instructions, and the blocks between boundaries.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use engine::ledger::{Cause, Work};
+use engine::state::{Shadow, rflags};
+use engine::{CpuIo, CpuState, Error, Exit, Signals, Vcpu, VcpuConfig};
+
+use crate::block::{Block, Blocks};
+use crate::cpu::Cpu;
+use crate::op::Leave;
+use crate::shared::Shared;
+
+/// DR6.BS: single step.
+const DR6_SINGLE_STEP: u64 = 1 << 14;
+
+/// How far to run after a boundary.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stretch {
+    /// Blocks, until something asks for a look.
+    Free,
+    /// One instruction: a shadow, a trap flag, RF or a code breakpoint is on.
+    One,
+}
+
+/// A vCPU with its decoded blocks.
+pub(crate) struct Runner {
+    cpu: Cpu,
+    blocks: Blocks,
+}
+
+impl Runner {
+    pub(crate) fn new(shared: Arc<Shared>, config: VcpuConfig) -> Result<Self, Error> {
+        Ok(Self { cpu: Cpu::new(shared, config), blocks: Blocks::new() })
+    }
+
+    fn run_until_exit(&mut self) -> Exit {
+        loop {
+            let stretch = match self.boundary() {
+                Ok(stretch) => stretch,
+                Err(exit) => return exit,
+            };
+            self.cpu.recheck = false;
+            match stretch {
+                Stretch::One => {
+                    if let Err(exit) = self.one_instruction() {
+                        return exit;
+                    }
+                }
+                Stretch::Free => {
+                    while !self.cpu.recheck && self.cpu.config.signal.pending().is_empty() {
+                        if let Err(exit) = self.block(usize::MAX) {
+                            return exit;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// What lies between two instructions, in order of priority (SDM vol. 3A, table 6-2).
+    fn boundary(&mut self) -> Result<Stretch, Exit> {
+        let cpu = &mut self.cpu;
+        let pending = cpu.config.signal.pending();
+        if pending.contains(Signals::ENGINE) {
+            cpu.config.signal.take(Signals::ENGINE);
+        }
+        if cpu.link.flush_requested() {
+            let link = Arc::clone(&cpu.link);
+            link.answer(|| cpu.tlb.flush_writes());
+        }
+        if pending.contains(Signals::STOP) {
+            return Err(Exit::Stopped);
+        }
+        if cpu.io().stop_requested() {
+            return Err(Exit::Device);
+        }
+        if pending.contains(Signals::INIT) {
+            cpu.config.signal.take(Signals::INIT);
+            cpu.config.ledger.record(Cause::Startup, 0);
+            return Err(Exit::Init);
+        }
+        if std::mem::take(&mut cpu.yielding) {
+            return Err(Exit::Yielded);
+        }
+        let shadow = cpu.state.shadow;
+        if cpu.pending_debug != 0 && shadow != Shadow::MovSs {
+            cpu.state.halted = false;
+            self.deliver(|cpu| cpu.raise_pending_debug())?;
+        }
+        self.events(pending, shadow)?;
+        let cpu = &mut self.cpu;
+        if cpu.state.halted {
+            return Err(Exit::Halted);
+        }
+        let step = cpu.state.rflags & (rflags::TF | rflags::RF) != 0;
+        let one = cpu.state.shadow != Shadow::None || step || cpu.code_breakpoints();
+        Ok(if one { Stretch::One } else { Stretch::Free })
+    }
+
+    /// NMI, then maskable interrupts.
+    fn events(&mut self, pending: Signals, shadow: Shadow) -> Result<(), Exit> {
+        let cpu = &mut self.cpu;
+        if pending.contains(Signals::NMI) && !cpu.state.nmi_blocked && shadow != Shadow::MovSs {
+            cpu.config.signal.take(Signals::NMI);
+            cpu.config.ledger.record(Cause::Nmi, 0);
+            cpu.state.halted = false;
+            return self.deliver(|cpu| cpu.deliver_nmi());
+        }
+        if pending.contains(Signals::INTERRUPT) && cpu.state.rflags & rflags::IF != 0 && shadow == Shadow::None {
+            cpu.config.signal.take(Signals::INTERRUPT);
+            if let Some(vector) = cpu.io().take_interrupt() {
+                // There may be more behind it.
+                cpu.config.signal.word().fetch_or(Signals::INTERRUPT.bits(), Ordering::SeqCst);
+                cpu.config.ledger.record(Cause::Interrupt, 0);
+                cpu.state.halted = false;
+                return self.deliver(|cpu| cpu.deliver_interrupt(vector));
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs a delivery; exceptions it meets are delivered in turn, up to the triple fault.
+    fn deliver(&mut self, event: impl FnOnce(&mut Cpu) -> Result<(), Leave>) -> Result<(), Exit> {
+        match event(&mut self.cpu) {
+            Err(Leave::Raised) => self.raised(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Delivers the exception a handler raised. RIP is that of the instruction (or, for traps, after it).
+    fn raised(&mut self) -> Result<(), Exit> {
+        self.cpu.config.ledger.work(Work::Exception, 1);
+        self.cpu.deliver_exception().map_err(|_shutdown| {
+            self.cpu.config.ledger.record(Cause::Shutdown, 0);
+            Exit::Shutdown
+        })
+    }
+
+    /// Runs one instruction under a shadow, TF, RF or code breakpoints.
+    fn one_instruction(&mut self) -> Result<(), Exit> {
+        let flags = self.cpu.state.rflags;
+        let shadow = std::mem::take(&mut self.cpu.state.shadow);
+        if flags & rflags::RF == 0 && shadow != Shadow::MovSs && self.cpu.at_code_breakpoint() {
+            self.cpu.recheck = true;
+            return self.deliver(|cpu| cpu.raise_pending_debug());
+        }
+        let exceptions = self.cpu.config.ledger.worked(Work::Exception);
+        self.block(1)?;
+        if self.cpu.config.ledger.worked(Work::Exception) == exceptions {
+            // Completed: RF lasts for one instruction, unless that instruction loaded it anew.
+            if flags & rflags::RF != 0 && !std::mem::take(&mut self.cpu.flags_loaded) {
+                self.cpu.state.rflags &= !rflags::RF;
+            }
+            if flags & rflags::TF != 0 && !std::mem::take(&mut self.cpu.no_step) {
+                self.cpu.pending_debug |= DR6_SINGLE_STEP;
+            }
+        }
+        self.cpu.flags_loaded = false;
+        self.cpu.no_step = false;
+        self.cpu.recheck = true;
+        Ok(())
+    }
+
+    /// Runs the block at RIP, at most `limit` instructions of it; again and again while it jumps to itself.
+    #[inline(always)]
+    fn block(&mut self, limit: usize) -> Result<(), Exit> {
+        let cpu = &mut self.cpu;
+        let place = match cpu.code_place() {
+            Ok(place) => place,
+            Err(_) => return self.raised(),
+        };
+        let key = cpu.block_key(&place);
+        let limit_ok = |cpu: &Cpu, block: &Block| cpu.mode.is_64() || block.next.wrapping_sub(1) <= cpu.code_limit();
+        let kept = self.blocks.take(key).filter(|block| current(cpu, block) && limit_ok(cpu, block));
+        let (block, keep) = match kept {
+            Some(block) => (block, true),
+            None => match cpu.decode_block(&place) {
+                Ok(found) => (found.block, found.keep),
+                Err(_) => return self.raised(),
+            },
+        };
+        let result = self.execute(&block, limit);
+        if keep {
+            self.blocks.put(block);
+        }
+        result
+    }
+
+    #[inline(always)]
+    fn execute(&mut self, block: &Block, limit: usize) -> Result<(), Exit> {
+        let ops = &block.ops[..block.ops.len().min(limit)];
+        let after = if ops.len() == block.ops.len() { block.next } else { ops[ops.len() - 1].next };
+        let cpu = &mut self.cpu;
+        loop {
+            cpu.state.rip = after;
+            for (position, op) in ops.iter().enumerate() {
+                let done = (op.handler)(cpu, op);
+                if done.is_ok() && !cpu.recheck {
+                    continue;
+                }
+                cpu.config.ledger.work(Work::Instructions, position as u64 + 1);
+                cpu.recheck = true;
+                match done {
+                    Ok(()) if position + 1 < ops.len() => cpu.state.rip = op.next,
+                    Ok(()) | Err(Leave::Boundary) => {}
+                    Err(Leave::Again) => cpu.state.rip = op.address(cpu.code_mask()),
+                    Err(Leave::Raised) => {
+                        cpu.state.rip = op.address(cpu.code_mask());
+                        return self.raised();
+                    }
+                }
+                return Ok(());
+            }
+            cpu.config.ledger.work(Work::Instructions, ops.len() as u64);
+            let again = cpu.state.rip == block.key.rip && limit == usize::MAX;
+            if !again || !cpu.config.signal.pending().is_empty() || !current(cpu, block) {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// True where the bytes a block was decoded from have not been written since.
+#[inline(always)]
+fn current(cpu: &Cpu, block: &Block) -> bool {
+    let stands = cpu.shared.ram.region(memory::Gpa(block.key.gpa)).is_some_and(|region| {
+        region.code().version(block.key.gpa - region.start.0) == block.version
+    });
+    if !stands {
+        cpu.config.ledger.work(Work::SelfModified, 1);
+    }
+    stands
+}
+
+impl Vcpu for Runner {
+    fn run(&mut self, io: &mut dyn CpuIo) -> Exit {
+        self.cpu.flags.set_status(self.cpu.state.rflags);
+        if self.cpu.link.enter() {
+            let link = Arc::clone(&self.cpu.link);
+            link.answer(|| self.cpu.tlb.flush_writes());
+        }
+        self.cpu.refresh();
+        self.cpu.attach_io(io);
+        let exit = self.run_until_exit();
+        self.cpu.detach_io();
+        self.cpu.link.leave();
+        self.cpu.state.rflags = self.cpu.rflags();
+        self.cpu.config.ledger.work(Work::TlbFlush, std::mem::take(&mut self.cpu.tlb.flushes));
+        exit
+    }
+
+    fn save(&mut self) -> Box<CpuState> {
+        self.cpu.state.clone()
+    }
+
+    fn load(&mut self, state: &CpuState) -> Result<(), Error> {
+        *self.cpu.state = state.clone();
+        self.cpu.flags.set_status(state.rflags);
+        self.cpu.tlb.flush_all();
+        self.cpu.tlb.select(0);
+        self.cpu.pending_debug = 0;
+        self.cpu.refresh();
+        self.cpu.select_address_space();
+        Ok(())
+    }
+}
