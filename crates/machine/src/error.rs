@@ -6,6 +6,9 @@ pub enum Error {
     /// A value in the plan.
     #[error(transparent)]
     Plan(#[from] crate::plan::Invalid),
+    /// The kernel, the initial RAM disk or a module.
+    #[error(transparent)]
+    Boot(#[from] crate::boot::Error),
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] memory::Error),
