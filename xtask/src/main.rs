@@ -1,2 +1,51 @@
-//! Checks and chores of this workspace.
-fn main() {}
+//! Checks and chores of this workspace: `cargo xtask` lists them.
+//!
+//! ```text
+//!   check ──> layers.toml, ratchet.toml, deny.toml, both Cargo workspaces, every text file
+//!   test  ──> host workspace, documentation examples, end to end
+//!   fuzz  ──> the translator's native oracle, for as long as you like
+//! ```
+
+mod check;
+mod fuzz;
+mod run;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+Usage: cargo xtask COMMAND
+
+  check [NAME...]    all checks, or the named ones; `check --list` names them
+  ratchet            lower the limits in ratchet.toml to what the code has come down to
+  test [ARGS...]     all tests; ARGS go to the test runner
+  fuzz [CASES]       random instructions on this processor and on the engine (default: 1000000)";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let outcome = match words.as_slice() {
+        ["check", "--list"] => {
+            check::list();
+            Ok(true)
+        }
+        ["check", names @ ..] => check::run(names),
+        ["ratchet"] => check::tighten_ratchet(),
+        ["test", rest @ ..] => test::run(rest),
+        ["fuzz"] => fuzz::run("1000000"),
+        ["fuzz", cases] => fuzz::run(cases),
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! `cargo xtask test`: every test there is.
+//!
+//! One profile for all of them, [`PROFILE`]: optimised, because the end-to-end tests boot kernels on an interpreter, and
+//! with overflow checks and debug assertions, because a guest must not be able to trip one. A second profile would mean
+//! building everything twice.
+
+use anyhow::Result;
+
+use crate::{run, workspace};
+
+/// The profile in the root Cargo.toml that tests are built with.
+pub(crate) const PROFILE: &str = "ci";
+
+/// Runs the host workspace's tests, end-to-end tests included, then the examples in documentation.
+pub(crate) fn run(arguments: &[&str]) -> Result<bool> {
+    let root = workspace::root();
+    let nextest = run::cargo(&root).args(["nextest", "--version"]).output().is_ok_and(|output| output.status.success());
+    let mut tests = run::cargo(&root);
+    if nextest {
+        tests.args(["nextest", "run", "--workspace", "--no-fail-fast", "--cargo-profile", PROFILE]);
+    } else {
+        tests.args(["test", "--workspace", "--no-fail-fast", "--all-targets", "--profile", PROFILE]);
+    }
+    let passed = run::succeeds(tests.args(arguments))?;
+    if !arguments.is_empty() {
+        return Ok(passed);
+    }
+    let mut examples = run::cargo(&root);
+    examples.args(["test", "--quiet", "--workspace", "--doc", "--profile", PROFILE]);
+    Ok(run::succeeds(&mut examples)? && passed)
+}
