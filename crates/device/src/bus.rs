@@ -13,6 +13,25 @@ pub trait PortDevice: Send {
     fn port_write(&mut self, offset: u16, data: &[u8]);
 }
 
+/// A device of byte-wide ports. Wider accesses are split into bytes at successive ports, as bus bridges do for 8-bit
+/// devices.
+pub trait BytePortDevice: Send {
+    /// Reads the port at `offset`.
+    fn read(&mut self, offset: u16) -> u8;
+    /// Writes the port at `offset`.
+    fn write(&mut self, offset: u16, value: u8);
+}
+
+impl<T: BytePortDevice> PortDevice for T {
+    fn port_read(&mut self, offset: u16, data: &mut [u8]) {
+        (offset..).zip(data).for_each(|(offset, byte)| *byte = self.read(offset));
+    }
+
+    fn port_write(&mut self, offset: u16, data: &[u8]) {
+        (offset..).zip(data).for_each(|(offset, byte)| self.write(offset, *byte));
+    }
+}
+
 /// A device that answers in guest-physical memory. Offsets are from the start of the range it was placed at.
 pub trait MmioDevice: Send {
     /// A load of 1..=64 bytes.

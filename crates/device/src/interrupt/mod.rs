@@ -1,6 +1,30 @@
 //! Interrupts: lines and messages from devices, chips that route them, pins of processors at the end.
+//!
+//! ```text
+//!   IrqLine ──┬──> PIC ──────── LINT0 ────────┐
+//!             └──> I/O APIC ──┐               ├──> local APIC ──> CpuPins
+//!   MSI ──────────────────────┴── Message ────┘        └─ IPI, EOI: carried by InterruptChips
+//! ```
+//!
+//! [`InterruptChips`] composes them. Lock order: PIC, then I/O APIC, then one local APIC; none is held on the way back.
 
 use std::sync::Arc;
+
+mod chips;
+pub mod ioapic;
+pub mod lapic;
+mod message;
+mod pic;
+
+pub use chips::InterruptChips;
+pub use ioapic::IoApic;
+pub use lapic::{Lapic, LapicConfig, TscReference};
+pub use message::{DeliveryMode, Destination, Effect, Message, Shorthand};
+pub use pic::Pic;
+
+/// The guest named a register that does not exist in the current mode, or set reserved bits: #GP(0).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refused;
 
 /// Where devices' interrupt lines end: the machine's interrupt chips together.
 pub trait InterruptSink: Send + Sync {
