@@ -7,7 +7,7 @@
 //!   0x000e_0000  ACPI tables, RSDP first                                 reserved
 //!   0x0010_0000  RAM, up to 3 GiB
 //!   0xc000_0000  32-bit PCI window
-//!   0xe000_0000  PCI configuration space (ECAM), 256 buses               reserved
+//!   0xe000_0000  PCI configuration space (ECAM)                          reserved
 //!   0xfec0_0000  I/O APIC      0xfed0_0000  HPET      0xfee0_0000  local APICs, MSI
 //! 0x1_0000_0000  RAM beyond 3 GiB
 //!           ...  64-bit PCI window, from the next 1 GiB boundary
@@ -35,10 +35,10 @@ pub const HIGH_MEMORY: u64 = 0x10_0000;
 pub const LOW_RAM_LIMIT: u64 = 0xc000_0000;
 /// Where PCI memory BARs below 4 GiB go.
 pub const PCI_WINDOW_32: Range<u64> = LOW_RAM_LIMIT..ECAM;
-/// PCI Express configuration space: 1 MiB a bus.
+/// PCI Express configuration space of bus 0, the only one.
 pub const ECAM: u64 = 0xe000_0000;
-/// Bytes of [`ECAM`]: 256 buses.
-pub const ECAM_BYTES: u64 = 256 << 20;
+/// Bytes of [`ECAM`].
+pub const ECAM_BYTES: u64 = device::pci::Ecam::SIZE;
 /// The I/O APIC's registers.
 pub const IO_APIC: u64 = 0xfec0_0000;
 /// The HPET's registers.
@@ -76,11 +76,8 @@ pub const SCI_GSI: u32 = 9;
 /// Where the PIT's ISA interrupt 0 arrives at the I/O APIC.
 pub const PIT_GSI: u32 = 2;
 
-/// The global system interrupt of pin `pin` (0 is INTA#) of the PCI function in `slot` on bus 0: the four lines 16..=19,
-/// rotated by slot as bridges do (PCI-to-PCI Bridge 1.2, 9.1).
-pub const fn pci_gsi(slot: u8, pin: u8) -> u32 {
-    16 + ((slot + pin) % 4) as u32
-}
+/// The lines PCI interrupt pins are wired to, rotated by slot.
+pub const PCI_GSIS: [u32; 4] = [16, 17, 18, 19];
 
 /// What the firmware memory map calls a range (ACPI 6.5, table 15.5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -183,10 +180,5 @@ mod tests {
             }
             assert!(layout.pci_window_64.end <= 1 << 40);
         }
-    }
-
-    #[test]
-    fn pins_of_neighbouring_slots_differ() {
-        assert_eq!((pci_gsi(0, 0), pci_gsi(1, 0), pci_gsi(1, 3), pci_gsi(31, 1)), (16, 17, 16, 16));
     }
 }

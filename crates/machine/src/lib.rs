@@ -9,6 +9,7 @@
 //! Neighbours: `cordial` makes the plan and shows the report; `translator` and `kvm` run vCPUs; `device` and
 //! `paravirt` answer what the guest asks for.
 
+pub mod acpi;
 pub mod boot;
 mod error;
 pub mod layout;

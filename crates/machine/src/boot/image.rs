@@ -96,11 +96,9 @@ impl<'a> Space<'a> {
     /// Puts a kernel where it says. Returns from where to where it extends.
     pub(super) fn load(&mut self, image: &Image<'_>) -> Result<Range<u64>, Fault> {
         // The whole image first, so that "give it more memory" names what is needed at once.
-        let mut extent = u64::MAX..0;
-        for segment in &image.segments {
-            extent.start = extent.start.min(segment.address);
-            extent.end = extent.end.max(segment.address.saturating_add(segment.size));
-        }
+        let start = image.segments.iter().map(|segment| segment.address).min().unwrap_or_default();
+        let ends = image.segments.iter().map(|segment| segment.address.saturating_add(segment.size));
+        let extent = start..ends.max().unwrap_or_default();
         let ram_end = self.usable.last().map_or(0, |piece| piece.end);
         if extent.end > ram_end && extent.end <= layout::LOW_RAM_LIMIT {
             let remedy = Remedy::MoreMemory(Size(extent.end));
