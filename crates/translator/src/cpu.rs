@@ -144,7 +144,8 @@ impl Cpu {
     /// Makes `io` reachable through [`Cpu::io`] until [`Cpu::detach_io`], which the caller calls before `io` goes away.
     pub(crate) fn attach_io(&mut self, io: &mut dyn CpuIo) {
         // SAFETY: only the lifetime is erased; `Runner::run`, the one caller, detaches before it returns.
-        self.io = Some(unsafe { std::mem::transmute::<NonNull<dyn CpuIo + '_>, NonNull<dyn CpuIo>>(NonNull::from(io)) });
+        self.io =
+            Some(unsafe { std::mem::transmute::<NonNull<dyn CpuIo + '_>, NonNull<dyn CpuIo>>(NonNull::from(io)) });
     }
 
     /// Ends what [`Cpu::attach_io`] began.

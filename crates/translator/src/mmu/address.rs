@@ -39,13 +39,7 @@ impl Cpu {
 
     /// Adds a segment's base to `offset` and checks its limit and type (SDM vol. 3A, 5.3 and 5.4). In 64-bit mode only FS
     /// and GS have a base, and canonical checks are made by the access itself.
-    pub(crate) fn segmented(
-        &mut self,
-        segment: usize,
-        offset: u64,
-        bytes: u64,
-        access: Access,
-    ) -> Result<u64, Leave> {
+    pub(crate) fn segmented(&mut self, segment: usize, offset: u64, bytes: u64, access: Access) -> Result<u64, Leave> {
         let register = self.state.segments[segment];
         if self.mode.is_64() {
             return Ok(if segment >= seg::FS { offset.wrapping_add(register.base) } else { offset });

@@ -130,11 +130,8 @@ impl Tlb {
     /// Notes that pieces of a large page at `start` are about to be filled in.
     pub(crate) fn note_large(&mut self, start: u64, bytes: u64) {
         let end = start.saturating_add(bytes);
-        self.large = if self.large.is_empty() {
-            start..end
-        } else {
-            self.large.start.min(start)..self.large.end.max(end)
-        };
+        self.large =
+            if self.large.is_empty() { start..end } else { self.large.start.min(start)..self.large.end.max(end) };
     }
 
     /// Makes `pcid` the current one, keeping what is cached for it.

@@ -148,14 +148,8 @@ impl Cpu {
     /// Follows the paging structures. An error is the bits it adds to the error code.
     fn walk(&self, address: Gva) -> Result<Leaf, u32> {
         let state = &*self.state;
-        let mut leaf = Leaf {
-            rights: WRITABLE | USER,
-            entries: [(Gpa(0), 0); 4],
-            count: 0,
-            page: 0,
-            shift: 12,
-            wide: true,
-        };
+        let mut leaf =
+            Leaf { rights: WRITABLE | USER, entries: [(Gpa(0), 0); 4], count: 0, page: 0, shift: 12, wide: true };
         if state.efer & efer::LMA != 0 {
             self.descend(address, state.cr3 & ADDRESS, &FOUR_LEVEL, &mut leaf)?;
         } else if state.cr4 & cr4::PAE != 0 {
@@ -182,9 +176,7 @@ impl Cpu {
                 return Err(0);
             }
             let is_last = level.shift == 12
-                || level.may_be_large
-                    && entry & LARGE != 0
-                    && (leaf.wide || self.state.cr4 & cr4::PSE != 0);
+                || level.may_be_large && entry & LARGE != 0 && (leaf.wide || self.state.cr4 & cr4::PSE != 0);
             if entry & self.reserved(level, is_last, leaf.wide) != 0 {
                 return Err(CODE_PRESENT | CODE_RESERVED);
             }
