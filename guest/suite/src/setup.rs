@@ -1,0 +1,44 @@
+//! The state every test begins in.
+
+use crate::cpu::*;
+use crate::{paging, run, tables};
+use core::arch::asm;
+
+/// CR0 outside of a test.
+pub const CR0: u64 = cr0::PG | cr0::WP | cr0::NE | cr0::ET | cr0::MP | cr0::PE;
+/// CR4 outside of a test; OSXSAVE is added where the processor has it.
+pub const CR4: u64 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT;
+/// MXCSR and the x87 control word after reset by software: every exception masked.
+const MXCSR: u32 = 0x1F80;
+
+/// Puts the executing processor, number 0, back into its initial state.
+pub fn reset_cpu() {
+    unsafe { asm!("cli", "cld") };
+    for pic in [0x21, 0xA1] {
+        outb(pic, 0xFF); // mask what the firmware may have left running
+    }
+    load_control_registers();
+    run::init(0);
+    paging::reset();
+    tables::load(0);
+    write_dr7(0x400);
+    write_dr6(0xFFFF_0FF0);
+    wrmsr(msr::STAR, (u64::from(tables::USER_CODE32 & !3) << 48) | u64::from(tables::KERNEL_CODE) << 32);
+    wrmsr(msr::FMASK, 0);
+    if Feature::XSAVE.present() {
+        xsetbv(if Feature::AVX.present() { 7 } else { 3 });
+    }
+    unsafe { asm!("fninit", "ldmxcsr [{}]", in(reg) &MXCSR) };
+}
+
+/// Control registers and EFER as tests find them.
+pub fn load_control_registers() {
+    let osxsave = if Feature::XSAVE.present() { cr4::OSXSAVE } else { 0 };
+    let scratch = CR4 | osxsave;
+    write_cr0(CR0);
+    if read_cr4() != scratch {
+        write_cr4(scratch);
+    }
+    wrmsr(msr::EFER, efer::LME | efer::LMA | efer::NXE | efer::SCE);
+    write_cr8(0);
+}
