@@ -12,4 +12,3 @@ pub mod bus;
 pub mod interrupt;
 mod log_limit;
 pub mod pci;
-pub mod virtio;

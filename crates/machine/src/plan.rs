@@ -135,7 +135,7 @@ impl Plan {
             cpus: 1,
             memory: 1 << 30,
             engine: EngineChoice::Auto,
-            cpu_model: engine::cpu_model::DEFAULT.into(),
+            cpu_model: "cordial".into(),
             dialects: Dialects::default(),
             kernel: kernel.into(),
             initrd: None,

@@ -193,7 +193,7 @@ impl Cpu {
 
     fn select(&mut self, instruction: &Instruction, bytes: &[u8], op: &mut Op) -> Option<Handler> {
         crate::exec::select(instruction, self, op)
-            .or_else(|| crate::system::select(instruction, self, op))
+            .or_else(|| crate::system::select(instruction, op))
             .or_else(|| crate::vector::select(instruction, bytes, self, op))
     }
 }
@@ -263,10 +263,12 @@ pub(crate) fn register_offset(register: Register) -> u8 {
     if !register.is_gpr() {
         return NO_REG;
     }
-    // By the full register: iced counts the byte registers AL..R15L 0..=19.
-    let number = register.full_register().number() as u8 & 15;
+    let number = (register.number() as u8) & 15;
     match register {
-        Register::AH | Register::CH | Register::DH | Register::BH => number * 8 + 1,
+        Register::AH | Register::CH | Register::DH | Register::BH => {
+            // iced numbers AH..BH 4..=7.
+            (number & 3) * 8 + 1
+        }
         _ => number * 8,
     }
 }

@@ -50,9 +50,8 @@ const CODE_USER: u32 = 1 << 2;
 const CODE_RESERVED: u32 = 1 << 3;
 const CODE_FETCH: u32 = 1 << 4;
 
-/// Guest-physical address bits; CPUID 8000_0008h says the same.
-pub(crate) const PHYSICAL_BITS: u32 = 46;
-const ADDRESS: u64 = ((1 << PHYSICAL_BITS) - 1) & !0xfff;
+/// The address field of an entry, as wide as the architecture lets it be; narrower processors have reserved bits in it.
+const ADDRESS: u64 = ((1 << 52) - 1) & !0xfff;
 
 /// One paging structure's part in a walk.
 struct Level {
@@ -204,7 +203,7 @@ impl Cpu {
             // Two-level: only bit 21 of a 4 MiB entry, with PSE-36 for up to 40 address bits.
             return if is_last && level.shift == 22 { 1 << 21 } else { 0 };
         }
-        let mut reserved = (1_u64 << 52) - (1 << PHYSICAL_BITS);
+        let mut reserved = (1_u64 << 52) - (1 << self.features.physical_bits);
         if self.state.efer & efer::LMA == 0 {
             reserved |= 0x7ff << 52; // PAE: everything above the address but NX
         }
