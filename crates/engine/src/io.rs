@@ -40,6 +40,9 @@ pub trait CpuIo {
     /// # Errors
     /// [`MsrRefused`] where the machine does not know it, or the value sets reserved bits.
     fn msr_write(&mut self, index: u32, value: u64) -> Result<(), MsrRefused>;
+    /// The guest moved its time-stamp counter (IA32_TSC, IA32_TSC_ADJUST): whoever told it the time may have to correct
+    /// that. Called after the counter has moved.
+    fn tsc_moved(&mut self) {}
     /// VMCALL / VMMCALL: the value for RAX.
     fn hypercall(&mut self, call: HypercallArgs) -> u64;
     /// The vector of the interrupt to deliver now, acknowledged (moved to in-service); `None` where none is

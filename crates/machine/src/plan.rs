@@ -135,7 +135,7 @@ impl Plan {
             cpus: 1,
             memory: 1 << 30,
             engine: EngineChoice::Auto,
-            cpu_model: "cordial".into(),
+            cpu_model: engine::cpu_model::DEFAULT.into(),
             dialects: Dialects::default(),
             kernel: kernel.into(),
             initrd: None,
@@ -156,6 +156,9 @@ impl Plan {
         }
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.memory) || !self.memory.is_multiple_of(memory::PAGE_SIZE) {
             return Err(Invalid::Memory(self.memory));
+        }
+        if self.dialects.cordial {
+            return Err(Invalid::Dialect);
         }
         for text in std::iter::once(&self.command_line).chain(self.modules.iter().map(|module| &module.command_line)) {
             if text.contains('\0') {
@@ -179,6 +182,9 @@ pub enum Invalid {
     /// Too little or too much memory.
     #[error("{0} bytes of memory asked for; a machine has 2 MiB to 512 GiB in whole 4 KiB pages: change --mem")]
     Memory(u64),
+    /// Not built.
+    #[error("the cordial dialect is not part of this version yet: use --dialect kvm or --dialect none")]
+    Dialect,
     /// A NUL ends a command line for the guest.
     #[error("a command line contains a NUL byte; the guest would see only what stands before it: remove it")]
     CommandLine,
@@ -208,6 +214,7 @@ mod tests {
         assert_eq!(with(|plan| plan.memory = 0), Invalid::Memory(0));
         assert_eq!(with(|plan| plan.memory = (4 << 20) + 1), Invalid::Memory((4 << 20) + 1));
         assert_eq!(with(|plan| plan.memory = u64::MAX), Invalid::Memory(u64::MAX));
+        assert_eq!(with(|plan| plan.dialects.cordial = true), Invalid::Dialect);
         assert_eq!(with(|plan| plan.command_line = "a\0b".into()), Invalid::CommandLine);
         let disk = |serial: &str| DiskPlan { path: "d".into(), mode: DiskMode::ReadOnly, serial: Some(serial.into()) };
         let mut plan = Plan::new("vmlinuz");

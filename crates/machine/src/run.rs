@@ -23,16 +23,20 @@ pub struct SelectedEngine {
 /// # Errors
 /// [`Error::Engine`] where the engine asked for does not work here.
 pub fn select_engine(choice: EngineChoice) -> Result<SelectedEngine, Error> {
-    let unusable = |engine, reason: &str| Error::Engine(engine::Error::Unusable { engine, reason: reason.into() });
-    match choice {
-        EngineChoice::Translate => Ok(SelectedEngine { name: "translate", reason: "as asked".into() }),
-        EngineChoice::Auto => {
-            Ok(SelectedEngine { name: "translate", reason: "the kvm engine is not part of this version yet".into() })
-        }
+    let reason = match choice {
+        EngineChoice::Translate => "as asked".into(),
+        EngineChoice::Auto => match kvm::probe() {
+            Ok(()) => "the host has KVM, but the kvm engine is not part of this version yet".into(),
+            Err(engine::Error::Unusable { reason, .. }) => reason,
+            Err(error) => error.to_string(),
+        },
         EngineChoice::Kvm => {
-            Err(unusable("kvm", "the kvm engine is not part of this version yet; use --engine translate"))
+            kvm::probe()?;
+            let reason = "it is not part of this version yet; use --engine translate".into();
+            return Err(Error::Engine(engine::Error::Unusable { engine: "kvm", reason }));
         }
-    }
+    };
+    Ok(SelectedEngine { name: "translate", reason })
 }
 
 /// A machine that has not run yet.
