@@ -103,7 +103,7 @@ fn measure(workspace: &Workspace) -> Result<Sizes> {
     for path in workspace.with_extension("rs").filter(|path| !in_test_folder(path)) {
         let text = workspace.text(path).with_context(|| format!("cannot read {}", path.display()))?;
         let source = read(&text).with_context(|| format!("{} is not Rust", path.display()))?;
-        test_modules.extend(source.test_modules.iter().flat_map(|name| module_files(path, name)));
+        test_modules.extend(source.test_modules.iter().map(|module| module_place(path, module)));
         counted.push((path, source));
     }
     for (path, source) in counted {
@@ -120,20 +120,28 @@ fn measure(workspace: &Workspace) -> Result<Sizes> {
     Ok(sizes)
 }
 
-/// `tests/`, and `tests/` and `benches/` of any crate.
+/// Below a folder `tests` or `benches`: Cargo's, or the cases of a test program.
 fn in_test_folder(path: &Path) -> bool {
-    let parts: Vec<_> = path.iter().filter_map(|part| part.to_str()).collect();
-    match parts.iter().position(|part| *part == "src") {
-        Some(source) => parts.first() == Some(&"tests") && source > 0,
-        None => parts.iter().any(|part| *part == "tests" || *part == "benches"),
+    let folders = path.parent().into_iter().flat_map(Path::iter);
+    folders.filter_map(|folder| folder.to_str()).any(|folder| folder == "tests" || folder == "benches")
+}
+
+/// Where the module that the file at `path` names lives, without the extension: a folder, or a file.
+fn module_place(path: &Path, module: &TestModule) -> PathBuf {
+    let parent = path.parent().unwrap_or(Path::new(""));
+    let owner = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+    match module {
+        TestModule::At(file) => parent.join(file).with_extension(""),
+        TestModule::Named(name) if ["mod", "lib", "main"].contains(&owner) => parent.join(name),
+        TestModule::Named(name) => parent.join(owner).join(name),
     }
 }
 
-/// Where `mod name;` in the file at `path` may live, without the extension: a folder, or a file.
-fn module_files(path: &Path, name: &str) -> [PathBuf; 1] {
-    let parent = path.parent().unwrap_or(Path::new(""));
-    let owner = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
-    if ["mod", "lib", "main"].contains(&owner) { [parent.join(name)] } else { [parent.join(owner).join(name)] }
+/// `#[cfg(test)] mod name;`, with or without `#[path = "..."]`.
+#[derive(Debug, PartialEq, Eq)]
+enum TestModule {
+    Named(String),
+    At(String),
 }
 
 /// What one file holds.
@@ -141,8 +149,7 @@ fn module_files(path: &Path, name: &str) -> [PathBuf; 1] {
 struct Source {
     /// Lines outside tests.
     lines: usize,
-    /// Names of `#[cfg(test)] mod name;`.
-    test_modules: Vec<String>,
+    test_modules: Vec<TestModule>,
     /// Name and lines.
     functions: Vec<(String, usize)>,
     test_lines: usize,
@@ -177,6 +184,17 @@ fn is_test(attributes: &[syn::Attribute]) -> bool {
     })
 }
 
+/// The string in `#[path = "..."]`.
+fn place_attribute(attribute: &syn::Attribute) -> Option<String> {
+    let syn::Meta::NameValue(pair) = &attribute.meta else { return None };
+    match &pair.value {
+        syn::Expr::Lit(syn::ExprLit { lit: syn::Lit::Str(text), .. }) if pair.path.is_ident("path") => {
+            Some(text.value())
+        }
+        _ => None,
+    }
+}
+
 fn attributes(item: &syn::Item) -> &[syn::Attribute] {
     match item {
         syn::Item::Fn(item) => &item.attrs,
@@ -198,7 +216,8 @@ impl<'ast> Visit<'ast> for Source {
         if let syn::Item::Mod(module) = item
             && module.content.is_none()
         {
-            self.test_modules.push(module.ident.to_string());
+            let place = module.attrs.iter().find_map(place_attribute).map(TestModule::At);
+            self.test_modules.push(place.unwrap_or_else(|| TestModule::Named(module.ident.to_string())));
         }
     }
 
@@ -235,28 +254,30 @@ mod tests {
     use super::*;
 
     const SAMPLE: &str = "//! Doc.\n\nfn one() {}\n\nstruct S;\nimpl S {\n    /// Doc.\n    fn two(\n        &self,\n    ) {\n    }\n}\n\n\
-        #[cfg(test)]\nmod apart;\n\n#[cfg(test)]\nmod tests {\n    #[test]\n    fn t() {\n    }\n}\n";
+        #[cfg(test)]\n#[path = \"else.rs\"]\nmod apart;\n\n#[cfg(test)]\nmod tests {\n    #[test]\n    fn t() {\n    }\n}\n";
 
     #[test]
     fn tests_do_not_count() {
         let source = read(SAMPLE).unwrap();
-        assert_eq!(source.lines, SAMPLE.lines().count() - 2 - 6);
+        assert_eq!(source.lines, SAMPLE.lines().count() - 3 - 6);
         assert_eq!(source.functions, [("one".into(), 1), ("S::two".into(), 4)]);
-        assert_eq!(source.test_modules, ["apart"]);
+        assert_eq!(source.test_modules, [TestModule::At("else.rs".into())]);
     }
 
     #[test]
     fn modules_live_beside_or_below_their_owner() {
-        assert_eq!(module_files(Path::new("a/mod.rs"), "t"), [PathBuf::from("a/t")]);
-        assert_eq!(module_files(Path::new("a/b.rs"), "t"), [PathBuf::from("a/b/t")]);
+        let tests = TestModule::Named("t".into());
+        assert_eq!(module_place(Path::new("a/mod.rs"), &tests), Path::new("a/t"));
+        assert_eq!(module_place(Path::new("a/b.rs"), &tests), Path::new("a/b/t"));
+        assert_eq!(module_place(Path::new("a/b.rs"), &TestModule::At("b_tests.rs".into())), Path::new("a/b_tests"));
     }
 
     #[test]
     fn folders_of_tests_are_known() {
-        for path in ["tests/boot.rs", "crates/x/tests/a.rs", "crates/x/benches/a.rs"] {
+        for path in ["tests/boot.rs", "crates/x/tests/a.rs", "crates/x/benches/a.rs", "guest/suite/src/tests/a.rs"] {
             assert!(in_test_folder(Path::new(path)), "{path}");
         }
-        for path in ["crates/x/src/tests/a.rs", "guest/suite/src/tests/mod.rs", "xtask/src/test.rs"] {
+        for path in ["crates/x/src/lib.rs", "xtask/src/test.rs"] {
             assert!(!in_test_folder(Path::new(path)), "{path}");
         }
     }
