@@ -12,3 +12,4 @@ pub mod bus;
 pub mod interrupt;
 mod log_limit;
 pub mod pci;
+pub mod virtio;

@@ -9,7 +9,7 @@ use memory::Gpa;
 use super::config::{COMMAND_INTX_DISABLE, COMMAND_IO, COMMAND_MEMORY};
 use super::interrupt::{Intx, SharedLine};
 use super::msix::Msix;
-use super::{Bar, BarKind, ConfigSpace, Description, FunctionInterrupts, Identity, PciFunction};
+use super::{Bar, BarKind, Capability, ConfigSpace, Description, FunctionInterrupts, Identity, PciFunction};
 use crate::bus::{Bus, MmioDevice, PortDevice};
 use crate::interrupt::{InterruptSink, IrqLine};
 use crate::log_limit::LogLimit;
@@ -170,10 +170,29 @@ impl Occupant {
     }
 }
 
+/// Where the free part of each window begins.
+#[derive(Clone, Copy)]
+struct Room {
+    memory: u64,
+    ports: u64,
+}
+
+impl Room {
+    fn allocate(&mut self, bar: Bar, windows: &Windows) -> Result<u64, Error> {
+        let (next, end) = match bar.kind {
+            BarKind::Ports => (&mut self.ports, u64::from(windows.ports.end)),
+            _ => (&mut self.memory, windows.memory.end),
+        };
+        let start = next.checked_next_multiple_of(bar.size).filter(|&start| start < end && bar.size <= end - start);
+        let start = start.ok_or(Error::NoRoom { size: bar.size })?;
+        *next = start + bar.size;
+        Ok(start)
+    }
+}
+
 struct State {
     slots: BTreeMap<u8, Occupant>,
-    next_memory: u64,
-    next_port: u64,
+    room: Room,
 }
 
 struct Shared {
@@ -220,12 +239,9 @@ impl PciBus {
     /// None today: the host bridge needs no room.
     pub fn new(bus: Arc<Bus>, sink: Arc<dyn InterruptSink>, windows: Windows, gsis: [u32; 4]) -> Result<Self, Error> {
         let lines = gsis.map(|gsi| Arc::new(SharedLine::new(IrqLine::new(Arc::clone(&sink), gsi))));
-        let state = State {
-            slots: BTreeMap::new(),
-            next_memory: windows.memory.start,
-            // Port 0 reads as an unassigned BAR.
-            next_port: u64::from(windows.ports.start.max(1)),
-        };
+        // Address 0 reads as an unassigned BAR.
+        let room = Room { memory: windows.memory.start.max(1), ports: u64::from(windows.ports.start.max(1)) };
+        let state = State { slots: BTreeMap::new(), room };
         let refused_maps = LogLimit::default();
         let shared = Shared { state: Mutex::new(state), bus, sink, lines, windows, refused_maps };
         let pci = Self(Arc::new(shared));
@@ -240,13 +256,27 @@ impl PciBus {
     pub fn add(&self, function: Arc<Mutex<dyn PciFunction>>) -> Result<Slot, Error> {
         let mut state = self.lock();
         let slot = (0..SLOTS).find(|slot| !state.slots.contains_key(slot)).ok_or(Error::NoSlot)?;
-        let description = lock(&function).describe();
-        let refused = |what| Error::Description {
-            vendor: description.identity.vendor,
-            device: description.identity.device,
-            what,
-        };
+        let room = state.room;
+        match self.occupy(&mut state.room, slot, &function) {
+            Ok(occupant) => {
+                let msix = occupant.msix.as_ref().map(|(msix, _)| Arc::clone(msix));
+                lock(&function).connect(FunctionInterrupts::new(msix, occupant.intx.clone()));
+                state.slots.insert(slot, occupant);
+                self.remap(&mut state);
+                Ok(Slot(slot))
+            }
+            Err(error) => {
+                state.room = room;
+                Err(error)
+            }
+        }
+    }
 
+    /// Builds the configuration space of a function and finds room for its BARs.
+    fn occupy(&self, room: &mut Room, slot: u8, function: &Arc<Mutex<dyn PciFunction>>) -> Result<Occupant, Error> {
+        let description = lock(function).describe();
+        let Identity { vendor, device, .. } = description.identity;
+        let refused = |what| Error::Description { vendor, device, what };
         let mut config = ConfigSpace::new(&description.identity);
         let mut mappings = Vec::new();
         let mut place = |bar: Bar, access| -> Result<(), Error> {
@@ -254,12 +284,12 @@ impl PciBus {
                 return Err(refused("a BAR's size or index"));
             }
             config.add_bar(bar);
-            config.set_bar_address(bar, self.allocate(&mut state, bar)?);
+            config.set_bar_address(bar, room.allocate(bar, &self.0.windows)?);
             mappings.push(Mapping { bar, access: Arc::new(Mutex::new(access)), mapped: None });
             Ok(())
         };
         for &bar in &description.bars {
-            place(bar, BarAccess::Function(Arc::clone(&function), bar.index))?;
+            place(bar, BarAccess::Function(Arc::clone(function), bar.index))?;
         }
         let msix = match description.msix {
             Some((_, vectors)) if !(1..=2048).contains(&vectors) => return Err(refused("its number of MSI-X vectors")),
@@ -271,15 +301,13 @@ impl PciBus {
         }
 
         let no_room = || refused("more capabilities than fit");
+        let mut add = |capability: &Capability| config.add_capability(capability).ok_or_else(no_room);
         let msix = match msix {
-            Some(msix) => {
-                let at = config.add_capability(&msix.capability()).ok_or_else(no_room)?;
-                Some((msix, at))
-            }
+            Some(msix) => Some((Arc::clone(&msix), add(&msix.capability())?)),
             None => None,
         };
         for capability in &description.capabilities {
-            config.add_capability(capability).ok_or_else(no_room)?;
+            add(capability)?;
         }
         let intx = description.interrupt_pin.then(|| {
             let line = &self.0.lines[usize::from(slot) % 4];
@@ -287,12 +315,7 @@ impl PciBus {
             Arc::new(Intx::new(Arc::clone(line), slot))
         });
         config.enable(COMMAND_IO | COMMAND_MEMORY);
-
-        let interrupts = FunctionInterrupts::new(msix.as_ref().map(|(msix, _)| Arc::clone(msix)), intx.clone());
-        lock(&function).connect(interrupts);
-        state.slots.insert(slot, Occupant { config, function, mappings, msix, intx });
-        self.remap(&mut state);
-        Ok(Slot(slot))
+        Ok(Occupant { config, function: Arc::clone(function), mappings, msix, intx })
     }
 
     /// The windows BARs live in.
@@ -319,18 +342,6 @@ impl PciBus {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn allocate(&self, state: &mut State, bar: Bar) -> Result<u64, Error> {
-        let (next, end) = match bar.kind {
-            BarKind::Ports => (&mut state.next_port, u64::from(self.0.windows.ports.end)),
-            _ => (&mut state.next_memory, self.0.windows.memory.end),
-        };
-        let no_room = Error::NoRoom { size: bar.size };
-        let start = next.checked_next_multiple_of(bar.size).filter(|&start| start < end && bar.size <= end - start);
-        let start = start.ok_or(no_room)?;
-        *next = start + bar.size;
-        Ok(start)
     }
 
     /// Brings the machine's bus in line with all BARs and decode bits. A BAR moved on top of something else answers

@@ -227,6 +227,12 @@ impl ConfigSpace {
         self.put(at, &value.to_le_bytes()[..4 * bar.registers()]);
     }
 
+    /// Offsets of all capabilities, in list order.
+    pub fn capabilities(&self) -> impl Iterator<Item = usize> {
+        let at = |pointer: u8| (pointer != 0).then_some(usize::from(pointer));
+        std::iter::successors(at(self.bytes[register::CAPABILITIES]), move |&last| at(self.bytes[last + 1]))
+    }
+
     /// Appends a capability; returns its offset, `None` where no room is left.
     pub(super) fn add_capability(&mut self, capability: &Capability) -> Option<usize> {
         let at = self.end_of_capabilities;

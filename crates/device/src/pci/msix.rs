@@ -157,7 +157,7 @@ impl Msix {
 
     /// A store to the BAR. Only whole, aligned 4- and 8-byte stores to the table are defined; others are dropped.
     pub(super) fn write(&self, offset: u64, data: &[u8]) {
-        if !matches!(data.len(), 4 | 8) || offset % data.len() as u64 != 0 {
+        if !matches!(data.len(), 4 | 8) || !offset.is_multiple_of(data.len() as u64) {
             return;
         }
         let mut state = self.lock();
