@@ -263,12 +263,10 @@ pub(crate) fn register_offset(register: Register) -> u8 {
     if !register.is_gpr() {
         return NO_REG;
     }
-    let number = (register.number() as u8) & 15;
+    // By the full register: iced counts the byte registers AL..R15L 0..=19.
+    let number = register.full_register().number() as u8 & 15;
     match register {
-        Register::AH | Register::CH | Register::DH | Register::BH => {
-            // iced numbers AH..BH 4..=7.
-            (number & 3) * 8 + 1
-        }
+        Register::AH | Register::CH | Register::DH | Register::BH => number * 8 + 1,
         _ => number * 8,
     }
 }

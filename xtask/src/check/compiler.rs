@@ -40,7 +40,13 @@ pub(super) fn clippy(workspace: &Workspace) -> Result<Vec<Problem>> {
 /// cargo doc.
 pub(super) fn docs(workspace: &Workspace) -> Result<Vec<Problem>> {
     let prepare = |command: &mut Command| {
-        command.env("RUSTDOCFLAGS", "-D warnings").args(["doc", "--quiet", "--workspace", "--no-deps"]);
+        command.env("RUSTDOCFLAGS", "-D warnings").args([
+            "doc",
+            "--quiet",
+            "--workspace",
+            "--no-deps",
+            "--document-private-items",
+        ]);
     };
     each(workspace, prepare, "rustdoc objects (above)", "mend the comment it names")
 }

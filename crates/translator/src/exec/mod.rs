@@ -4,15 +4,26 @@
 //! width; the handler itself decides nothing that the encoding already told.
 
 mod alu;
+mod branch;
+mod data;
+mod shift;
+mod stack;
+mod unary;
 
-use iced_x86::Instruction;
+use engine::cpu_model::Feature;
+use iced_x86::{ConditionCode, Instruction};
 
 use crate::cpu::Cpu;
 use crate::op::{Handler, Op};
 
 /// The handler for an integer instruction, where this is one.
-pub(crate) fn select(instruction: &Instruction, _cpu: &Cpu, op: &mut Op) -> Option<Handler> {
+pub(crate) fn select(instruction: &Instruction, cpu: &Cpu, op: &mut Op) -> Option<Handler> {
     alu::select(instruction, op)
+        .or_else(|| branch::select(instruction, op))
+        .or_else(|| data::select(instruction, cpu, op))
+        .or_else(|| stack::select(instruction, op))
+        .or_else(|| shift::select(instruction))
+        .or_else(|| unary::select(instruction))
 }
 
 /// Picks the instance of a handler for an operand width.
@@ -34,4 +45,18 @@ pub(crate) fn operand_bytes(instruction: &Instruction, position: u32) -> usize {
         iced_x86::OpKind::Register => instruction.op_register(position).size(),
         _ => instruction.memory_size().size(),
     }
+}
+
+/// The condition of Jcc, SETcc, CMOVcc as the low four bits of its opcode.
+fn condition_of(instruction: &Instruction) -> Option<u8> {
+    match instruction.condition_code() {
+        ConditionCode::None => None,
+        // The enumeration is in the opcodes' order, after `None`.
+        code => Some(code as u8 - 1),
+    }
+}
+
+/// True where the CPU model offers a feature; what it does not offer is #UD, or decodes as what it was before.
+fn offered(cpu: &Cpu, feature: Feature) -> bool {
+    cpu.config.cpuid.has(feature)
 }
