@@ -3,6 +3,9 @@
 //! A block is a straight run of instructions within one page. It is good as long as the version of that page (see
 //! `memory::CodePages`) is what it was before the bytes were read.
 
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use crate::op::Op;
 
 /// What a block was decoded from and for.
@@ -19,12 +22,42 @@ pub(crate) struct Key {
 /// A decoded run of instructions.
 pub(crate) struct Block {
     pub key: Key,
-    /// The page's version before its bytes were read.
-    pub version: u32,
+    /// The page's version before its bytes were read, and where that version stands.
+    pub version: Version,
     /// The instructions; at least one.
     pub ops: Vec<Op>,
     /// Instruction pointer after the last.
     pub next: u64,
+}
+
+/// A page's version as it was once, and the cell that tells what it is now.
+#[derive(Clone, Copy)]
+pub(crate) struct Version {
+    seen: u32,
+    cell: Option<NonNull<AtomicU32>>,
+}
+
+// SAFETY: the cell is an atomic of the VM's shared code tracking; reading it from any thread is what it is for.
+unsafe impl Send for Version {}
+
+impl Version {
+    /// A version that is never current: for blocks that must not be run twice.
+    pub(crate) const NEVER: Self = Self { seen: 0, cell: None };
+
+    /// What `cell` says now.
+    ///
+    /// # Safety
+    /// `cell` must outlive the result. Cells live as long as the `GuestRam` that `Shared` holds, and so do blocks.
+    pub(crate) unsafe fn of(cell: &AtomicU32) -> Self {
+        Self { seen: cell.load(Ordering::SeqCst), cell: Some(NonNull::from(cell)) }
+    }
+
+    /// True where the page has not been written since.
+    #[inline(always)]
+    pub(crate) fn is_current(self) -> bool {
+        // SAFETY: by the promise made to `of`.
+        self.cell.is_some_and(|cell| unsafe { cell.as_ref() }.load(Ordering::Acquire) == self.seen)
+    }
 }
 
 /// log2 of the number of blocks kept.

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, OpKind, Register};
 use memory::{Gva, PAGE_SIZE};
 
-use crate::block::{Block, Key};
+use crate::block::{Block, Key, Version};
 use crate::cpu::{Cpu, Mode, size_mask};
 use crate::mmu::{Access, Rights};
 use crate::op::{AddressForm, Done, Handler, LOCK, Leave, Mem, NO_REG, Op, REP, REPNE};
@@ -137,13 +137,13 @@ impl Cpu {
         let limit = self.code_limit();
         let op = self.op(&instruction, &bytes, key.rip, limit);
         let next = op.next;
-        Ok(Found { block: Box::new(Block { key, version: 0, ops: vec![op], next }), keep: false })
+        Ok(Found { block: Box::new(Block { key, version: Version::NEVER, ops: vec![op], next }), keep: false })
     }
 
     /// Declares the lines of code about to be read, and returns the version what is read belongs to.
-    fn mark_code(&mut self, gpa: u64, bytes: u64) -> u32 {
+    fn mark_code(&mut self, gpa: u64, bytes: u64) -> Version {
         let shared = std::sync::Arc::clone(&self.shared);
-        let Some(region) = shared.ram.region(memory::Gpa(gpa)) else { return 0 };
+        let Some(region) = shared.ram.region(memory::Gpa(gpa)) else { return Version::NEVER };
         let offset = gpa - region.start.0;
         if region.code().mark(offset, bytes) {
             // The page becomes code: nobody may write to it by the fast path any more.
@@ -151,7 +151,11 @@ impl Cpu {
             let link = std::sync::Arc::clone(&self.link);
             shared.flush_writers(&link, || link.answer(|| self.tlb.flush_writes()));
         }
-        region.code().version(offset)
+        match region.code().version_cell(offset) {
+            // SAFETY: the cell lives as long as guest RAM, which outlives this vCPU's blocks through `shared`.
+            Some(cell) => unsafe { Version::of(cell) },
+            None => Version::NEVER,
+        }
     }
 
     /// The largest instruction pointer a byte of code may have.

@@ -225,11 +225,7 @@ impl Runner {
 /// True where the bytes a block was decoded from have not been written since.
 #[inline(always)]
 fn current(cpu: &Cpu, block: &Block) -> bool {
-    let stands = cpu
-        .shared
-        .ram
-        .region(memory::Gpa(block.key.gpa))
-        .is_some_and(|region| region.code().version(block.key.gpa - region.start.0) == block.version);
+    let stands = block.version.is_current();
     if !stands {
         cpu.config.ledger.work(Work::SelfModified, 1);
     }

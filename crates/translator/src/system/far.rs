@@ -102,7 +102,7 @@ impl Cpu {
     }
 
     /// Checks a new instruction pointer against the code segment it goes with.
-    fn check_target(&mut self, offset: u64, code: &Descriptor) -> Done {
+    fn check_far_target(&mut self, offset: u64, code: &Descriptor) -> Done {
         let bad = if self.mode.long && code.long() { !canonical(offset) } else { offset > u64::from(code.limit()) };
         if bad { Err(self.gp()) } else { Ok(()) }
     }
@@ -160,7 +160,7 @@ impl Cpu {
         }
         match self.far_target(selector)? {
             Target::Code(code) => {
-                self.check_target(offset, &code)?;
+                self.check_far_target(offset, &code)?;
                 self.enter_code(selector, code, offset, self.mode.cpl)?;
             }
             Target::Gate(gate) => {
@@ -211,7 +211,7 @@ impl Cpu {
             return Err(self.raise_code(vector::NP, selector_code(selector)));
         }
         let offset = if gate.kind() == kind::CALL_GATE { gate.gate_offset() } else { gate.gate_offset() & 0xffff };
-        self.check_target(offset, &code)?;
+        self.check_far_target(offset, &code)?;
         Ok((code, offset))
     }
 
@@ -227,7 +227,7 @@ impl Cpu {
         }
         match self.far_target(selector)? {
             Target::Code(code) => {
-                self.check_target(offset, &code)?;
+                self.check_far_target(offset, &code)?;
                 self.push_all(&[cs.into(), op.next], op.size)?;
                 self.enter_code(selector, code, offset, self.mode.cpl)?;
             }
@@ -401,7 +401,7 @@ impl Cpu {
     }
 
     /// Reads `count` stack slots of `size` without moving RSP.
-    fn peek<const N: usize>(&mut self, size: u8, skip: u64) -> Result<[u64; N], Leave> {
+    fn peek_stack<const N: usize>(&mut self, size: u8, skip: u64) -> Result<[u64; N], Leave> {
         let before = self.state.gpr[4];
         let bytes = 1_u64 << size;
         self.set_stack_pointer(before.wrapping_add(skip * bytes));
@@ -424,7 +424,7 @@ fn ret_far(cpu: &mut Cpu, op: &Op) -> Done {
     let size = op.size;
     let bytes = 1_u64 << size;
     let release = op.imm & 0xffff;
-    let [rip, selector] = cpu.peek::<2>(size, 0)?;
+    let [rip, selector] = cpu.peek_stack::<2>(size, 0)?;
     let selector = selector as u16;
     let after = cpu.state.gpr[4].wrapping_add(2 * bytes + release);
     if cpu.mode.real_segments() {
@@ -438,18 +438,18 @@ fn ret_far(cpu: &mut Cpu, op: &Op) -> Done {
     let code = cpu.return_code(selector)?;
     let cpl = selector as u8 & 3;
     if cpl == cpu.mode.cpl {
-        cpu.check_target(rip, &code)?;
+        cpu.check_far_target(rip, &code)?;
         cpu.set_stack_pointer(after);
         cpu.return_to(selector, code, rip, None)?;
         return Err(Leave::Boundary);
     }
     let before = cpu.state.gpr[4];
     cpu.set_stack_pointer(before.wrapping_add(release));
-    let outer = cpu.peek::<2>(size, 2);
+    let outer = cpu.peek_stack::<2>(size, 2);
     cpu.state.gpr[4] = before;
     let [rsp, ss] = outer?;
     let segment = cpu.return_stack(ss as u16, cpl, &code)?;
-    cpu.check_target(rip, &code)?;
+    cpu.check_far_target(rip, &code)?;
     cpu.return_to(selector, code, rip, Some((segment, rsp.wrapping_add(release))))?;
     Err(Leave::Boundary)
 }
@@ -488,7 +488,7 @@ fn iret(cpu: &mut Cpu, op: &Op) -> Done {
         cpu.state.nmi_blocked = false;
         return Err(Leave::Boundary);
     }
-    let [rip, selector, flags] = cpu.peek::<3>(size, 0)?;
+    let [rip, selector, flags] = cpu.peek_stack::<3>(size, 0)?;
     let selector = selector as u16;
     if size == 2 && flags & rflags::VM != 0 && cpu.mode.cpl == 0 && !cpu.mode.long {
         return iret_to_v86(cpu, rip, selector, flags);
@@ -497,12 +497,12 @@ fn iret(cpu: &mut Cpu, op: &Op) -> Done {
     let cpl = selector as u8 & 3;
     let mask = iret_flags(cpu, size);
     let stack = if cpu.mode.is_64() || cpl != cpu.mode.cpl {
-        let [rsp, ss] = cpu.peek::<2>(size, 3)?;
+        let [rsp, ss] = cpu.peek_stack::<2>(size, 3)?;
         Some((cpu.return_stack(ss as u16, cpl, &code)?, rsp))
     } else {
         None
     };
-    cpu.check_target(rip, &code)?;
+    cpu.check_far_target(rip, &code)?;
     if stack.is_none() {
         cpu.set_stack_pointer(cpu.state.gpr[4].wrapping_add(3 << size));
     }
@@ -523,7 +523,7 @@ fn iret_real(cpu: &mut Cpu, size: u8) -> Done {
     if cpu.mode.v86 && cpu.state.rflags & rflags::IOPL != rflags::IOPL {
         return Err(cpu.gp());
     }
-    let [rip, selector, flags] = cpu.peek::<3>(size, 0)?;
+    let [rip, selector, flags] = cpu.peek_stack::<3>(size, 0)?;
     if rip > cpu.code_limit() {
         return Err(cpu.gp());
     }
@@ -540,7 +540,7 @@ fn iret_real(cpu: &mut Cpu, size: u8) -> Done {
 
 /// IRETD from CPL 0 with VM set in the image: ESP, SS, ES, DS, FS and GS follow (SDM vol. 3A, 20.2.2).
 fn iret_to_v86(cpu: &mut Cpu, rip: u64, selector: u16, flags: u64) -> Done {
-    let [esp, ss, es, ds, fs, gs] = cpu.peek::<6>(2, 3)?;
+    let [esp, ss, es, ds, fs, gs] = cpu.peek_stack::<6>(2, 3)?;
     if rip > 0xffff {
         return Err(cpu.gp());
     }
