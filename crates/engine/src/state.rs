@@ -158,19 +158,24 @@ pub struct TableRegister {
 /// Bytes of an XSAVE area that holds everything up to AVX-512.
 pub const XSAVE_BYTES: usize = 2688;
 
-/// x87, SSE and AVX state in the standard (non-compacted) XSAVE layout (Intel SDM vol. 1, 13.4).
+/// x87, SSE and AVX state in the standard (non-compacted) XSAVE layout (Intel SDM vol. 1, 13.4). XSTATE_BV says which
+/// components are there; engines hand out areas that have them all.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[repr(C, align(64))]
 pub struct XsaveArea(pub [u8; XSAVE_BYTES]);
 
 impl XsaveArea {
-    /// The state after RESET: FCW 037Fh (as after FNINIT), MXCSR 1F80h, everything else zero.
+    /// The state after RESET: FCW 037Fh (as after FNINIT), MXCSR 1F80h, MXCSR_MASK FFFFh, XSTATE_BV all of x87, SSE and
+    /// AVX, everything else zero.
     pub const fn reset() -> Self {
         let mut bytes = [0; XSAVE_BYTES];
         bytes[0] = 0x7f;
         bytes[1] = 0x03;
         bytes[24] = 0x80;
         bytes[25] = 0x1f;
+        bytes[28] = 0xff;
+        bytes[29] = 0xff;
+        bytes[512] = 7;
         Self(bytes)
     }
 }

@@ -255,6 +255,7 @@ impl Vcpu for Runner {
 
     fn load(&mut self, state: &CpuState) -> Result<(), Error> {
         *self.cpu.state = state.clone();
+        crate::vector::adopt(&mut self.cpu.state.xsave);
         self.cpu.flags.set_status(state.rflags);
         self.cpu.tlb.flush_all();
         self.cpu.tlb.select(0);

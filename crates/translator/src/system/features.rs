@@ -1,7 +1,7 @@
 //! What the CPU model offers, resolved once per vCPU: what it does not offer is refused on use.
 
 use engine::CpuidTable;
-use engine::cpu_model::Feature;
+use engine::cpu_model::{FEATURES, Feature};
 use engine::state::{cr4, efer};
 
 /// Features handlers ask about.
@@ -31,11 +31,17 @@ pub(crate) struct Features {
     pub cr4_bits: u64,
     /// EFER bits that may be set, besides LMA.
     pub efer_bits: u64,
+    /// One bit a [`Feature`], in the order of the enumeration.
+    all: u128,
 }
+
+const _: () = assert!(FEATURES.len() <= 128);
 
 impl Features {
     pub(crate) fn new(cpuid: &CpuidTable) -> Self {
         let has = |feature| cpuid.has(feature);
+        let offered = FEATURES.iter().filter(|bit| has(bit.feature));
+        let all = offered.fold(0, |all, bit| all | 1 << bit.feature as u32);
         let cr4_by_feature = [
             (Feature::Tsc, cr4::TSD),
             (Feature::De, cr4::DE),
@@ -69,6 +75,12 @@ impl Features {
             physical_bits: cpuid.physical_bits(),
             cr4_bits: bits(&cr4_by_feature) | cr4::PCE,
             efer_bits: bits(&efer_by_feature),
+            all,
         }
+    }
+
+    /// True where the CPU model offers the feature.
+    pub(crate) fn has(&self, feature: Feature) -> bool {
+        self.all >> feature as u32 & 1 != 0
     }
 }
