@@ -9,7 +9,9 @@
 //! Lock order: a device's own lock, then the interrupt chips', never the reverse.
 
 pub mod bus;
+pub mod emulated;
 pub mod interrupt;
 mod log_limit;
 pub mod pci;
+pub mod power;
 pub mod virtio;

@@ -262,3 +262,195 @@ impl BytePortDevice for Elcr {
         self.0.with_pic(|pic| pic.write_elcr(Self::HALVES[usize::from(offset & 1)], value));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::lapic::{LapicConfig, TscReference, msr};
+    use super::super::{CpuPins, IrqLine};
+    use super::*;
+    use host::fake::{FakeClock, FakeTimers};
+
+    #[derive(Default)]
+    struct Pins(Mutex<Vec<String>>);
+
+    impl Pins {
+        fn push(&self, what: String) {
+            self.0.lock().unwrap().push(what);
+        }
+    }
+
+    impl CpuPins for Pins {
+        fn interrupt(&self) {}
+        fn nmi(&self) {
+            self.push("nmi".into());
+        }
+        fn init(&self) {
+            self.push("init".into());
+        }
+        fn startup(&self, vector: u8) {
+            self.push(format!("startup {vector:#x}"));
+        }
+    }
+
+    struct NoTsc;
+
+    impl TscReference for NoTsc {
+        fn guest_now(&self) -> u64 {
+            0
+        }
+        fn deadline_ns(&self, guest_tsc: u64) -> u64 {
+            guest_tsc
+        }
+    }
+
+    struct Bench {
+        chips: Arc<InterruptChips>,
+        pins: Vec<Arc<Pins>>,
+        bus: Bus,
+    }
+
+    impl Bench {
+        /// Software-enabled local APICs, in x2APIC mode where asked.
+        fn new(count: u32, x2apic: bool) -> Self {
+            let clock = FakeClock::new();
+            let timers = FakeTimers::new(clock.clone());
+            let config = LapicConfig { x2apic: true, tsc_deadline: true, physical_bits: 46 };
+            let pins: Vec<_> = (0..count).map(|_| Arc::new(Pins::default())).collect();
+            let lapics = pins.iter().zip(0..).map(|(pins, id)| {
+                let pins = Arc::clone(pins) as Arc<dyn CpuPins>;
+                Lapic::new(id, config, Arc::new(clock.clone()), &timers, Arc::new(NoTsc), pins)
+            });
+            let (chips, bus) = (InterruptChips::new(lapics.collect()), Bus::default());
+            chips.place(&bus).unwrap();
+            for vcpu in 0..count as usize {
+                chips.write_mmio(vcpu, 0xf0, &0x1ff_u32.to_le_bytes());
+                if x2apic {
+                    chips.msr_write(vcpu, msr::APIC_BASE, 0xfee0_0c00).unwrap();
+                }
+            }
+            Self { chips, pins, bus }
+        }
+
+        fn ioapic(&self, register: u8, value: u32) {
+            assert!(self.bus.mmio_write(Gpa(ioapic::BASE), &[register]));
+            assert!(self.bus.mmio_write(Gpa(ioapic::BASE + 0x10), &value.to_le_bytes()));
+        }
+
+        fn outb(&self, port: u16, values: &[u8]) {
+            values.iter().for_each(|value| assert!(self.bus.port_write(port, &[*value])));
+        }
+
+        fn icr(&self, vcpu: usize, value: u64) {
+            self.chips.msr_write(vcpu, 0x830, value).unwrap();
+        }
+
+        fn taken(&self) -> Vec<Option<u8>> {
+            (0..self.pins.len()).map(|vcpu| self.chips.take_interrupt(vcpu)).collect()
+        }
+    }
+
+    #[test]
+    fn a_level_line_interrupts_again_after_its_eoi() {
+        let bench = Bench::new(2, false);
+        bench.ioapic(0x10 + 2 * 16, 0x8041);
+        bench.ioapic(0x11 + 2 * 16, 1 << 24);
+        let line = IrqLine::new(Arc::clone(&bench.chips) as Arc<dyn InterruptSink>, 16);
+        line.set(true);
+        assert_eq!(bench.taken(), [None, Some(0x41)]);
+        bench.chips.write_mmio(1, 0xb0, &[0; 4]);
+        assert_eq!(bench.taken(), [None, Some(0x41)]);
+        line.set(false);
+        bench.chips.write_mmio(1, 0xb0, &[0; 4]);
+        assert_eq!(bench.taken(), [None, None]);
+    }
+
+    #[test]
+    fn irq_0_is_on_pin_2_and_the_pic_on_lint_0() {
+        let bench = Bench::new(1, false);
+        bench.ioapic(0x10 + 2 * 2, 0x31);
+        bench.chips.set_line(0, true);
+        assert_eq!(bench.taken(), [Some(0x31)]);
+        bench.chips.write_mmio(0, 0xb0, &[0; 4]);
+        bench.chips.set_line(0, false);
+
+        for (port, base) in [(0x20, 0x20), (0xa0, 0x28)] {
+            bench.outb(port, &[0x11]);
+            bench.outb(port + 1, &[base, if port == 0x20 { 4 } else { 2 }, 1, 0]);
+        }
+        bench.chips.virtual_wire();
+        bench.chips.set_line(4, true);
+        assert!(bench.chips.interrupt_pending(0));
+        assert_eq!(bench.taken(), [Some(0x24)]);
+        assert_eq!(bench.taken(), [None]);
+        bench.chips.set_line(14, true);
+        bench.outb(0x20, &[0x20]);
+        assert_eq!(bench.taken(), [Some(0x2e)]);
+        let mut both = [0; 2];
+        assert!(bench.bus.port_read(0x4d0, &mut both));
+        assert_eq!(both, [0, 0]);
+        bench.chips.reset();
+        assert_eq!(bench.taken(), [None]);
+    }
+
+    #[test]
+    fn ipis_reach_whom_they_name() {
+        let bench = Bench::new(3, true);
+        bench.icr(0, 1 << 32 | 0x50);
+        assert_eq!(bench.taken(), [None, Some(0x50), None]);
+        bench.icr(0, 0xffff_ffff << 32 | 0x60);
+        assert_eq!(bench.taken(), [Some(0x60); 3]);
+        bench.icr(2, 0b01 << 18 | 0x70);
+        assert_eq!(bench.taken(), [None, None, Some(0x70)]);
+        bench.icr(0, 0b10 << 18 | 0x80);
+        assert_eq!(bench.taken(), [Some(0x80); 3]);
+        bench.icr(1, 0b11 << 18 | 0x90);
+        assert_eq!(bench.taken(), [Some(0x90), None, Some(0x90)]);
+        bench.icr(1, 0b0101 << 32 | 1 << 11 | 0xa0);
+        assert_eq!(bench.taken(), [Some(0xa0), None, Some(0xa0)]);
+        bench.icr(0, 7 << 32 | 0xb0);
+        assert_eq!(bench.taken(), [None; 3], "nobody has that id");
+    }
+
+    #[test]
+    fn processors_are_started() {
+        let bench = Bench::new(2, true);
+        bench.icr(0, 1 << 32 | 0xc500);
+        bench.icr(0, 1 << 32 | 0x8500);
+        bench.icr(0, 1 << 32 | 0x4608);
+        bench.icr(0, 0b11 << 18 | 0x4400);
+        assert_eq!(*bench.pins[1].0.lock().unwrap(), ["init", "startup 0x8", "nmi"]);
+        assert!(bench.pins[0].0.lock().unwrap().is_empty());
+        bench.chips.set_nmi(true);
+        assert!(bench.pins[0].0.lock().unwrap().is_empty(), "LINT1 is masked");
+    }
+
+    #[test]
+    fn lowest_priority_goes_to_the_least_busy_and_takes_turns() {
+        let bench = Bench::new(3, false);
+        bench.chips.lapic(1).set_task_priority(5);
+        let mut counts = [0; 3];
+        for _ in 0..30 {
+            bench.chips.message(0xfee0_0000 | 0xff << 12, 0x141);
+            let taken = bench.taken();
+            for vcpu in (0..3).filter(|vcpu| taken[*vcpu].is_some()) {
+                counts[vcpu] += 1;
+                bench.chips.write_mmio(vcpu, 0xb0, &[0; 4]);
+            }
+        }
+        assert_eq!((counts[0] + counts[2], counts[1]), (30, 0));
+        assert!(counts[0] > 0 && counts[2] > 0);
+    }
+
+    #[test]
+    fn messages_reach_extended_ids_and_others_go_nowhere() {
+        let bench = Bench::new(300, true);
+        bench.chips.message(0xfee0_0000 | 0x2b << 12 | 1 << 5, 0x41);
+        assert_eq!(bench.chips.take_interrupt(0x12b), Some(0x41));
+        bench.chips.message(0xfee0_0000 | 0xff << 12, 0x42);
+        assert_eq!(bench.chips.take_interrupt(255), Some(0x42));
+        assert_eq!(bench.chips.take_interrupt(0), None, "255 is an id here, not everyone");
+        bench.chips.message(0x1000, 0x43);
+        bench.chips.set_line(1000, true);
+        assert!(bench.taken().iter().all(Option::is_none));
+    }
+}

@@ -73,7 +73,7 @@ impl Message {
         if address & !0xf_ffff != MSI_BASE {
             return None;
         }
-        let id = ((address >> 12) & 0xff) as u32 | ((address >> 5) & 0x7f) as u32 * 0x100;
+        let id = ((address >> 12) & 0xff) as u32 | (((address >> 5) & 0x7f) as u32) << 8;
         let destination = Destination { logical: address & (1 << 2) != 0, id, wide: false };
         let mode = DeliveryMode::from_register(data);
         Some(Self { vector: data as u8, mode, level: data & (1 << 15) != 0, destination })

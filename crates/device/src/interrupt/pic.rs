@@ -291,3 +291,172 @@ impl Pic {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Initialised as PCs have it: vectors 20h and 28h, everything unmasked.
+    fn initialised(icw4: u8) -> Pic {
+        let mut pic = Pic::default();
+        for (half, base, wiring) in [(Half::Master, 0x20, 4), (Half::Slave, 0x28, 2)] {
+            pic.write(half, COMMAND, 0x11);
+            [base, wiring, icw4, 0].into_iter().for_each(|value| pic.write(half, DATA, value));
+        }
+        pic
+    }
+
+    fn pulse(pic: &mut Pic, irq: u8) {
+        pic.set_line(irq, true);
+        pic.set_line(irq, false);
+    }
+
+    const EOI: u8 = 0x20;
+    const READ_IN_SERVICE: u8 = 0x0b;
+
+    #[test]
+    fn interrupts_nest_by_priority_through_the_cascade() {
+        let mut pic = initialised(1);
+        pulse(&mut pic, 3);
+        assert_eq!(pic.acknowledge(), 0x23);
+        pulse(&mut pic, 4);
+        assert!(!pic.output());
+        pulse(&mut pic, 8);
+        pulse(&mut pic, 15);
+        assert_eq!(pic.acknowledge(), 0x28);
+        assert!(!pic.output());
+        pic.write(Half::Slave, COMMAND, EOI);
+        pic.write(Half::Master, COMMAND, EOI);
+        assert_eq!(pic.acknowledge(), 0x2f);
+        pic.write(Half::Slave, COMMAND, READ_IN_SERVICE);
+        assert_eq!(pic.read(Half::Slave, COMMAND), 0x80);
+        pic.write(Half::Slave, COMMAND, 0x60 | 7);
+        pic.write(Half::Master, COMMAND, 0x60 | 2);
+        assert!(!pic.output(), "3 is still in service");
+        pic.write(Half::Master, COMMAND, EOI);
+        assert_eq!(pic.acknowledge(), 0x24);
+    }
+
+    #[test]
+    fn masks_and_vanished_requests() {
+        let mut pic = initialised(1);
+        pic.write(Half::Master, DATA, 0xfb);
+        pulse(&mut pic, 1);
+        assert!(!pic.output());
+        assert_eq!((pic.read(Half::Master, COMMAND), pic.read(Half::Master, DATA)), (2, 0xfb));
+        assert_eq!(pic.acknowledge(), 0x27, "spurious IRQ 7");
+        pulse(&mut pic, 12);
+        assert!(pic.output());
+        pic.write(Half::Slave, DATA, 0xff);
+        assert_eq!(pic.acknowledge(), 0x2f, "spurious IRQ 15");
+        pic.write(Half::Master, COMMAND, READ_IN_SERVICE);
+        assert_eq!(pic.read(Half::Master, COMMAND), 4, "the cascade is in service all the same");
+        pic.write(Half::Master, COMMAND, EOI);
+        pic.write(Half::Master, DATA, 0xf9);
+        assert_eq!(pic.acknowledge(), 0x21, "an edge is kept while masked");
+        pulse(&mut pic, 2);
+        pulse(&mut pic, 99);
+        assert!(!pic.output());
+    }
+
+    #[test]
+    fn level_inputs_follow_their_lines() {
+        let mut pic = initialised(1);
+        pic.write_elcr(Half::Master, 0xff);
+        pic.write_elcr(Half::Slave, 0xff);
+        assert_eq!((pic.read_elcr(Half::Master), pic.read_elcr(Half::Slave)), (0xf8, 0xde));
+        pulse(&mut pic, 5);
+        assert!(!pic.output());
+        pic.set_line(5, true);
+        assert_eq!(pic.acknowledge(), 0x25);
+        pic.write(Half::Master, COMMAND, EOI);
+        assert_eq!(pic.acknowledge(), 0x25, "still asserted");
+        pic.set_line(5, false);
+        pic.write(Half::Master, COMMAND, EOI);
+        assert!(!pic.output());
+    }
+
+    #[test]
+    fn automatic_eoi_and_rotation() {
+        let mut pic = initialised(3);
+        for _ in 0..2 {
+            pulse(&mut pic, 6);
+            assert_eq!(pic.acknowledge(), 0x26);
+        }
+        pic.write(Half::Master, COMMAND, 0x80);
+        pulse(&mut pic, 1);
+        assert_eq!(pic.acknowledge(), 0x21);
+        pulse(&mut pic, 1);
+        pulse(&mut pic, 7);
+        assert_eq!(pic.acknowledge(), 0x27, "1 has the lowest priority now");
+        assert_eq!(pic.acknowledge(), 0x21);
+
+        let mut pic = initialised(1);
+        pic.write(Half::Master, COMMAND, 0xc0 | 4);
+        pulse(&mut pic, 4);
+        pulse(&mut pic, 5);
+        assert_eq!(pic.acknowledge(), 0x25);
+        pic.write(Half::Master, COMMAND, 0xa0);
+        pulse(&mut pic, 5);
+        assert_eq!(pic.acknowledge(), 0x24, "5 was rotated to the end");
+        pic.write(Half::Master, COMMAND, 0xe0 | 4);
+        assert_eq!(pic.acknowledge(), 0x25);
+    }
+
+    #[test]
+    fn special_mask_mode_lets_lower_priorities_through() {
+        let mut pic = initialised(1);
+        pulse(&mut pic, 3);
+        pic.acknowledge();
+        pulse(&mut pic, 6);
+        assert!(!pic.output());
+        pic.write(Half::Master, DATA, 1 << 3);
+        pic.write(Half::Master, COMMAND, 0x68);
+        assert_eq!(pic.acknowledge(), 0x26);
+        pic.write(Half::Master, COMMAND, EOI);
+        pic.write(Half::Master, COMMAND, READ_IN_SERVICE);
+        assert_eq!(pic.read(Half::Master, COMMAND), 1 << 3, "what the mask hides is not ended");
+        pic.write(Half::Master, COMMAND, 0x48);
+        pic.write(Half::Master, COMMAND, EOI);
+        assert_eq!(pic.read(Half::Master, COMMAND), 0);
+    }
+
+    #[test]
+    fn polling_acknowledges() {
+        let mut pic = initialised(1);
+        pic.write(Half::Master, COMMAND, 0x0c);
+        assert_eq!(pic.read(Half::Master, COMMAND), 0);
+        pulse(&mut pic, 4);
+        pic.write(Half::Master, COMMAND, 0x0c);
+        assert_eq!(pic.read(Half::Master, DATA), 0x84);
+        assert!(!pic.output());
+        pic.write(Half::Master, COMMAND, READ_IN_SERVICE);
+        assert_eq!(pic.read(Half::Master, COMMAND), 0x10);
+    }
+
+    #[test]
+    fn special_fully_nested_mode_lets_the_slave_interrupt_itself() {
+        let mut pic = initialised(0x11);
+        pulse(&mut pic, 14);
+        assert_eq!(pic.acknowledge(), 0x2e);
+        pulse(&mut pic, 9);
+        assert_eq!(pic.acknowledge(), 0x29);
+    }
+
+    #[test]
+    fn no_sequence_of_writes_is_too_much() {
+        let mut pic = Pic::default();
+        for value in 0..=0xff_u8 {
+            for half in [Half::Master, Half::Slave] {
+                pic.write(half, COMMAND, value);
+                pic.write(half, DATA, value.rotate_left(3));
+                pic.write_elcr(half, value);
+                pic.set_line(value, value & 1 != 0);
+                pic.acknowledge();
+                pic.read(half, COMMAND);
+            }
+        }
+        pic.reset();
+        assert!(!pic.output());
+    }
+}

@@ -138,7 +138,7 @@ impl Lapic {
 
     /// Where the xAPIC page answers; `None` while the APIC is disabled or in x2APIC mode.
     pub fn mmio_base(&self) -> Option<memory::Gpa> {
-        self.look(|state| (state.mode() == base::ENABLE).then(|| memory::Gpa(state.base & !0xfff)))
+        self.look(|state| (state.mode() == base::ENABLE).then_some(memory::Gpa(state.base & !0xfff)))
     }
 
     /// A load from the xAPIC page. Registers are the first four bytes of each 16; those bytes read at any width,
