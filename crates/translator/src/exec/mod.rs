@@ -4,10 +4,17 @@
 //! width; the handler itself decides nothing that the encoding already told.
 
 mod alu;
+mod bits;
+mod bmi;
 mod branch;
 mod data;
+mod decimal;
+mod exchange;
+mod hint;
+mod multiply;
 mod shift;
 mod stack;
+mod string;
 mod unary;
 
 use engine::cpu_model::Feature;
@@ -24,6 +31,13 @@ pub(crate) fn select(instruction: &Instruction, cpu: &Cpu, op: &mut Op) -> Optio
         .or_else(|| stack::select(instruction, op))
         .or_else(|| shift::select(instruction))
         .or_else(|| unary::select(instruction))
+        .or_else(|| string::select(instruction, op))
+        .or_else(|| exchange::select(instruction, cpu))
+        .or_else(|| multiply::select(instruction, cpu))
+        .or_else(|| bits::select(instruction, cpu))
+        .or_else(|| hint::select(instruction, cpu))
+        .or_else(|| bmi::select(instruction, cpu))
+        .or_else(|| decimal::select(instruction))
 }
 
 /// Picks the instance of a handler for an operand width.
@@ -59,4 +73,9 @@ fn condition_of(instruction: &Instruction) -> Option<u8> {
 /// True where the CPU model offers a feature; what it does not offer is #UD, or decodes as what it was before.
 fn offered(cpu: &Cpu, feature: Feature) -> bool {
     cpu.config.cpuid.has(feature)
+}
+
+/// The same for a feature whose instructions have a VEX prefix, which real and virtual-8086 mode take for LES and LDS.
+fn offered_vex(cpu: &Cpu, feature: Feature) -> bool {
+    !cpu.mode.real_segments() && offered(cpu, feature)
 }
