@@ -104,13 +104,13 @@ const JCC: [Handler; 16] = [
 impl Cpu {
     /// Refuses a near branch target outside the code segment, or not canonical.
     #[inline(always)]
-    fn check_target(&mut self, target: u64) -> Done {
+    fn check_near_target(&mut self, target: u64) -> Done {
         let good = if self.mode.is_64() { canonical(target) } else { target <= self.code_limit() };
         if good { Ok(()) } else { Err(self.gp()) }
     }
 
     /// Reads the top of the stack, leaving the stack pointer alone.
-    fn peek<W: Width>(&mut self) -> Result<W, Leave> {
+    fn stack_top<W: Width>(&mut self) -> Result<W, Leave> {
         let address = self.stack_linear(self.state.gpr[4], W::BYTES as u64, Access::Read)?;
         self.read_linear(address, seg::SS as u8, Rights::Current)
     }
@@ -118,14 +118,14 @@ impl Cpu {
 
 #[inline(always)]
 fn jump_to(cpu: &mut Cpu, target: u64) -> Done {
-    cpu.check_target(target)?;
+    cpu.check_near_target(target)?;
     cpu.state.rip = target;
     Ok(())
 }
 
 #[inline(always)]
 fn call_to<W: Width>(cpu: &mut Cpu, op: &Op, target: u64) -> Done {
-    cpu.check_target(target)?;
+    cpu.check_near_target(target)?;
     cpu.push(W::of(op.next))?;
     cpu.state.rip = target;
     Ok(())
@@ -173,8 +173,8 @@ fn ret_releasing<W: Width>(cpu: &mut Cpu, op: &Op) -> Done {
 
 #[inline(always)]
 fn return_releasing<W: Width>(cpu: &mut Cpu, release: u64) -> Done {
-    let target = cpu.peek::<W>()?.zext();
-    cpu.check_target(target)?;
+    let target = cpu.stack_top::<W>()?.zext();
+    cpu.check_near_target(target)?;
     let pointer = cpu.state.gpr[4].wrapping_add(W::BYTES as u64).wrapping_add(release);
     cpu.set_stack_pointer(pointer);
     cpu.state.rip = target;
@@ -187,7 +187,7 @@ fn count_and_jump(cpu: &mut Cpu, op: &Op, condition: bool) -> Done {
     let count = cpu.gpr(RCX, op.size).wrapping_sub(1) & crate::cpu::size_mask(op.size);
     let taken = count != 0 && condition;
     if taken {
-        cpu.check_target(op.imm)?;
+        cpu.check_near_target(op.imm)?;
         cpu.state.rip = op.imm;
     }
     cpu.set_gpr(RCX, op.size, count);
