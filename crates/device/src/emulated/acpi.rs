@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use host::{Clock, Timer, Timers};
 
 use crate::bus::PortDevice;
-use crate::interrupt::IrqLine;
+use crate::interrupt::{IrqLine, LevelLine};
 use crate::power::{PowerEvent, PowerSwitch};
 
 /// First port, where QEMU has it.
@@ -65,7 +65,7 @@ mod control {
 /// The registers.
 pub struct PowerManagement {
     power: PowerSwitch,
-    line: IrqLine,
+    line: LevelLine,
     clock: Arc<dyn Clock>,
     timer: Box<dyn Timer>,
     /// Monotonic time at which the PM timer was zero.
@@ -92,7 +92,7 @@ impl PowerManagement {
             let started_ns = clock.monotonic_ns();
             Mutex::new(Self {
                 power,
-                line,
+                line: LevelLine::new(line),
                 clock,
                 timer,
                 started_ns,
@@ -160,8 +160,7 @@ impl PowerManagement {
 
 impl PowerManagement {
     /// All registers at one instant.
-    fn image(&mut self) -> [u8; LENGTH as usize] {
-        self.update();
+    fn image(&self) -> [u8; LENGTH as usize] {
         let mut image = [0; LENGTH as usize];
         let mut put = |offset: u16, bytes: &[u8]| image[usize::from(offset)..][..bytes.len()].copy_from_slice(bytes);
         put(PM1_EVENT, &self.status.to_le_bytes());
@@ -198,6 +197,10 @@ impl PowerManagement {
 
 impl PortDevice for PowerManagement {
     fn port_read(&mut self, offset: u16, data: &mut [u8]) {
+        // The PM timer is read in loops; only the status register needs more than the clock.
+        if offset < PM1_CONTROL {
+            self.update();
+        }
         let image = self.image();
         data.fill(0);
         let there = image.get(usize::from(offset)..).unwrap_or_default();

@@ -7,7 +7,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::bus::{self, Bus, BytePortDevice};
-use crate::interrupt::IrqLine;
+use crate::interrupt::{IrqLine, LevelLine};
 use crate::power::{PowerEvent, PowerSwitch};
 
 /// Data and parameters.
@@ -62,7 +62,7 @@ const INPUT_PORT: u8 = 0x80;
 /// The controller.
 pub struct I8042 {
     power: PowerSwitch,
-    line: IrqLine,
+    line: LevelLine,
     configuration: u8,
     output_port: u8,
     /// The output buffer, and whether its byte is a time-out.
@@ -78,7 +78,7 @@ impl I8042 {
     pub fn new(power: PowerSwitch, line: IrqLine) -> Self {
         Self {
             power,
-            line,
+            line: LevelLine::new(line),
             configuration: configuration::RESET,
             output_port: OUTPUT_PORT,
             output: None,
@@ -103,8 +103,10 @@ impl I8042 {
 
     /// RESET.
     pub fn reset(&mut self) {
-        *self = Self::new(self.power.clone(), self.line.clone());
-        self.line.set(false);
+        self.configuration = configuration::RESET;
+        self.output_port = OUTPUT_PORT;
+        (self.output, self.last_output, self.expecting, self.last_was_command) = (None, 0, None, false);
+        self.update_line();
     }
 
     fn put(&mut self, byte: u8, timeout: bool) {
@@ -153,7 +155,7 @@ impl I8042 {
         }
     }
 
-    fn update_line(&self) {
+    fn update_line(&mut self) {
         self.line.set(self.output.is_some() && self.configuration & configuration::KEYBOARD_INTERRUPT != 0);
     }
 

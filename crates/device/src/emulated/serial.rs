@@ -16,7 +16,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::bus::BytePortDevice;
-use crate::interrupt::IrqLine;
+use crate::interrupt::{IrqLine, LevelLine};
 
 /// First port of COM1.
 pub const COM1: u16 = 0x3f8;
@@ -233,7 +233,7 @@ fn lock(uart: &Mutex<Uart>) -> MutexGuard<'_, Uart> {
 
 /// The UART's registers.
 pub struct Uart {
-    line: IrqLine,
+    line: LevelLine,
     output: Arc<Output>,
     input_room: Arc<Condvar>,
     closed: bool,
@@ -322,6 +322,7 @@ impl Registers {
 impl Uart {
     fn new(line: IrqLine, output: Arc<Output>, input_room: Arc<Condvar>) -> Self {
         let registers = Registers::after_reset();
+        let line = LevelLine::new(line);
         Self { line, output, input_room, closed: false, backlog: VecDeque::new(), registers }
     }
 

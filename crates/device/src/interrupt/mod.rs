@@ -64,6 +64,26 @@ impl IrqLine {
     }
 }
 
+/// An interrupt line whose device works its level out anew at each access: only changes reach the chips.
+pub(crate) struct LevelLine {
+    line: IrqLine,
+    level: bool,
+}
+
+impl LevelLine {
+    /// A line that is low.
+    pub(crate) fn new(line: IrqLine) -> Self {
+        Self { line, level: false }
+    }
+
+    /// Sets the line's level.
+    pub(crate) fn set(&mut self, level: bool) {
+        if level != std::mem::replace(&mut self.level, level) {
+            self.line.set(level);
+        }
+    }
+}
+
 /// The pins of one processor that its local APIC drives. Implemented by the machine on the vCPU's signal.
 pub trait CpuPins: Send + Sync {
     /// INTR: look at the local APIC (and the PIC) for a vector.
