@@ -138,7 +138,6 @@ fn one_kick_drains_many_requests_and_they_all_come_back() {
     driver.start(0);
     driver.set_used_event(0, 4);
     let requests: Vec<_> = (0..5).map(|_| driver.prepare(0, &[b"ask"], &[2, 4])).collect();
-    assert_eq!(driver.handle.counters().requests, 0);
     driver.kick(0);
     for request in requests {
         let (bytes, written) = driver.finish(0, request);
