@@ -61,7 +61,7 @@ pub struct LapicConfig {
     pub x2apic: bool,
     /// CPUID.1:ECX.TSC_Deadline.
     pub tsc_deadline: bool,
-    /// CPUID.80000008h:EAX[7:0], 36..=52: bits of a physical address, which bound the APIC base.
+    /// Bits 7:0 of CPUID.80000008h:EAX, 36..=52: bits of a physical address, which bound the APIC base.
     pub physical_bits: u8,
 }
 
