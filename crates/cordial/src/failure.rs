@@ -1,0 +1,92 @@
+//! How things fail, and the status the process ends with.
+
+use std::fmt;
+
+/// The exit statuses that are ours. `cordial run` otherwise passes the guest's through.
+pub mod status {
+    /// The guest panicked or triple-faulted.
+    pub const GUEST_CRASHED: u8 = 123;
+    /// `--timeout` ran out.
+    pub const TIMEOUT: u8 = 124;
+    /// `run`: the machine could not be set up, or the monitor failed.
+    pub const SETUP: u8 = 125;
+    /// Other verbs: something failed.
+    pub const ERROR: u8 = 1;
+    /// Other verbs: wrong usage.
+    pub const USAGE: u8 = 2;
+    /// Something outside has to be provided first: a kernel, a permission, an engine.
+    pub const PRECONDITION: u8 = 4;
+}
+
+/// What kind of failure it is; the verb decides on the status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The user's words are wrong.
+    Usage,
+    /// Something is missing that the user can provide.
+    Precondition,
+    /// Anything else.
+    Other,
+}
+
+/// A failure: its kind and the one line the user sees.
+#[derive(Debug)]
+pub struct Failure {
+    /// Its kind.
+    pub kind: Kind,
+    /// What was wrong, with what, and what to do.
+    pub message: String,
+}
+
+impl Failure {
+    /// Wrong usage.
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self { kind: Kind::Usage, message: message.into() }
+    }
+
+    /// Something to be provided.
+    pub fn precondition(message: impl Into<String>) -> Self {
+        Self { kind: Kind::Precondition, message: message.into() }
+    }
+
+    /// Anything else.
+    pub fn other(message: impl Into<String>) -> Self {
+        Self { kind: Kind::Other, message: message.into() }
+    }
+
+    /// A failed file operation.
+    pub fn io(doing: impl fmt::Display, error: &std::io::Error) -> Self {
+        let advice = match error.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                ": free some space, or point XDG_CACHE_HOME at another disk"
+            }
+            _ => "",
+        };
+        Self::other(format!("cannot {doing}: {error}{advice}"))
+    }
+
+    /// The status `run` ends with.
+    pub const fn run_status(&self) -> u8 {
+        match self.kind {
+            Kind::Precondition => status::PRECONDITION,
+            Kind::Usage | Kind::Other => status::SETUP,
+        }
+    }
+
+    /// The status every other verb ends with.
+    pub const fn verb_status(&self) -> u8 {
+        match self.kind {
+            Kind::Usage => status::USAGE,
+            Kind::Precondition => status::PRECONDITION,
+            Kind::Other => status::ERROR,
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}

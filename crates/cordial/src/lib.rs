@@ -1,0 +1,26 @@
+//! The `cordial` program: command line, configuration, kernels, the guest's user space, output.
+//!
+//! ```text
+//!   main ──> cli ──> settings (flags > environment > files) ──> values (typed, checked)
+//!                        │
+//!                        ├─ run:    kernel ──> initramfs ──> machine::Plan ──> machine ──> session ──> report
+//!                        ├─ image:  kernel, cache
+//!                        └─ doctor: probes of all of these
+//! ```
+//!
+//! Neighbours: `machine` makes and runs what is planned here; `guest/init` answers [`session`] from inside.
+
+pub mod cache;
+pub mod cli;
+pub mod console;
+pub mod doctor;
+pub mod failure;
+pub mod image;
+pub mod initramfs;
+pub mod kernel;
+pub mod run;
+pub mod session;
+pub mod settings;
+pub mod terminal;
+pub mod userland;
+pub mod values;
