@@ -11,7 +11,8 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let guest = Path::new(&env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR")).join("../../guest");
+    let guest =
+        Path::new(&env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR")).join("../../guest");
     for source in ["Cargo.toml", "Cargo.lock", "init", "protocol"] {
         println!("cargo::rerun-if-changed={}", guest.join(source).display());
     }

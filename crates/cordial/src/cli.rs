@@ -189,7 +189,7 @@ impl RunArguments {
             ("events", &self.events),
             ("cwd", &self.cwd),
         ];
-        let mut layer: Layer = texts.iter().filter_map(|(key, text)| Some((*key, vec![text.clone()?]))).collect();
+        let mut layer: Layer = texts.iter().filter_map(|(key, text)| Some((*key, vec![(*text).clone()?]))).collect();
         layer.extend(switches.iter().filter(|(_, on)| *on).map(|(key, _)| (*key, vec!["true".to_owned()])));
         if !self.disk.is_empty() {
             layer.insert("disk", self.disk.clone());
@@ -242,7 +242,8 @@ mod tests {
             Verb::Run(arguments) => arguments,
             other => panic!("{other:?}"),
         };
-        let run = parse(&["cordial", "run", "-c", "2", "--json", "--disk", "a", "--disk", "b:ro", "--", "sh", "-c", "x"]);
+        let run =
+            parse(&["cordial", "run", "-c", "2", "--json", "--disk", "a", "--disk", "b:ro", "--", "sh", "-c", "x"]);
         assert_eq!(run.command, ["sh", "-c", "x"]);
         assert_eq!(run.json.as_deref(), Some("-"));
         let layer = run.layer();

@@ -259,11 +259,8 @@ mod tests {
     fn exit_is_told_once_all_output_is_here() {
         let (ports, mut guest) = ports();
         let out = Kept::default();
-        let ends = Ends {
-            stdin: Some(Box::new(&b"input"[..])),
-            stdout: Box::new(out.clone()),
-            stderr: Box::new(io::sink()),
-        };
+        let ends =
+            Ends { stdin: Some(Box::new(&b"input"[..])), stdout: Box::new(out.clone()), stderr: Box::new(io::sink()) };
         let (_session, notices) = Session::start(ports, ends, command());
         protocol::send(&mut guest.control_out, &ToHost::Ready { kernel: "6.1".into() }).unwrap();
         assert_eq!(protocol::receive(&mut guest.control_in).unwrap(), Some(ToGuest::Run(command())));

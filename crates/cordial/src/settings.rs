@@ -235,7 +235,10 @@ mod tests {
         let settings = Settings {
             layers: vec![
                 (Origin::Flag, Layer::from([("cpus", vec!["3".into()])])),
-                (Origin::File("a".into()), parse("[defaults]\ncpus = 1\nmem = \"2G\"\ndisk = [\"x\", \"y:ro\"]").unwrap()),
+                (
+                    Origin::File("a".into()),
+                    parse("[defaults]\ncpus = 1\nmem = \"2G\"\ndisk = [\"x\", \"y:ro\"]").unwrap(),
+                ),
                 (Origin::File("b".into()), parse("[defaults]\nmem = \"4G\"\nexits = true").unwrap()),
             ],
         };

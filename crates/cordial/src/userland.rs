@@ -75,7 +75,6 @@ fn is_static(elf: &[u8]) -> bool {
 /// Where a program would be looked for in the guest.
 pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -142,12 +142,8 @@ pub fn dialects(settings: &Settings) -> Result<Dialects, Failure> {
 /// # Errors
 /// An unknown name.
 pub fn console(settings: &Settings) -> Result<Console, Failure> {
-    let known = [
-        ("auto", Console::Auto),
-        ("virtio", Console::Virtio),
-        ("serial", Console::Serial),
-        ("none", Console::None),
-    ];
+    let known =
+        [("auto", Console::Auto), ("virtio", Console::Virtio), ("serial", Console::Serial), ("none", Console::None)];
     Ok(read(settings, "console", |text| one_of(text, &known))?.unwrap_or(Console::Auto))
 }
 
@@ -249,9 +245,14 @@ mod tests {
 
     #[test]
     fn sizes_have_units() {
-        for (text, bytes) in
-            [("512", 512 << 20), ("1G", 1 << 30), ("64m", 64 << 20), ("4096K", 4 << 20), ("2GiB", 2 << 30), ("1T", 1 << 40)]
-        {
+        for (text, bytes) in [
+            ("512", 512 << 20),
+            ("1G", 1 << 30),
+            ("64m", 64 << 20),
+            ("4096K", 4 << 20),
+            ("2GiB", 2 << 30),
+            ("1T", 1 << 40),
+        ] {
             assert_eq!(size(text), Ok(bytes), "{text}");
         }
         for text in ["", "G", "1Q", "-1", "1.5G", "99999999999T"] {
@@ -272,10 +273,7 @@ mod tests {
         assert!(memory(&settings("mem", "0"), 1 << 34).is_err());
         assert!(memory(&settings("mem", "64G"), 1 << 34).is_err());
         let wrong = message(engine(&settings("engine", "kvn")).unwrap_err());
-        assert_eq!(
-            wrong,
-            "engine \"kvn\" (command line): not one of auto, translate, kvm; did you mean \"kvm\"?"
-        );
+        assert_eq!(wrong, "engine \"kvn\" (command line): not one of auto, translate, kvm; did you mean \"kvm\"?");
         let wrong = message(dialects(&settings("dialect", "cordial")).unwrap_err());
         assert!(wrong.contains("not part of this version"), "{wrong}");
         assert!(dialects(&settings("dialect", "none")).unwrap().is_none());

@@ -184,7 +184,8 @@ fn a_disk_keeps_what_was_written_and_is_clean() {
     let directory = tempfile::tempdir().unwrap();
     let disk = path(&directory, "disk");
     std::fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
-    if !std::process::Command::new("mke2fs").args(["-q", "-t", "ext4", &disk]).status().is_ok_and(|done| done.success()) {
+    if !std::process::Command::new("mke2fs").args(["-q", "-t", "ext4", &disk]).status().is_ok_and(|done| done.success())
+    {
         return eprintln!("skipped: no mke2fs");
     }
     let drive = format!("file={disk},format=raw,if=virtio");

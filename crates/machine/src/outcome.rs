@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
+use device::virtio::console::PortEnds;
 use engine::Ledger;
 use serde::Serialize;
 
@@ -19,6 +20,8 @@ pub struct SerialEnds {
 pub struct Attachments {
     /// COM1.
     pub serial: SerialEnds,
+    /// The virtio console device's ports; a port with `console` set is a terminal (hvc0).
+    pub ports: Vec<PortEnds>,
     /// Where progress is told.
     pub events: Option<Sender<Event>>,
 }

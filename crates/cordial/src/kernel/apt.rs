@@ -156,7 +156,8 @@ fn explain(doing: &str, output: &Output) -> Failure {
         return Failure::other(format!("cannot {doing}: {message}"));
     }
     let reasons = |mark: &str| text.lines().find_map(|line| line.trim().strip_prefix(mark).map(str::to_owned));
-    let reason = reasons("E: ").or_else(|| reasons("W: ")).unwrap_or_else(|| format!("apt ended with {}", output.status));
+    let reason =
+        reasons("E: ").or_else(|| reasons("W: ")).unwrap_or_else(|| format!("apt ended with {}", output.status));
     Failure::other(format!("cannot {doing}: {}", reason.trim()))
 }
 

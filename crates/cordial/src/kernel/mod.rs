@@ -284,7 +284,8 @@ fn unpack_kernel(
     let everything = addition.workspace()?;
     deb::unpack(package, everything.path(), |path| {
         let text = path.to_string_lossy();
-        let in_tree = text.trim_start_matches("usr/").strip_prefix("lib/modules/").and_then(|rest| rest.split_once('/'));
+        let in_tree =
+            text.trim_start_matches("usr/").strip_prefix("lib/modules/").and_then(|rest| rest.split_once('/'));
         text.starts_with("boot/vmlinuz-")
             || in_tree.is_some_and(|(_, file)| {
                 let place = |file: &str| MODULE_PLACES.iter().any(|place| file.starts_with(place));
@@ -301,8 +302,7 @@ fn unpack_kernel(
         .ok()
         .and_then(|mut directory| directory.next()?.ok())
         .and_then(|image| image.file_name().to_str()?.strip_prefix("vmlinuz-").map(str::to_owned));
-    let release =
-        release.ok_or_else(|| Failure::usage(format!("{} is no kernel package", package.display())))?;
+    let release = release.ok_or_else(|| Failure::usage(format!("{} is no kernel package", package.display())))?;
     let tree = Path::new("lib/modules").join(&release);
     let modules = Modules::open(&everything.path().join(&tree))?;
     let wanted = [&CONSOLE_MODULES[..], &ENTROPY_MODULES, &DISK_MODULES].concat();

@@ -164,9 +164,7 @@ mod tests {
         elf[0x3a] = 64;
         elf[0x3c] = 3;
         elf[0x3e] = 2;
-        for (name, start, length) in
-            [(0_u8, 0, 0), (1, 64 + names.len(), modinfo.len()), (10, 64, names.len())]
-        {
+        for (name, start, length) in [(0_u8, 0, 0), (1, 64 + names.len(), modinfo.len()), (10, 64, names.len())] {
             let mut header = [0_u8; 64];
             header[0] = name;
             header[0x18..0x20].copy_from_slice(&(start as u64).to_le_bytes());

@@ -63,10 +63,7 @@ pub(super) fn connect(prepared: &Prepared, capture: bool) -> Result<Connected, F
         None
     };
     let console = ConsoleLog::with_echo(echo);
-    let serial = SerialEnds {
-        output: Box::new(console.clone()),
-        input: if on_serial { keyboard() } else { None },
-    };
+    let serial = SerialEnds { output: Box::new(console.clone()), input: if on_serial { keyboard() } else { None } };
     let on_virtio = prepared.console == Console::Virtio && interactive;
     let mut ports = vec![PortEnds {
         name: String::new(),
@@ -96,7 +93,7 @@ fn keyboard(leave: Sender<()>) -> Box<dyn Read + Send> {
         return Box::new(io::stdin());
     }
     // Nobody listens any more once the machine is ending anyway.
-    Box::new(Keyboard::new(io::stdin(), move || drop(leave.send(()))))
+    Box::new(Keyboard::new(io::stdin(), move || _ = leave.send(())))
 }
 
 /// The four ports of the session: the machine's ends and the session's.

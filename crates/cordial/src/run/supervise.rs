@@ -47,14 +47,9 @@ impl Ended {
 }
 
 /// Assembles the machine, runs it, and sees to it that it ends.
-pub(super) fn supervise(
-    prepared: &Prepared,
-    connected: Connected,
-    progress: &mut Progress,
-) -> Result<Ended, Failure> {
+pub(super) fn supervise(prepared: &Prepared, connected: Connected, progress: &mut Progress) -> Result<Ended, Failure> {
     let Connected { attachments, events, session, console, captured, escape, raw_from_start } = connected;
-    let machine =
-        Machine::assemble(&prepared.plan, attachments).map_err(|error| Failure::other(error.to_string()))?;
+    let machine = Machine::assemble(&prepared.plan, attachments).map_err(|error| Failure::other(error.to_string()))?;
     let (happens, happenings) = channel();
     let handle = machine.handle();
     let session = session.map(|(session, notices)| {
@@ -104,8 +99,8 @@ fn forward<T: Send + 'static>(
 }
 
 fn watch_signals(happens: Sender<Happening>) -> Result<signal_hook::iterator::Handle, Failure> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGWINCH])
-        .map_err(|error| Failure::io("watch for signals", &error))?;
+    let mut signals =
+        Signals::new([SIGINT, SIGTERM, SIGHUP, SIGWINCH]).map_err(|error| Failure::io("watch for signals", &error))?;
     let handle = signals.handle();
     thread::spawn(move || signals.forever().map(Happening::Signal).try_for_each(|signal| happens.send(signal)));
     Ok(handle)
