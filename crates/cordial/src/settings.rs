@@ -255,7 +255,7 @@ mod tests {
 
     #[test]
     fn unknown_keys_are_errors_with_a_suggestion() {
-        assert_eq!(parse("[defaults]\ncpu5 = 1").unwrap_err(), "unknown key \"cpu5\"; did you mean \"cpus\"?");
+        assert_eq!(parse("[defaults]\nengin = 1").unwrap_err(), "unknown key \"engin\"; did you mean \"engine\"?");
         assert_eq!(parse("cpus = 1").unwrap_err(), "unknown table or key \"cpus\"; it belongs under [defaults]");
         assert_eq!(parse("[defaults]\nmem = [1]").unwrap_err(), "mem cannot be array");
         assert!(parse("[defaults").is_err());

@@ -37,7 +37,8 @@ pub fn decompressor<'a>(extension: &str, compressed: impl Read + 'a) -> io::Resu
 
 fn unpack_tar(tar: impl Read, directory: &Path, wanted: impl Fn(&Path) -> bool) -> io::Result<Vec<PathBuf>> {
     let mut unpacked = Vec::new();
-    for entry in tar::Archive::new(tar).entries()? {
+    let mut archive = tar::Archive::new(tar);
+    for entry in archive.entries()? {
         let mut entry = entry?;
         let path: PathBuf = entry.path()?.components().filter(|part| matches!(part, Component::Normal(_))).collect();
         if entry.header().entry_type().is_file() && wanted(&path) {
@@ -49,6 +50,8 @@ fn unpack_tar(tar: impl Read, directory: &Path, wanted: impl Fn(&Path) -> bool) 
             unpacked.push(path);
         }
     }
+    // The compressor's own end has the checksum of it all.
+    io::copy(&mut archive.into_inner(), &mut io::sink())?;
     Ok(unpacked)
 }
 
