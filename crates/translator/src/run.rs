@@ -147,18 +147,17 @@ impl Runner {
             return self.deliver(|cpu| cpu.raise_pending_debug());
         }
         let exceptions = self.cpu.config.ledger.worked(Work::Exception);
+        (self.cpu.flags_loaded, self.cpu.no_step) = (false, false);
         self.block(1)?;
         if self.cpu.config.ledger.worked(Work::Exception) == exceptions {
             // Completed: RF lasts for one instruction, unless that instruction loaded it anew.
-            if flags & rflags::RF != 0 && !std::mem::take(&mut self.cpu.flags_loaded) {
+            if flags & rflags::RF != 0 && !self.cpu.flags_loaded {
                 self.cpu.state.rflags &= !rflags::RF;
             }
-            if flags & rflags::TF != 0 && !std::mem::take(&mut self.cpu.no_step) {
+            if flags & rflags::TF != 0 && !self.cpu.no_step {
                 self.cpu.pending_debug |= DR6_SINGLE_STEP;
             }
         }
-        self.cpu.flags_loaded = false;
-        self.cpu.no_step = false;
         self.cpu.recheck = true;
         Ok(())
     }

@@ -233,8 +233,11 @@ fn sti(cpu: &mut Cpu, _op: &Op) -> Done {
     }
     if cpu.state.rflags & rflags::IF == 0 {
         cpu.state.rflags |= rflags::IF;
-        cpu.state.shadow = Shadow::Sti;
-        cpu.recheck = true;
+        // Where nothing waits there is nothing to hold back for one instruction: what comes now, comes after it.
+        if !cpu.config.signal.pending().is_empty() {
+            cpu.state.shadow = Shadow::Sti;
+            cpu.recheck = true;
+        }
     }
     Ok(())
 }
