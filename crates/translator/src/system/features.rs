@@ -58,7 +58,12 @@ impl Features {
             (Feature::Smep, cr4::SMEP),
             (Feature::Smap, cr4::SMAP),
         ];
-        let efer_by_feature = [(Feature::Syscall, efer::SCE), (Feature::Lm, efer::LME), (Feature::Nx, efer::NXE)];
+        let efer_by_feature = [
+            (Feature::Syscall, efer::SCE),
+            (Feature::Lm, efer::LME),
+            (Feature::Nx, efer::NXE),
+            (Feature::AutoIbrs, efer::AIBRSE),
+        ];
         let bits = |table: &[(Feature, u64)]| {
             table.iter().filter(|(feature, _)| has(*feature)).fold(0, |all, (_, bits)| all | bits)
         };
