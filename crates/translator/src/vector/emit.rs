@@ -20,7 +20,7 @@ use iced_x86::code_asm::{
 };
 use iced_x86::{
     Code, CodeSize, EncodingKind, IcedError, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic, OpAccess,
-    OpKind, Register,
+    OpKind, Register, RflagsBits,
 };
 
 use crate::vector::registers::TO_HIGH;
@@ -97,6 +97,8 @@ pub(super) struct Recipe {
     store: Option<(usize, Register)>,
 }
 
+/// The status flags as iced names them (x87 condition codes are there too).
+const STATUS: u32 = RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
 const MEMORY: Register = Register::R9;
 /// The vector pointer of implicit XMM0.
 pub(super) const IMPLICIT: usize = 3;
@@ -110,8 +112,8 @@ impl Recipe {
             general: General::None,
             memory: Memory::None,
             bytes: original.memory_size().size() as u8,
-            flags_out: original.rflags_modified() != 0,
-            flags_in: original.rflags_read() != 0,
+            flags_out: original.rflags_modified() & STATUS != 0,
+            flags_in: original.rflags_read() & STATUS != 0,
             float: reads_mxcsr(original.mnemonic()),
             mmx: false,
             x87: format!("{:?}", original.mnemonic()).starts_with('F'),
@@ -176,13 +178,13 @@ impl Recipe {
     fn implicit(&mut self, original: &Instruction) {
         use Mnemonic::*;
         match original.mnemonic() {
-            Pcmpestri | Pcmpestrm | Pcmpistri | Pcmpistrm | Vpcmpestri | Vpcmpestrm | Vpcmpistri | Vpcmpistrm => {
+            Pcmpestri | Pcmpestri64 | Pcmpistri | Vpcmpestri | Vpcmpestri64 | Vpcmpistri => {
                 self.general = General::Implicit;
-                if matches!(original.mnemonic(), Pcmpestrm | Pcmpistrm | Vpcmpestrm | Vpcmpistrm) {
-                    self.store = Some((IMPLICIT, Register::XMM0));
-                } else {
-                    self.general_out = true;
-                }
+                self.general_out = true;
+            }
+            Pcmpestrm | Pcmpestrm64 | Pcmpistrm | Vpcmpestrm | Vpcmpestrm64 | Vpcmpistrm => {
+                self.general = General::Implicit;
+                self.store = Some((IMPLICIT, Register::XMM0));
             }
             Blendvpd | Blendvps | Pblendvb | Sha256rnds2 if original.op_count() == 2 => {
                 self.loads.push((IMPLICIT, Register::XMM0));
@@ -198,8 +200,19 @@ impl Recipe {
         if self.instruction.encoding() == EncodingKind::VEX {
             return matches!(mnemonic, Vmovntdqa | Vmovntdq | Vmovntpd | Vmovntps | Vmovaps | Vmovapd | Vmovdqa);
         }
-        let exempt =
-            matches!(mnemonic, Pcmpestri | Pcmpestrm | Pcmpistri | Pcmpistrm | Movups | Movupd | Movdqu | Lddqu);
+        let exempt = matches!(
+            mnemonic,
+            Pcmpestri
+                | Pcmpestri64
+                | Pcmpestrm
+                | Pcmpestrm64
+                | Pcmpistri
+                | Pcmpistrm
+                | Movups
+                | Movupd
+                | Movdqu
+                | Lddqu
+        );
         self.bytes == 16 && !exempt
     }
 

@@ -17,6 +17,7 @@
 mod arena;
 mod emit;
 mod gate;
+mod masked;
 mod moves;
 mod native;
 mod offered;
@@ -59,6 +60,7 @@ pub(crate) fn select(instruction: &Instruction, bytes: &[u8], cpu: &mut Cpu, op:
     }
     let handler = save::select(instruction, op)
         .or_else(|| moves::select(instruction, op))
+        .or_else(|| masked::select(instruction, op))
         .or_else(|| x87::select(instruction, bytes, op));
     if handler.is_some() {
         return handler;

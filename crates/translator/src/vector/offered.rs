@@ -48,7 +48,19 @@ pub(super) fn is_ours(instruction: &Instruction) -> bool {
     }
     matches!(
         instruction.mnemonic(),
-        Wait | Ldmxcsr | Stmxcsr | Vldmxcsr | Vstmxcsr | Femms | Ldtilecfg | Sttilecfg | Tilerelease
+        Cvtss2si
+            | Cvttss2si
+            | Cvtsd2si
+            | Cvttsd2si
+            | Wait
+            | Ldmxcsr
+            | Stmxcsr
+            | Vldmxcsr
+            | Vstmxcsr
+            | Femms
+            | Ldtilecfg
+            | Sttilecfg
+            | Tilerelease
     )
 }
 

@@ -13,7 +13,7 @@ use crate::vector::arena::Arena;
 use crate::vector::emit::{Frame, General, Memory, Recipe};
 
 /// Address space for all stubs there can be; a test adds them up.
-const ARENA_BYTES: usize = 32 << 20;
+pub(super) const ARENA_BYTES: usize = 8 << 20;
 
 /// One stub and what its handler must know.
 #[derive(Debug)]

@@ -16,7 +16,7 @@ use crate::vector::emit::Memory;
 use crate::vector::gate::{self, Gate, X87, X87NoWait};
 use crate::vector::native::{Bounce, flags_in, frame, operand, stub_of};
 use crate::vector::registers::{
-    FCW, FDP, FIP, FOP, FSW, FTW, Registers, ST, init_x87, leave_mmx, normalise_control, summarise,
+    FCW, FDP, FIP, FOP, FSW, FTW, MXCSR, MXCSR_MASK, Registers, ST, init_x87, leave_mmx, normalise_control, summarise,
 };
 use crate::vector::stub;
 
@@ -133,6 +133,7 @@ fn run(cpu: &mut Cpu, op: &Op, memory: *mut u8, data: Option<u64>) {
         area.set_u16(FSW, status);
         summarise(area);
     }
+    area.set_u32(MXCSR + 4, MXCSR_MASK); // FXSAVE put the host's there
     area.set_u16(FOP, u16::from_le_bytes([op.reg[1], op.reg[2]]));
     area.set_u64(FIP, instruction);
     area.set_u64(FDP, data.unwrap_or(last_data));

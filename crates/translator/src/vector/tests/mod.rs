@@ -1,6 +1,11 @@
 //! One instruction at a time on a vCPU with real page tables.
 
+mod every;
+mod host;
 mod known;
+mod masked;
+mod modes;
+mod saving;
 
 use std::sync::Arc;
 
@@ -34,11 +39,11 @@ impl Bench {
     /// With only some of the features the host has.
     fn with(keep: impl Fn(Feature) -> bool) -> Self {
         let ram = GuestRam::new(&[(Gpa(0), 0x40000)]).unwrap();
-        for (table, entry) in [(0x1000, 0x2003), (0x2000, 0x3003), (0x3000, 0x4003_u64)] {
+        for (table, entry) in [(0x1000, 0x2007), (0x2000, 0x3007), (0x3000, 0x4007_u64)] {
             ram.write_value(Gpa(table), &entry).unwrap();
         }
         for page in (0..64).filter(|page| page * 0x1000 != HOLE) {
-            ram.write_value(Gpa(0x4000 + page * 8), &(page * 0x1000 | 3)).unwrap();
+            ram.write_value(Gpa(0x4000 + page * 8), &(page * 0x1000 | 7)).unwrap();
         }
         let mut table = lookup(DEFAULT).unwrap().table(&HostCpu::read(), 0, 1).unwrap();
         for bit in engine::cpu_model::FEATURES {
@@ -63,6 +68,20 @@ impl Bench {
         cpu.state.segments[seg::SS] = Segment { selector: 16, attributes: 0xc093, limit: u32::MAX, base: 0 };
         cpu.refresh();
         Self { cpu }
+    }
+
+    /// Goes to 32-bit protected mode without paging, or to real mode.
+    fn leave_long_mode(&mut self, protected: bool) {
+        let state = &mut self.cpu.state;
+        state.efer = 0;
+        state.cr0 = cr0::NE | cr0::MP | cr0::ET | if protected { cr0::PE } else { 0 };
+        let (code, data) = if protected { (0xc09b, 0xc093) } else { (0x9b, 0x93) };
+        for number in [seg::ES, seg::DS, seg::SS, seg::CS] {
+            let attributes = if number == seg::CS { code } else { data };
+            state.segments[number] = Segment { selector: 8, attributes, limit: u32::MAX, base: 0 };
+        }
+        self.cpu.tlb.flush_all();
+        self.cpu.refresh();
     }
 
     /// Runs one instruction.
