@@ -14,6 +14,7 @@
 #![no_std]
 #![no_main]
 
+mod apic;
 mod boot;
 mod cpu;
 mod freestanding;

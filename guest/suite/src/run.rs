@@ -11,7 +11,7 @@
 //! register. A 64-bit interrupt aligns the stack before it pushes (SDM 6.14.2): the alignment left over tells whether
 //! the processor pushed an error code, and so that is recorded rather than assumed from the vector.
 
-use crate::cpu::{MAX_CPUS, flag};
+use crate::cpu::{MAX_CPUS, cr0, flag};
 use crate::tables::{KERNEL_CODE, KERNEL_DATA, Stack, USER_CODE, USER_CODE32, USER_DATA};
 use core::arch::global_asm;
 use core::mem::offset_of;
@@ -147,7 +147,17 @@ common:
     pop qword ptr [rax + 152]
     mov rbx, cr2
     mov [rax + {cr2}], rbx
-    mov rbx, [rax + {host_rsp}]
+    // Rust code uses SSE: what a snippet did to it ends here.
+    mov rbx, cr0
+    test bl, {em_ts}
+    jz 5f
+    and bl, ~{em_ts}
+    mov cr0, rbx
+5:  mov rbx, cr4
+    bts rbx, 9
+    jc 6f
+    mov cr4, rbx
+6:  mov rbx, [rax + {host_rsp}]
     test rbx, rbx
     jz 3f
     mov qword ptr [rax + {host_rsp}], 0
@@ -211,6 +221,7 @@ enter_snippet:
     error = const offset_of!(Exit, error),
     cr2 = const offset_of!(Exit, cr2),
     frame = const offset_of!(Exit, frame),
+    em_ts = const cr0::EM | cr0::TS,
     code = const KERNEL_CODE,
     data = const KERNEL_DATA,
     unexpected = sym unexpected,

@@ -1,10 +1,15 @@
 //! The tests, a module an area.
 
-mod exceptions;
-mod paging;
-
 use crate::tap::Group;
 
-/// Every group, in the order they run.
-pub const GROUPS: &[Group] =
-    &[Group { name: "exceptions", tests: exceptions::TESTS }, Group { name: "paging", tests: paging::TESTS }];
+/// Declares the modules and lists them as groups, in the order they run.
+macro_rules! groups {
+    ($($name:ident),* $(,)?) => {
+        $(mod $name;)*
+
+        /// Every group.
+        pub const GROUPS: &[Group] = &[$(Group { name: stringify!($name), tests: $name::TESTS }),*];
+    };
+}
+
+groups![exceptions, debug, paging, control, segments];

@@ -1,0 +1,73 @@
+//! The local APIC by its memory-mapped registers (SDM volume 3, chapter 11).
+
+/// Physical address after reset.
+pub const BASE: u64 = 0xFEE0_0000;
+
+/// Register offsets.
+pub mod reg {
+    pub const ID: u32 = 0x20;
+    pub const VERSION: u32 = 0x30;
+    pub const TPR: u32 = 0x80;
+    pub const PPR: u32 = 0xA0;
+    pub const EOI: u32 = 0xB0;
+    pub const LDR: u32 = 0xD0;
+    pub const DFR: u32 = 0xE0;
+    pub const SVR: u32 = 0xF0;
+    pub const ISR: u32 = 0x100;
+    pub const TMR: u32 = 0x180;
+    pub const IRR: u32 = 0x200;
+    pub const ESR: u32 = 0x280;
+    pub const ICR_LOW: u32 = 0x300;
+    pub const ICR_HIGH: u32 = 0x310;
+    pub const LVT_TIMER: u32 = 0x320;
+    pub const LVT_LINT0: u32 = 0x350;
+    pub const LVT_LINT1: u32 = 0x360;
+    pub const LVT_ERROR: u32 = 0x370;
+    pub const TIMER_INITIAL: u32 = 0x380;
+    pub const TIMER_CURRENT: u32 = 0x390;
+    pub const TIMER_DIVIDE: u32 = 0x3E0;
+}
+
+pub fn read(register: u32) -> u32 {
+    unsafe { ((BASE + u64::from(register)) as *const u32).read_volatile() }
+}
+
+pub fn write(register: u32, value: u32) {
+    unsafe { ((BASE + u64::from(register)) as *mut u32).write_volatile(value) };
+}
+
+/// Enables the APIC with spurious vector 0xFF, accepts everything, masks every local source.
+pub fn enable() {
+    write(reg::SVR, 0x1FF);
+    write(reg::TPR, 0);
+    for lvt in [reg::LVT_TIMER, reg::LVT_LINT0, reg::LVT_LINT1, reg::LVT_ERROR] {
+        write(lvt, 0x1_0000);
+    }
+    write(reg::TIMER_INITIAL, 0);
+    drain();
+}
+
+/// Ends every interrupt in service.
+pub fn drain() {
+    for _ in 0..256 {
+        if (0..8).all(|i| read(reg::ISR + i * 0x10) == 0) {
+            break;
+        }
+        write(reg::EOI, 0);
+    }
+}
+
+/// Whether a vector is set in the ISR, IRR or TMR.
+pub fn bit(bank: u32, vector: u32) -> bool {
+    read(bank + vector / 32 * 0x10) >> (vector % 32) & 1 != 0
+}
+
+/// Sends a fixed interrupt to this processor by the self shorthand and waits until it is requested.
+pub fn send_self(vector: u32) {
+    write(reg::ICR_LOW, 0x4_0000 | vector);
+    for _ in 0..100_000 {
+        if bit(reg::IRR, vector) || bit(reg::ISR, vector) {
+            break;
+        }
+    }
+}
