@@ -160,16 +160,6 @@ pub fn outb(port: u16, value: u8) {
     unsafe { asm!("out dx, al", in("dx") port, in("al") value) };
 }
 
-pub fn outl(port: u16, value: u32) {
-    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value) };
-}
-
-pub fn inl(port: u16) -> u32 {
-    let value;
-    unsafe { asm!("in eax, dx", in("dx") port, out("eax") value) };
-    value
-}
-
 pub fn rdmsr(index: u32) -> u64 {
     let (low, high): (u32, u32);
     unsafe { asm!("rdmsr", in("ecx") index, out("eax") low, out("edx") high) };

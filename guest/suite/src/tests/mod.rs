@@ -12,4 +12,4 @@ macro_rules! groups {
     };
 }
 
-groups![exceptions, debug, paging, control, segments];
+groups![exceptions, debug, paging, control, segments, apic, ioapic];
