@@ -37,7 +37,7 @@ impl TscScale {
     /// What the guest makes of `ticks`, to the nanosecond.
     pub fn nanoseconds(self, ticks: u64) -> u64 {
         let shifted = if self.shift >= 0 { ticks << self.shift } else { ticks >> -self.shift };
-        (u128::from(shifted) * u128::from(self.mul) >> 32) as u64
+        ((u128::from(shifted) * u128::from(self.mul)) >> 32) as u64
     }
 }
 
