@@ -6,8 +6,10 @@
 mod clock;
 mod entropy;
 pub mod fake;
+mod process;
 mod timer;
 
 pub use clock::{Clock, HostClock, read_tsc};
 pub use entropy::{Entropy, HostEntropy};
+pub use process::resident_bytes;
 pub use timer::{HostTimers, Timer, TimerCallback, Timers};

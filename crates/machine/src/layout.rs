@@ -40,9 +40,9 @@ pub const ECAM: u64 = 0xe000_0000;
 /// Bytes of [`ECAM`].
 pub const ECAM_BYTES: u64 = device::pci::Ecam::SIZE;
 /// The I/O APIC's registers.
-pub const IO_APIC: u64 = 0xfec0_0000;
+pub const IO_APIC: u64 = device::interrupt::ioapic::BASE;
 /// The HPET's registers.
-pub const HPET: u64 = 0xfed0_0000;
+pub const HPET: u64 = device::emulated::hpet::BASE;
 /// The local APICs' registers, and where message-signalled interrupts are written.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// RAM beyond [`LOW_RAM_LIMIT`].
@@ -52,30 +52,11 @@ pub const PCI_WINDOW_64_BYTES: u64 = 64 << 30;
 
 /// Ports for PCI BARs.
 pub const PCI_PORTS: Range<u16> = 0xc000..0xf000;
-/// ACPI PM1a event block, 4 ports.
-pub const PM1_EVENT: u16 = 0x600;
-/// ACPI PM1a control block, 2 ports.
-pub const PM1_CONTROL: u16 = 0x604;
-/// ACPI PM timer, 4 ports.
-pub const PM_TIMER: u16 = 0x608;
-/// The reset register of PCI chipsets; writing [`RESET_VALUE`] resets the machine.
-pub const RESET_PORT: u16 = 0xcf9;
-/// Full reset: SYS_RST and RST_CPU.
-pub const RESET_VALUE: u8 = 6;
-/// The CMOS clock's index port; data is the next one.
-pub const RTC_PORT: u16 = 0x70;
-/// The first serial port.
-pub const COM1: u16 = 0x3f8;
 
-/// COM1's interrupt.
-pub const COM1_GSI: u32 = 4;
-/// The CMOS clock's interrupt.
-pub const RTC_GSI: u32 = 8;
-/// The ACPI system control interrupt: level-triggered, active high.
-pub const SCI_GSI: u32 = 9;
+/// The keyboard controller's interrupt.
+pub const KEYBOARD_GSI: u32 = 1;
 /// Where the PIT's ISA interrupt 0 arrives at the I/O APIC.
 pub const PIT_GSI: u32 = 2;
-
 /// The lines PCI interrupt pins are wired to, rotated by slot.
 pub const PCI_GSIS: [u32; 4] = [16, 17, 18, 19];
 

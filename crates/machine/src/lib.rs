@@ -10,15 +10,25 @@
 //! `paravirt` answer what the guest asks for.
 
 pub mod acpi;
+mod announce;
+mod board;
 pub mod boot;
+mod control;
 mod error;
+mod firmware;
+mod guest_io;
 pub mod layout;
 mod outcome;
+mod pins;
 pub mod plan;
+mod processor;
 mod run;
+mod select;
+mod time;
 
 pub use error::Error;
 pub use layout::Layout;
-pub use outcome::{Attachments, Event, MemoryFigures, Outcome, Protocol, Report, SerialEnds};
+pub use outcome::{Attachments, DeviceFigures, Event, MemoryFigures, Outcome, Protocol, Report, SerialEnds};
 pub use plan::Plan;
-pub use run::{Handle, Machine, SelectedEngine, select_engine};
+pub use run::{Handle, Machine};
+pub use select::{SelectedEngine, select_engine};

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
+use device::virtio::CounterValues;
 use device::virtio::console::PortEnds;
 use engine::Ledger;
 use serde::Serialize;
@@ -101,6 +102,15 @@ pub struct MemoryFigures {
     pub overhead: u64,
 }
 
+/// What one virtio device has done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceFigures {
+    /// "console", "disk0", "entropy" ...
+    pub name: String,
+    /// Kicks, interrupts, requests, bytes.
+    pub counters: CounterValues,
+}
+
 /// What is known once a machine has ended.
 pub struct Report {
     /// Why it ended.
@@ -109,6 +119,8 @@ pub struct Report {
     pub engine: &'static str,
     /// One ledger a vCPU.
     pub ledgers: Vec<Arc<Ledger>>,
+    /// What the virtio devices did.
+    pub devices: Vec<DeviceFigures>,
     /// Ticks a millisecond in the ledgers' figures.
     pub tsc_khz: u64,
     /// Wall time from the first guest instruction to the end, nanoseconds.

@@ -1,47 +1,45 @@
-//! The machine and its run loop.
+//! The machine: assembled from a plan, run to its end.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use engine::Ledger;
-use serde::Serialize;
+use device::interrupt::{InterruptChips, Lapic, LapicConfig};
+use device::power::PowerSwitch;
+use device::virtio;
+use device::virtio::console::ConsoleSize;
+use engine::cpu_model::{self, Feature, HostCpu};
+use engine::{CpuState, CpuidTable, Engine, GuestTsc, Ledger, Signal, VcpuConfig, VcpuId};
+use host::{Clock, HostClock, HostEntropy, HostTimers};
+use memory::GuestRam;
+use translator::Translator;
 
-use crate::plan::EngineChoice;
-use crate::{Attachments, Error, Plan, Report};
-
-/// The engine a plan gets, and why.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct SelectedEngine {
-    /// "translate" or "kvm".
-    pub name: &'static str,
-    /// Why this one, in a few words for the first line of output.
-    pub reason: String,
-}
-
-/// Says which engine `choice` means on this host.
-///
-/// # Errors
-/// [`Error::Engine`] where the engine asked for does not work here.
-pub fn select_engine(choice: EngineChoice) -> Result<SelectedEngine, Error> {
-    let reason = match choice {
-        EngineChoice::Translate => "as asked".into(),
-        EngineChoice::Auto => match kvm::probe() {
-            Ok(()) => "the host has KVM, but the kvm engine is not part of this version yet".into(),
-            Err(engine::Error::Unusable { reason, .. }) => reason,
-            Err(error) => error.to_string(),
-        },
-        EngineChoice::Kvm => {
-            kvm::probe()?;
-            let reason = "it is not part of this version yet; use --engine translate".into();
-            return Err(Error::Engine(engine::Error::Unusable { engine: "kvm", reason }));
-        }
-    };
-    Ok(SelectedEngine { name: "translate", reason })
-}
+use crate::announce::{Announcer, Events};
+use crate::board::{Board, HostParts, PowerButton};
+use crate::control::Control;
+use crate::guest_io::{GuestIo, SharedIo};
+use crate::pins::Pins;
+use crate::plan::Dialects;
+use crate::processor::Processor;
+use crate::select::select_engine;
+use crate::time::TscClock;
+use crate::{Attachments, Error, Event, Layout, MemoryFigures, Plan, Report, acpi, boot, firmware};
 
 /// A machine that has not run yet.
 pub struct Machine {
     handle: Handle,
+    processors: Vec<Processor>,
+    board: Board,
+    ram: GuestRam,
+    events: Events,
+    engine: &'static str,
+    tsc_khz: u64,
+}
+
+/// What belongs to one vCPU beside its engine's part.
+struct Slot {
+    signal: Arc<Signal>,
+    ledger: Arc<Ledger>,
+    tsc: Arc<GuestTsc>,
+    cpuid: Arc<CpuidTable>,
 }
 
 impl Machine {
@@ -49,11 +47,45 @@ impl Machine {
     ///
     /// # Errors
     /// [`Error`], before anything of the guest has run.
-    pub fn assemble(plan: &Plan, _ends: Attachments) -> Result<Self, Error> {
+    pub fn assemble(plan: &Plan, ends: Attachments) -> Result<Self, Error> {
         plan.check()?;
         select_engine(plan.engine)?;
-        let ledgers = (0..plan.cpus).map(|_| Arc::default()).collect();
-        Ok(Self { handle: Handle { stop: Arc::default(), ledgers } })
+        Self::on(plan, ends, |ram| Box::new(Translator::new(ram)))
+    }
+
+    /// Assembles on the engine that `engine` makes.
+    fn on(plan: &Plan, ends: Attachments, engine: impl FnOnce(GuestRam) -> Box<dyn Engine>) -> Result<Self, Error> {
+        let layout = Layout::new(plan);
+        let ram = GuestRam::new(&layout.ram)?;
+        let loaded = boot::load(plan, &layout, &ram)?;
+        let events = Events::new(ends.events.clone());
+        let (protocol, bytes, entry) = (loaded.protocol, loaded.bytes, loaded.state.rip);
+        events.tell(Event::KernelLoaded { protocol, bytes, entry });
+
+        let timers = HostTimers::start().map_err(|source| Error::Host { what: "a thread for timers", source })?;
+        let host = HostParts { clock: Arc::new(HostClock), timers: Arc::new(timers), entropy: Arc::new(HostEntropy) };
+        let slots = slots(plan, &*host.clock)?;
+        let chips = interrupt_chips(&slots, &host);
+        chips.virtual_wire();
+        let power = PowerSwitch::default();
+        let board = Board::new(plan, &layout, &ram, &chips, &power, &host, ends)?;
+        firmware::leave_behind(&ram)?;
+        acpi::install(&board.description(plan.cpus), &layout, &ram)?;
+
+        let control = Arc::new(Control::new(slots.iter().map(|slot| Arc::clone(&slot.signal)).collect(), power));
+        let announcer = Arc::new(Announcer::new(board.devices.clone(), events.clone()));
+        let shared = SharedIo { bus: Arc::clone(&board.bus), chips, control: Arc::clone(&control), announcer };
+        let engine = engine(ram.clone());
+        let processors = processors(plan, &slots, &shared, &*engine, &host, &ram, &loaded.state)?;
+        let handle = Handle {
+            control,
+            ledgers: slots.iter().map(|slot| Arc::clone(&slot.ledger)).collect(),
+            devices: board.devices.clone(),
+            console_size: board.console_size.clone(),
+            power_button: board.power_button(),
+        };
+        let (engine, tsc_khz) = (engine.name(), host.clock.tsc_khz());
+        Ok(Self { handle, processors, board, ram, events, engine, tsc_khz })
     }
 
     /// A way to reach the machine from other threads.
@@ -64,28 +96,176 @@ impl Machine {
     /// Runs the guest until it ends or is stopped.
     ///
     /// # Errors
-    /// [`Error::Engine`] where the engine gives up.
+    /// [`Error::Host`] where the host refuses a thread, [`Error::Vcpu`] where a vCPU's thread died.
     pub fn run(self) -> Result<Report, Error> {
-        let reason = "no engine is part of this build yet".into();
-        Err(Error::Engine(engine::Error::Unusable { engine: "translate", reason }))
+        let control = &self.handle.control;
+        self.events.tell(Event::Started);
+        let start = HostClock.monotonic_ns();
+        let mut threads = Vec::new();
+        for processor in self.processors {
+            let index = processor.index;
+            let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(move || processor.run());
+            match thread {
+                Ok(thread) => threads.push((index, thread)),
+                Err(source) => {
+                    control.stop_all();
+                    threads.into_iter().for_each(|(_, thread)| drop(thread.join()));
+                    return Err(Error::Host { what: "a thread for a vCPU", source });
+                }
+            }
+        }
+        // All are waited for, whichever dies.
+        let died = threads.into_iter().filter_map(|(index, thread)| thread.join().err().map(|_| index)).min();
+        let run_ns = HostClock.monotonic_ns() - start;
+        self.board.shut_down();
+        self.events.tell(Event::Ended);
+        let outcome = match (died, control.outcome()) {
+            (Some(index), _) => return Err(Error::Vcpu { index }),
+            (None, Some(outcome)) => outcome,
+            (None, None) => return Err(Error::NoOutcome),
+        };
+        Ok(Report {
+            outcome,
+            engine: self.engine,
+            devices: self.handle.devices(),
+            ledgers: self.handle.ledgers,
+            tsc_khz: self.tsc_khz,
+            run_ns,
+            memory: memory_figures(&self.ram),
+        })
     }
+}
+
+/// Signals, counters and CPUID of all vCPUs.
+fn slots(plan: &Plan, clock: &dyn Clock) -> Result<Vec<Slot>, Error> {
+    let model = cpu_model::lookup(&plan.cpu_model).ok_or_else(|| Error::UnknownCpuModel {
+        name: plan.cpu_model.clone(),
+        known: cpu_model::names().collect::<Vec<_>>().join(", "),
+    })?;
+    let host_cpu = HostCpu::read();
+    let (khz, zero) = (clock.tsc_khz(), clock.tsc());
+    (0..plan.cpus)
+        .map(|index| {
+            let mut cpuid = model.table(&host_cpu, index, plan.cpus)?;
+            speak(&mut cpuid, plan.dialects, khz);
+            Ok(Slot {
+                signal: Arc::default(),
+                ledger: Arc::default(),
+                tsc: Arc::new(GuestTsc::new(khz, zero, 0)),
+                cpuid: Arc::new(cpuid),
+            })
+        })
+        .collect()
+}
+
+/// Shows the dialects in CPUID, or hides that there is anyone to speak them.
+fn speak(cpuid: &mut CpuidTable, dialects: Dialects, tsc_khz: u64) {
+    if dialects.kvm {
+        let apic_khz = device::interrupt::lapic::FREQUENCY_HZ / 1000;
+        paravirt::offer(cpuid, paravirt::Features::ALL, paravirt::Rates { tsc_khz, apic_khz });
+    } else {
+        paravirt::hide(cpuid);
+    }
+}
+
+fn interrupt_chips(slots: &[Slot], host: &HostParts) -> Arc<InterruptChips> {
+    let lapics = slots.iter().enumerate().map(|(index, slot)| {
+        let config = LapicConfig {
+            x2apic: slot.cpuid.has(Feature::X2apic),
+            tsc_deadline: slot.cpuid.has(Feature::TscDeadline),
+            physical_bits: slot.cpuid.physical_bits() as u8,
+        };
+        let tsc = Arc::new(TscClock { clock: Arc::clone(&host.clock), tsc: Arc::clone(&slot.tsc) });
+        let pins = Arc::new(Pins::new(Arc::clone(&slot.signal), index != 0));
+        Lapic::new(index as u32, config, Arc::clone(&host.clock), &*host.timers, tsc, pins)
+    });
+    InterruptChips::new(lapics.collect())
+}
+
+/// All vCPUs on `engine`: the first in the kernel's entry state, the others as RESET leaves them.
+fn processors(
+    plan: &Plan,
+    slots: &[Slot],
+    shared: &SharedIo,
+    engine: &dyn Engine,
+    host: &HostParts,
+    ram: &GuestRam,
+    entry: &CpuState,
+) -> Result<Vec<Processor>, Error> {
+    let features = if plan.dialects.kvm { paravirt::Features::ALL } else { paravirt::Features::NONE };
+    let tscs = slots.iter().map(|slot| Arc::clone(&slot.tsc));
+    let zero = slots.first().map_or(0, |slot| slot.tsc.host(0));
+    let clock = Arc::new(paravirt::Clock::new(Arc::clone(&host.clock), ram.clone(), zero, tscs));
+    let make = |(index, slot): (usize, &Slot)| {
+        let mut vcpu = engine.vcpu(VcpuConfig {
+            id: VcpuId(index as u32),
+            cpuid: Arc::clone(&slot.cpuid),
+            signal: Arc::clone(&slot.signal),
+            ledger: Arc::clone(&slot.ledger),
+            tsc: Arc::clone(&slot.tsc),
+        })?;
+        if index == 0 {
+            vcpu.load(entry)?;
+        }
+        let paravirt = paravirt::Vcpu::new(index as u32, features, Arc::clone(&clock));
+        Ok(Processor {
+            index: index as u32,
+            vcpu,
+            io: GuestIo::new(index, shared.clone(), paravirt, Arc::clone(&slot.ledger)),
+            signal: Arc::clone(&slot.signal),
+            ledger: Arc::clone(&slot.ledger),
+            control: Arc::clone(&shared.control),
+        })
+    };
+    slots.iter().enumerate().map(make).collect()
+}
+
+fn memory_figures(ram: &GuestRam) -> MemoryFigures {
+    let (guest, guest_touched, process) = (ram.bytes(), ram.resident_bytes(), host::resident_bytes());
+    MemoryFigures { guest, guest_touched, process, overhead: process.saturating_sub(guest_touched) }
 }
 
 /// Reaches a running machine from any thread.
 #[derive(Clone)]
 pub struct Handle {
-    stop: Arc<AtomicBool>,
+    control: Arc<Control>,
     ledgers: Vec<Arc<Ledger>>,
+    devices: Vec<virtio::Handle>,
+    console_size: Option<ConsoleSize>,
+    power_button: PowerButton,
 }
 
 impl Handle {
-    /// Ends the run with [`Outcome::Stopped`](crate::Outcome::Stopped).
+    /// Ends the run with [`Outcome::Stopped`](crate::Outcome::Stopped), unless it has ended otherwise.
     pub fn stop(&self) {
-        self.stop.store(true, Ordering::SeqCst);
+        self.control.end(crate::Outcome::Stopped);
+    }
+
+    /// Presses the power button: asks the guest to switch itself off.
+    pub fn press_power_button(&self) {
+        self.power_button.press();
+    }
+
+    /// Tells the guest how many characters its virtio console shows.
+    pub fn resize_console(&self, columns: u16, rows: u16) {
+        if let Some(size) = &self.console_size {
+            size.set(columns, rows);
+        }
     }
 
     /// One ledger a vCPU, readable while they run.
     pub fn ledgers(&self) -> &[Arc<Ledger>] {
         &self.ledgers
     }
+
+    /// What each virtio device has done so far.
+    pub fn devices(&self) -> Vec<crate::DeviceFigures> {
+        let figures =
+            |device: &virtio::Handle| crate::DeviceFigures { name: device.name().into(), counters: device.counters() };
+        self.devices.iter().map(figures).collect()
+    }
 }
+
+#[cfg(test)]
+#[path = "run_tests.rs"]
+mod tests;

@@ -6,20 +6,16 @@ use acpi_tables::aml::{
     Path, ResourceTemplate, Scope,
 };
 use acpi_tables::sdt::Sdt;
+use device::emulated::{acpi as power, hpet, rtc, serial};
 use device::pci::Route;
 
 use super::{Description, sdt};
 use crate::layout::{self, Layout};
 
-/// PM1a_CNT.SLP_TYP that switches the machine off.
-pub(crate) const SLEEP_TYPE_OFF: u8 = 5;
-/// Bits of a 4 KiB page's worth of HPET registers that are decoded.
-const HPET_BYTES: u32 = 0x400;
-
 /// The whole table.
 pub(super) fn table(description: &Description, layout: &Layout) -> Sdt {
     let mut aml = Vec::new();
-    let off = SLEEP_TYPE_OFF;
+    let off = power::S5_SLEEP_TYPE;
     Name::new("_S5_".into(), &Package::new(vec![&off, &off, &0_u8, &0_u8])).to_aml_bytes(&mut aml);
     let (devices, processors) = (devices(description, layout), processors(description.cpus));
     let children: Vec<&dyn Aml> = devices.iter().chain(&processors).map(|raw| raw as &dyn Aml).collect();
@@ -67,15 +63,21 @@ fn devices(description: &Description, layout: &Layout) -> [Raw; 7] {
             0,
             vec![
                 &Memory32Fixed::new(true, layout::ECAM as u32, layout::ECAM_BYTES as u32),
-                &ports(layout::PM1_EVENT, 12),
+                &ports(power::PORT, power::LENGTH as u8),
             ],
             vec![],
         ),
         device("PIC_", "PNP0000", 0, vec![&ports(0x20, 2), &ports(0xa0, 2), &isa(2)], vec![]),
         device("PIT_", "PNP0100", 0, vec![&ports(0x40, 4), &isa(0)], vec![]),
-        device("RTC_", "PNP0B00", 0, vec![&ports(layout::RTC_PORT, 2), &isa(layout::RTC_GSI)], vec![]),
-        device("COM1", "PNP0501", 1, vec![&ports(layout::COM1, 8), &isa(layout::COM1_GSI)], vec![]),
-        device("HPET", "PNP0103", 0, vec![&Memory32Fixed::new(false, layout::HPET as u32, HPET_BYTES)], vec![]),
+        device("RTC_", "PNP0B00", 0, vec![&ports(rtc::PORT, 2), &isa(rtc::IRQ)], vec![]),
+        device("COM1", "PNP0501", 1, vec![&ports(serial::COM1, 8), &isa(serial::COM1_IRQ)], vec![]),
+        device(
+            "HPET",
+            "PNP0103",
+            0,
+            vec![&Memory32Fixed::new(false, layout::HPET as u32, hpet::LENGTH as u32)],
+            vec![],
+        ),
     ]
 }
 

@@ -18,6 +18,8 @@ use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, facs::FACS};
+use device::emulated::acpi as power;
+use device::emulated::reset::ResetControl;
 use device::pci::Route;
 use memory::{Gpa, GuestRam};
 
@@ -144,29 +146,35 @@ fn fadt(description: &Description, dsdt: u64, facs: u64) -> impl Aml + use<> {
     let mut table = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .flag(Flags::Wbinvd)
         .flag(Flags::ProcC1)
-        .flag(Flags::PwrButton) // no power button in the fixed registers
-        .flag(Flags::SlpButton)
+        .flag(Flags::TmrValExt) // the PM timer has 32 bits
+        .flag(Flags::SlpButton) // no sleep button in the fixed registers
         .flag(Flags::FixRtc) // the RTC does not wake
         .flag(Flags::ResetRegSup)
         .flag(Flags::Headless);
     table.firmware_ctrl = (facs as u32).into();
     table.dsdt = (dsdt as u32).into();
     table.x_dsdt = dsdt.into();
-    table.sci_int = (layout::SCI_GSI as u16).into();
-    table.pm1a_evt_blk = u32::from(layout::PM1_EVENT).into();
-    table.pm1a_cnt_blk = u32::from(layout::PM1_CONTROL).into();
-    table.pm_tmr_blk = u32::from(layout::PM_TIMER).into();
+    table.sci_int = (power::SCI_GSI as u16).into();
+    let at = |offset| power::PORT + offset;
+    let (event, control, timer, gpe) =
+        (at(power::PM1_EVENT), at(power::PM1_CONTROL), at(power::PM_TIMER), at(power::GPE0));
+    table.pm1a_evt_blk = u32::from(event).into();
+    table.pm1a_cnt_blk = u32::from(control).into();
+    table.pm_tmr_blk = u32::from(timer).into();
+    table.gpe0_blk = u32::from(gpe).into();
     (table.pm1_evt_len, table.pm1_cnt_len, table.pm_tmr_len) = (4, 2, 4);
-    table.x_pm1a_evt_blk = port(layout::PM1_EVENT, 32, AccessSize::WordAccess);
-    table.x_pm1a_cnt_blk = port(layout::PM1_CONTROL, 16, AccessSize::WordAccess);
-    table.x_pm_tmr_blk = port(layout::PM_TIMER, 32, AccessSize::DwordAccess);
+    table.gpe0_blk_len = power::GPE0_LENGTH;
+    table.x_pm1a_evt_blk = port(event, 32, AccessSize::WordAccess);
+    table.x_pm1a_cnt_blk = port(control, 16, AccessSize::WordAccess);
+    table.x_pm_tmr_blk = port(timer, 32, AccessSize::DwordAccess);
+    table.x_gpe0_blk = port(gpe, 8 * power::GPE0_LENGTH, AccessSize::ByteAccess);
     table.p_lvl2_lat = NO_C_STATE.into();
     table.p_lvl3_lat = NO_C_STATE.into();
     table.century = description.century;
     let keyboard = if description.keyboard_controller { KEYBOARD_CONTROLLER } else { 0 };
     table.iapc_boot_arch = (LEGACY_DEVICES | keyboard | NO_VGA).into();
-    table.reset_reg = port(layout::RESET_PORT, 8, AccessSize::ByteAccess);
-    table.reset_value = layout::RESET_VALUE;
+    table.reset_reg = port(ResetControl::PORT, 8, AccessSize::ByteAccess);
+    table.reset_value = ResetControl::RESET_VALUE;
     table.finalize()
 }
 
@@ -186,8 +194,7 @@ fn madt(cpus: u32) -> Sdt {
     entries.extend((layout::IO_APIC as u32).to_le_bytes());
     entries.extend(0_u32.to_le_bytes());
     // Interrupt source overrides: type, length, bus (ISA), source, GSI, flags.
-    for (source, gsi, flags) in [(0, layout::PIT_GSI, AS_THE_BUS), (layout::SCI_GSI as u8, layout::SCI_GSI, LEVEL_HIGH)]
-    {
+    for (source, gsi, flags) in [(0, layout::PIT_GSI, AS_THE_BUS), (power::SCI_GSI as u8, power::SCI_GSI, LEVEL_HIGH)] {
         entries.extend([2, 10, 0, source]);
         entries.extend(gsi.to_le_bytes());
         entries.extend(flags.to_le_bytes());

@@ -1,0 +1,165 @@
+//! What a running vCPU asks of its machine: ports, device memory, MSRs, hypercalls, interrupts.
+//!
+//! ```text
+//!   Vcpu::run ──CpuIo──> GuestIo ─┬─> xAPIC page, APIC and x2APIC MSRs ──> InterruptChips
+//!                                 ├─> ports, device memory ──────────────> Bus
+//!                                 └─> paravirtual MSRs, hypercalls ──────> paravirt::Vcpu
+//!                                       each counted, with its time, in the vCPU's ledger
+//! ```
+
+use std::sync::Arc;
+
+use device::bus::Bus;
+use device::interrupt::{InterruptChips, Refused, lapic::msr};
+use engine::{Cause, CpuIo, HypercallArgs, Ledger, MsrRefused};
+use memory::{Gpa, PAGE_SIZE};
+
+use crate::announce::Announcer;
+use crate::control::Control;
+
+/// An access to an unknown MSR is worth a line in the log this many times a vCPU; guests probe in loops.
+const LOGGED_MSRS: u32 = 16;
+
+/// The machine as one vCPU sees it.
+pub(crate) struct GuestIo {
+    vcpu: usize,
+    bus: Arc<Bus>,
+    chips: Arc<InterruptChips>,
+    control: Arc<Control>,
+    announcer: Arc<Announcer>,
+    paravirt: paravirt::Vcpu,
+    ledger: Arc<Ledger>,
+    /// Where the vCPU's xAPIC page is; changes only by the vCPU's own doing.
+    apic_page: Option<Gpa>,
+    msrs_logged: u32,
+}
+
+/// What all vCPUs' [`GuestIo`] share.
+#[derive(Clone)]
+pub(crate) struct SharedIo {
+    pub(crate) bus: Arc<Bus>,
+    pub(crate) chips: Arc<InterruptChips>,
+    pub(crate) control: Arc<Control>,
+    pub(crate) announcer: Arc<Announcer>,
+}
+
+impl GuestIo {
+    pub(crate) fn new(vcpu: usize, shared: SharedIo, paravirt: paravirt::Vcpu, ledger: Arc<Ledger>) -> Self {
+        let SharedIo { bus, chips, control, announcer } = shared;
+        let apic_page = chips.lapic(vcpu).mmio_base();
+        Self { vcpu, bus, chips, control, announcer, paravirt, ledger, apic_page, msrs_logged: 0 }
+    }
+
+    /// INIT: what of the processor lies outside the engine goes back to its start.
+    pub(crate) fn init(&mut self) {
+        self.chips.lapic(self.vcpu).init();
+        self.apic_page = self.chips.lapic(self.vcpu).mmio_base();
+        self.paravirt.reset();
+    }
+
+    /// The offset in this vCPU's xAPIC page, where `gpa` lies in it.
+    fn apic_offset(&self, gpa: Gpa) -> Option<u64> {
+        let offset = gpa.0.wrapping_sub(self.apic_page?.0);
+        (offset < PAGE_SIZE).then_some(offset)
+    }
+
+    fn log_refused(&mut self, access: &'static str, index: u32, value: u64) {
+        if self.msrs_logged < LOGGED_MSRS {
+            self.msrs_logged += 1;
+            tracing::debug!(vcpu = self.vcpu, access, "MSR {index:#x} refused (value {value:#x})");
+        }
+    }
+
+    /// Counts what `access` took.
+    fn counted<R>(&mut self, cause: Cause, access: impl FnOnce(&mut Self) -> R) -> R {
+        let start = host::read_tsc();
+        let result = access(self);
+        self.ledger.record(cause, host::read_tsc().wrapping_sub(start));
+        result
+    }
+}
+
+fn is_apic_msr(index: u32) -> bool {
+    matches!(index, msr::APIC_BASE | msr::TSC_DEADLINE | msr::X2APIC_FIRST..=msr::X2APIC_LAST)
+}
+
+impl CpuIo for GuestIo {
+    fn port_read(&mut self, port: u16, data: &mut [u8]) {
+        self.counted(Cause::PortRead, |io| {
+            io.bus.port_read(port, data);
+        });
+    }
+
+    fn port_write(&mut self, port: u16, data: &[u8]) {
+        self.counted(Cause::PortWrite, |io| {
+            io.bus.port_write(port, data);
+        });
+    }
+
+    fn mmio_read(&mut self, gpa: Gpa, data: &mut [u8]) {
+        self.counted(Cause::MmioRead, |io| match io.apic_offset(gpa) {
+            Some(offset) => io.chips.read_mmio(io.vcpu, offset, data),
+            None => {
+                io.bus.mmio_read(gpa, data);
+            }
+        });
+    }
+
+    fn mmio_write(&mut self, gpa: Gpa, data: &[u8]) {
+        self.counted(Cause::MmioWrite, |io| match io.apic_offset(gpa) {
+            Some(offset) => io.chips.write_mmio(io.vcpu, offset, data),
+            None => {
+                io.bus.mmio_write(gpa, data);
+                io.announcer.look();
+            }
+        });
+    }
+
+    fn msr_read(&mut self, index: u32) -> Result<u64, MsrRefused> {
+        let result = self.counted(Cause::MsrRead, |io| match is_apic_msr(index) {
+            true => io.chips.msr_read(io.vcpu, index).map_err(|Refused| MsrRefused),
+            false => io.paravirt.msr_read(index),
+        });
+        result.inspect_err(|MsrRefused| self.log_refused("read", index, 0))
+    }
+
+    fn msr_write(&mut self, index: u32, value: u64) -> Result<(), MsrRefused> {
+        let result = self.counted(Cause::MsrWrite, |io| match is_apic_msr(index) {
+            true => io.chips.msr_write(io.vcpu, index, value).map_err(|Refused| MsrRefused),
+            false => io.paravirt.msr_write(index, value),
+        });
+        if index == msr::APIC_BASE {
+            self.apic_page = self.chips.lapic(self.vcpu).mmio_base();
+        }
+        result.inspect_err(|MsrRefused| self.log_refused("write", index, value))
+    }
+
+    fn tsc_moved(&mut self) {
+        self.paravirt.tsc_moved();
+        self.chips.lapic(self.vcpu).tsc_moved();
+    }
+
+    fn hypercall(&mut self, call: HypercallArgs) -> u64 {
+        self.counted(Cause::Hypercall, |io| io.paravirt.hypercall(call))
+    }
+
+    fn take_interrupt(&mut self) -> Option<u8> {
+        self.chips.take_interrupt(self.vcpu)
+    }
+
+    fn interrupt_pending(&mut self) -> bool {
+        self.chips.interrupt_pending(self.vcpu)
+    }
+
+    fn task_priority(&mut self) -> u8 {
+        self.chips.lapic(self.vcpu).task_priority()
+    }
+
+    fn set_task_priority(&mut self, priority: u8) {
+        self.chips.lapic(self.vcpu).set_task_priority(priority);
+    }
+
+    fn stop_requested(&self) -> bool {
+        self.control.power_pressed()
+    }
+}

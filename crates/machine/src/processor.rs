@@ -1,0 +1,145 @@
+//! One vCPU on its thread: runs guest code and decides on what the engine hands back.
+//!
+//! ```text
+//!              ┌───────── start-up IPI ─────────┐
+//!   application processors                      ▼
+//!   start ──> Waiting <──── INIT ──────────  Running ──> Halted (asleep until something is for it) ──┐
+//!                                            ▲     └──── power event, triple fault, stop ──> end     │
+//!                                            └───────────────────────────────────────────────────────┘
+//! ```
+//!
+//! One thread a vCPU, for now. What a scheduler of many vCPUs on few threads needs is kept apart already: everything
+//! about a vCPU is in [`Processor`], and [`Processor::turn`] is the only place that runs it.
+
+use std::sync::Arc;
+
+use engine::state::rflags;
+use engine::{Cause, CpuState, Exit, Ledger, Signal, Signals, Vcpu};
+
+use crate::Outcome;
+use crate::control::Control;
+use crate::guest_io::GuestIo;
+
+/// What can wake a processor in HLT, or stop being its sleep.
+const WAKES: Signals =
+    Signals::INTERRUPT.union(Signals::NMI).union(Signals::INIT).union(Signals::STOP).union(Signals::ENGINE);
+/// The bootstrap processor: it has no start-up IPI to wait for.
+const BOOTSTRAP: u32 = 0;
+
+/// Where a processor is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// After power-up or INIT: nothing runs before a start-up IPI.
+    Waiting,
+    Running,
+    /// The run is over.
+    Ended,
+}
+
+/// One vCPU with all that belongs to it.
+pub(crate) struct Processor {
+    pub(crate) index: u32,
+    pub(crate) vcpu: Box<dyn Vcpu>,
+    pub(crate) io: GuestIo,
+    pub(crate) signal: Arc<Signal>,
+    pub(crate) ledger: Arc<Ledger>,
+    pub(crate) control: Arc<Control>,
+}
+
+impl Processor {
+    /// Runs the processor to the end of the run.
+    pub(crate) fn run(mut self) {
+        let _guard = EndOnPanic(Arc::clone(&self.control));
+        let mut stage = if self.index == BOOTSTRAP { Stage::Running } else { Stage::Waiting };
+        while stage != Stage::Ended && !self.control.is_ending() {
+            stage = match stage {
+                Stage::Waiting => self.wait_for_startup(),
+                Stage::Running | Stage::Ended => self.turn(),
+            };
+        }
+    }
+
+    /// Runs guest code once, until there is something to decide, and decides it.
+    fn turn(&mut self) -> Stage {
+        match self.vcpu.run(&mut self.io) {
+            Exit::Halted => self.halt(),
+            Exit::Yielded => std::thread::yield_now(),
+            Exit::Init => return self.init(),
+            Exit::Stopped => {
+                // For the end of the run, which the caller sees; any other stop has been served by stopping.
+                if !self.control.is_ending() {
+                    self.signal.take(Signals::STOP);
+                }
+            }
+            Exit::Device => self.control.follow_power(),
+            Exit::Shutdown => {
+                let rip = self.vcpu.save().rip;
+                self.control.end(Outcome::Shutdown { vcpu: self.index, rip });
+                return Stage::Ended;
+            }
+        }
+        Stage::Running
+    }
+
+    /// HLT: sleeps until something is for this processor.
+    fn halt(&mut self) {
+        let start = host::read_tsc();
+        let mut wakes = WAKES;
+        if self.signal.pending().intersects(WAKES) {
+            // What is pending and did not end the halt may be blocked: it must not end the sleep either.
+            let state = self.vcpu.save();
+            wakes.set(Signals::INTERRUPT, state.rflags & rflags::IF != 0);
+            wakes.set(Signals::NMI, !state.nmi_blocked);
+        }
+        self.signal.wait(wakes, None);
+        self.ledger.record(Cause::Halt, host::read_tsc().wrapping_sub(start));
+    }
+
+    /// INIT, from wherever the processor was.
+    fn init(&mut self) -> Stage {
+        if self.index == BOOTSTRAP {
+            // It would start at the firmware's reset vector; there is no firmware, and what firmware does then is to
+            // start the machine anew.
+            self.control.end(Outcome::Reset);
+            return Stage::Ended;
+        }
+        let state = self.vcpu.save().after_init();
+        self.io.init();
+        self.load(&state)
+    }
+
+    fn wait_for_startup(&mut self) -> Stage {
+        let pending = self.signal.wait(Signals::STARTUP | Signals::INIT | Signals::STOP, None);
+        if pending.contains(Signals::STOP) {
+            return Stage::Ended;
+        }
+        if self.signal.take(Signals::INIT) == Signals::INIT {
+            return self.init();
+        }
+        if self.signal.take(Signals::STARTUP) == Signals::STARTUP {
+            let state = self.vcpu.save().started_at(self.signal.startup_vector());
+            self.load(&state);
+            return Stage::Running;
+        }
+        Stage::Waiting
+    }
+
+    fn load(&mut self, state: &CpuState) -> Stage {
+        if let Err(error) = self.vcpu.load(state) {
+            // A state made from a saved one and the architecture's constants.
+            unreachable!("the engine refuses the state after INIT: {error}");
+        }
+        Stage::Waiting
+    }
+}
+
+/// A vCPU thread that panics takes the others with it, so that the run ends and says so.
+struct EndOnPanic(Arc<Control>);
+
+impl Drop for EndOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.stop_all();
+        }
+    }
+}

@@ -1,0 +1,282 @@
+//! Machines whose vCPUs follow a script instead of guest code.
+
+use std::collections::VecDeque;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Mutex, PoisonError};
+
+use engine::state::{rflags, seg};
+use engine::{Cause, CpuIo, Exit, HypercallArgs, MsrRefused, Signals, Vcpu};
+use memory::Gpa;
+
+use super::*;
+use crate::plan::{DiskMode, DiskPlan};
+use crate::{Outcome, SerialEnds};
+
+/// One stretch of a vCPU's run.
+type Step = Box<dyn FnMut(&mut dyn CpuIo, &mut ScriptedVcpu) -> Exit + Send>;
+
+struct ScriptedVcpu {
+    steps: VecDeque<Step>,
+    state: Box<CpuState>,
+    signal: Arc<Signal>,
+}
+
+impl Vcpu for ScriptedVcpu {
+    fn run(&mut self, io: &mut dyn CpuIo) -> Exit {
+        // As a real engine: stops and INIT come before anything else.
+        if self.signal.pending().contains(Signals::STOP) {
+            return Exit::Stopped;
+        }
+        if self.signal.take(Signals::INIT) == Signals::INIT {
+            return Exit::Init;
+        }
+        match self.steps.pop_front() {
+            Some(mut step) => step(io, self),
+            None => Exit::Halted,
+        }
+    }
+
+    fn save(&mut self) -> Box<CpuState> {
+        self.state.clone()
+    }
+
+    fn load(&mut self, state: &CpuState) -> Result<(), engine::Error> {
+        *self.state = state.clone();
+        Ok(())
+    }
+}
+
+struct ScriptedEngine(Mutex<Vec<VecDeque<Step>>>);
+
+impl Engine for ScriptedEngine {
+    fn name(&self) -> &'static str {
+        "scripted"
+    }
+
+    fn vcpu(&self, config: VcpuConfig) -> Result<Box<dyn Vcpu>, engine::Error> {
+        let steps = std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner)[config.id.0 as usize]);
+        Ok(Box::new(ScriptedVcpu { steps, state: Box::new(CpuState::reset()), signal: config.signal }))
+    }
+}
+
+/// A Multiboot image of one instruction, in a file of its own that goes with it.
+struct KernelFile(PathBuf);
+
+impl KernelFile {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("machine-test-{}-{name}", std::process::id()));
+        let flags = 1_u32 << 16;
+        let header =
+            [0x1bad_b002, flags, 0_u32.wrapping_sub(0x1bad_b002 + flags), 0x10_0000, 0x10_0000, 0, 0, 0x10_0020];
+        let mut bytes: Vec<u8> = header.iter().flat_map(|word: &u32| word.to_le_bytes()).collect();
+        bytes.push(0xf4);
+        std::fs::write(&path, bytes).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for KernelFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+#[derive(Clone, Default)]
+struct Screen(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Screen {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Bench {
+    machine: Machine,
+    screen: Screen,
+    events: Receiver<Event>,
+    _kernel: KernelFile,
+}
+
+fn bench(name: &str, change: impl FnOnce(&mut Plan), scripts: Vec<Vec<Step>>) -> Bench {
+    let kernel = KernelFile::new(name);
+    let mut plan = Plan { memory: 16 << 20, cpus: scripts.len() as u32, ..Plan::new(&kernel.0) };
+    change(&mut plan);
+    let (screen, (sender, events)) = (Screen::default(), channel());
+    let serial = SerialEnds { output: Box::new(screen.clone()), input: None };
+    let ends = Attachments { serial, ports: Vec::new(), events: Some(sender) };
+    let engine = ScriptedEngine(Mutex::new(scripts.into_iter().map(VecDeque::from).collect()));
+    let machine = Machine::on(&plan, ends, |_| Box::new(engine)).unwrap();
+    Bench { machine, screen, events, _kernel: kernel }
+}
+
+fn step(step: impl FnMut(&mut dyn CpuIo, &mut ScriptedVcpu) -> Exit + Send + 'static) -> Step {
+    Box::new(step)
+}
+
+/// Runs until the debug-exit port is written, or whatever else ends it.
+fn exit_step() -> Step {
+    step(|io, _| {
+        io.port_write(0xf4, &[0x10]);
+        assert!(io.stop_requested());
+        Exit::Device
+    })
+}
+
+#[test]
+fn a_guest_prints_and_switches_itself_off() {
+    let off = step(|io, vcpu| {
+        assert_eq!((vcpu.state.rip, vcpu.state.gpr[0]), (0x10_0020, 0x2bad_b002));
+        for byte in b"hello" {
+            io.port_write(0x3f8, &[*byte]);
+        }
+        // ACPI S5: SLP_TYP 0, SLP_EN.
+        io.port_write(0x604, &0x2000_u16.to_le_bytes());
+        Exit::Device
+    });
+    let bench = bench("off", |_| {}, vec![vec![off]]);
+    let report = bench.machine.run().unwrap();
+    assert_eq!((report.outcome, report.engine), (Outcome::PowerOff, "scripted"));
+    assert_eq!(*bench.screen.0.lock().unwrap(), b"hello");
+    assert_eq!(report.ledgers[0].count(Cause::PortWrite), 6);
+    assert_eq!((report.memory.guest, report.devices.len()), (16 << 20, 1));
+    assert!(report.memory.guest_touched > 0 && report.memory.process > 0);
+    let events: Vec<Event> = bench.events.iter().collect();
+    assert!(matches!(events[0], Event::KernelLoaded { protocol: crate::Protocol::Multiboot, entry: 0x10_0020, .. }));
+    assert_eq!(events[1..], [Event::Started, Event::FirstOutput, Event::Ended]);
+}
+
+#[test]
+fn test_devices_are_there_only_when_asked_for() {
+    let report = bench("exit", |plan| plan.test_devices = true, vec![vec![exit_step()]]).machine.run().unwrap();
+    assert_eq!(report.outcome, Outcome::TestExit { status: 0x21 });
+    let absent = step(|io, _| {
+        io.port_write(0xf4, &[0x10]);
+        assert!(!io.stop_requested());
+        io.port_write(0xcf9, &[6]);
+        assert!(io.stop_requested());
+        Exit::Device
+    });
+    assert_eq!(bench("no-exit", |_| {}, vec![vec![absent]]).machine.run().unwrap().outcome, Outcome::Reset);
+}
+
+#[test]
+fn other_processors_start_where_they_are_told_and_stop_with_the_rest() {
+    let icr = |io: &mut dyn CpuIo, value: u32| {
+        io.mmio_write(Gpa(0xfee0_0310), &(1_u32 << 24).to_le_bytes());
+        io.mmio_write(Gpa(0xfee0_0300), &value.to_le_bytes());
+    };
+    let (started, waits) = channel();
+    let boot = step(move |io, _| {
+        icr(io, 0x4500); // INIT, assert
+        icr(io, 0x469f); // start-up at 9f000h
+        icr(io, 0x469e); // and once more, which is too late
+        waits.recv().unwrap();
+        exit_step()(
+            io,
+            &mut ScriptedVcpu { steps: VecDeque::new(), state: Box::new(CpuState::reset()), signal: Arc::default() },
+        )
+    });
+    let application = step(move |_, vcpu| {
+        assert_eq!((vcpu.state.segments[seg::CS].base, vcpu.state.rip), (0x9_f000, 0));
+        started.send(()).unwrap();
+        Exit::Halted
+    });
+    let never = step(|_, _| panic!("nobody started this processor"));
+    let scripts = vec![vec![boot], vec![application], vec![never]];
+    let report = bench("smp", |plan| plan.test_devices = true, scripts).machine.run().unwrap();
+    assert_eq!(report.outcome, Outcome::TestExit { status: 0x21 });
+    assert_eq!(report.ledgers[0].count(Cause::MmioWrite), 6);
+    assert_eq!(report.ledgers[1].count(Cause::Halt), 1);
+}
+
+#[test]
+fn a_halted_processor_wakes_for_its_interrupt_and_only_if_it_takes_it() {
+    let arm = step(|io, vcpu| {
+        io.msr_write(0x1b, 0xfee0_0d00).unwrap(); // x2APIC mode
+        io.msr_write(0x80f, 0x1ff).unwrap(); // software enable
+        vcpu.state.rflags |= rflags::IF;
+        io.msr_write(0x83f, 0x40).unwrap(); // self IPI
+        assert!(io.interrupt_pending());
+        Exit::Halted
+    });
+    let take = step(|io, vcpu| {
+        vcpu.signal.take(Signals::INTERRUPT);
+        assert_eq!(io.take_interrupt(), Some(0x40));
+        assert!(!io.interrupt_pending());
+        io.msr_write(0x80b, 0).unwrap(); // EOI
+        vcpu.state.rflags &= !rflags::IF;
+        io.msr_write(0x83f, 0x41).unwrap();
+        assert!(io.interrupt_pending());
+        Exit::Halted // for ever: nothing but an NMI or the end wakes it
+    });
+    let bench = bench("halt", |_| {}, vec![vec![arm, take, step(|_, _| panic!("woken with interrupts off"))]]);
+    let (handle, ledger) = (bench.machine.handle(), Arc::clone(&bench.machine.handle().ledgers()[0]));
+    let stopper = std::thread::spawn(move || {
+        while ledger.count(Cause::MsrWrite) < 5 {
+            std::thread::yield_now();
+        }
+        handle.stop();
+    });
+    assert_eq!(bench.machine.run().unwrap().outcome, Outcome::Stopped);
+    stopper.join().unwrap();
+}
+
+#[test]
+fn the_dialect_is_spoken_only_when_asked_for() {
+    for spoken in [true, false] {
+        let talk = step(move |io, _| {
+            let call = HypercallArgs { number: 1, args: [0; 4], cpl: 0 };
+            assert_eq!(io.hypercall(call), if spoken { 0 } else { -1000_i64 as u64 });
+            assert_eq!(io.msr_write(0x4b56_4d01, 0x1001).is_ok(), spoken);
+            assert_eq!(io.msr_read(0x4b56_4d02), Err(MsrRefused));
+            io.port_write(0xcf9, &[6]);
+            Exit::Device
+        });
+        let change = |plan: &mut Plan| plan.dialects.kvm = spoken;
+        let report = bench(&format!("dialect-{spoken}"), change, vec![vec![talk]]).machine.run().unwrap();
+        assert_eq!((report.ledgers[0].count(Cause::Hypercall), report.ledgers[0].count(Cause::MsrRead)), (1, 1));
+    }
+    for kvm in [true, false] {
+        let plan = Plan { dialects: Dialects { kvm, cordial: false }, ..Plan::new("vmlinuz") };
+        let cpuid = &slots(&plan, &HostClock).unwrap()[0].cpuid;
+        assert_eq!((cpuid.get(0x4000_0000, 0).is_some(), cpuid.has(Feature::Hypervisor)), (kvm, kvm));
+    }
+}
+
+#[test]
+fn a_triple_fault_and_a_dying_thread_end_the_run() {
+    let fault = step(|_, vcpu| {
+        vcpu.state.rip = 0x1234;
+        Exit::Shutdown
+    });
+    let outcome = bench("fault", |_| {}, vec![vec![fault], vec![]]).machine.run().unwrap().outcome;
+    assert_eq!(outcome, Outcome::Shutdown { vcpu: 0, rip: 0x1234 });
+    let dies = step(|_, _| panic!("as intended by this test"));
+    let error = bench("dies", |_| {}, vec![vec![dies], vec![]]).machine.run().err().unwrap();
+    assert!(matches!(error, Error::Vcpu { index: 0 }));
+}
+
+#[test]
+fn what_cannot_be_assembled_is_named() {
+    let kernel = KernelFile::new("errors");
+    let assemble = |change: fn(&mut Plan)| {
+        let mut plan = Plan { memory: 16 << 20, ..Plan::new(&kernel.0) };
+        change(&mut plan);
+        let serial = SerialEnds { output: Box::new(std::io::sink()), input: None };
+        let ends = Attachments { serial, ports: Vec::new(), events: None };
+        Machine::assemble(&plan, ends).err().unwrap().to_string()
+    };
+    assert!(assemble(|plan| plan.cpu_model = "486".into()).starts_with("unknown CPU model \"486\"; known are max"));
+    assert!(assemble(|plan| plan.kernel = "/no/such".into()).starts_with("/no/such: cannot be read"));
+    assert!(assemble(|plan| plan.cpus = 0).contains("--cpus"));
+    let directory = assemble(|plan| {
+        plan.disks = vec![DiskPlan { path: "/".into(), mode: DiskMode::ReadOnly, serial: None }];
+    });
+    assert!(directory.starts_with("disk / is a directory"), "{directory}");
+}
