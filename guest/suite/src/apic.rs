@@ -36,21 +36,31 @@ pub fn write(register: u32, value: u32) {
     unsafe { ((BASE + u64::from(register)) as *mut u32).write_volatile(value) };
 }
 
-/// Enables the APIC with spurious vector 0xFF, accepts everything, masks every local source.
+/// Enables the first processor's APIC.
 pub fn enable() {
+    enable_on(0);
+}
+
+/// Enables the executing processor's APIC with spurious vector 0xFF, accepts everything, masks every local source.
+pub fn enable_on(cpu: usize) {
     write(reg::SVR, 0x1FF);
     write(reg::TPR, 0);
     for lvt in [reg::LVT_TIMER, reg::LVT_LINT0, reg::LVT_LINT1, reg::LVT_ERROR] {
         write(lvt, 0x1_0000);
     }
     write(reg::TIMER_INITIAL, 0);
-    drain();
+    drain_on(cpu);
 }
 
-/// Takes every pending interrupt and ends every one in service.
+/// Takes every pending interrupt and ends every one in service, on the first processor.
 pub fn drain() {
+    drain_on(0);
+}
+
+/// The same on processor `cpu`, which must be the one executing.
+pub fn drain_on(cpu: usize) {
     for _ in 0..512 {
-        if take().is_none() && (0..8).all(|i| read(reg::ISR + i * 0x10) == 0) {
+        if take_on(cpu).is_none() && (0..8).all(|i| read(reg::ISR + i * 0x10) == 0) {
             break;
         }
         write(reg::EOI, 0);
@@ -74,7 +84,12 @@ pub fn send_self(vector: u32) {
 
 /// Lets pending interrupts in, one at most: its vector, in service now.
 pub fn take() -> Option<u64> {
-    let exit = crate::code!("sti", "nop", "nop", "cli").kernel().run();
+    take_on(0)
+}
+
+/// The same on processor `cpu`, which must be the one executing.
+pub fn take_on(cpu: usize) -> Option<u64> {
+    let exit = crate::run::run_on(cpu, &crate::code!("sti", "nop", "nop", "cli").kernel_on(cpu));
     (exit.vector != crate::cpu::vector::DONE).then_some(exit.vector)
 }
 

@@ -26,8 +26,6 @@ unsafe extern "C" {
     pub static trampoline: u8;
     /// First byte after it.
     pub static trampoline_end: u8;
-    /// Processors that have started, and the next index given out.
-    pub static cpus_started: core::sync::atomic::AtomicU32;
 }
 
 /// Physical address the trampoline is copied to: SIPI vector 8.
@@ -51,10 +49,10 @@ multiboot_header:
 
     .section .data.boot, "aw"
     .balign 8
-    .global boot_protocol, boot_info, cpus_started
+    .global boot_protocol, boot_info
 boot_protocol: .long 0
 boot_info: .long 0
-cpus_started: .long 0
+cpus_entered: .long 0
     .balign 8
 boot_gdt:
     .quad 0
@@ -128,7 +126,7 @@ enter_long_64:
     mov fs, eax
     mov gs, eax
     mov edi, 1
-    lock xadd dword ptr [rip + cpus_started], edi
+    lock xadd dword ptr [rip + cpus_entered], edi
     lea eax, [rdi + 1]
     imul rax, rax, {stack}
     lea rsp, [rip + stacks]

@@ -22,6 +22,7 @@ mod paging;
 mod run;
 mod serial;
 mod setup;
+mod smp;
 mod tables;
 mod tap;
 mod tests;
@@ -31,7 +32,7 @@ use core::ffi::CStr;
 /// Where every processor enters Rust. The first one runs the tests.
 extern "C" fn cpu_start(index: u32) -> ! {
     if index != 0 {
-        cpu::halt_forever();
+        smp::work_for_ever(index as usize);
     }
     setup::reset_cpu();
     let words = command_line();

@@ -278,6 +278,11 @@ impl Code {
         Regs { rip, cs: cs.into(), rflags: flag::FIXED, rsp, ss: ss.into(), ..Regs::default() }
     }
 
+    /// To run at privilege level 0 on processor `cpu`.
+    pub fn kernel_on(self, cpu: usize) -> Regs {
+        self.regs(self.start, KERNEL_CODE, snippet_stack(cpu), KERNEL_DATA)
+    }
+
     /// To run at privilege level 0.
     pub fn kernel(self) -> Regs {
         self.regs(self.start, KERNEL_CODE, snippet_stack(0), KERNEL_DATA)

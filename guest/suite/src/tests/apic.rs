@@ -261,7 +261,7 @@ fn nmi_blocking(t: &mut T) {
     write(reg::ICR_HIGH, read(reg::ID));
     // The handler counts in RBX, sends another NMI the first time, and keeps in RSI what the count was a while later.
     let handler = code!(
-        "inc rbx", "cmp rbx, 1", "jne 3f", "mov [rax], edx", "mov ecx, 10000", "2: dec ecx", "jnz 2b", "mov rsi, rbx", "3: iretq"
+        "inc rbx", "cmp rbx, 1", "jne 3f", "mov [rax], edx", "mov edi, 10000", "2: dec edi", "jnz 2b", "mov rsi, rbx", "3: iretq"
     );
     idt(0)[2] = gate(handler.start, KERNEL_CODE, 0x8E, 1);
     let code = code!("mov [rax], edx", "mov ecx, 20000", "2: dec ecx", "jnz 2b");
