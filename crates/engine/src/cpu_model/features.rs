@@ -135,6 +135,9 @@ features! {
     }
     (0x7, 0) Ecx {
         2  Umip        "umip"               Engine "SGDT and its siblings are refused to user code on demand.";
+        8  Gfni        "gfni"               Host   "Galois-field arithmetic.";
+        9  Vaes        "vaes"               Host   "AES rounds on 256 bits.";
+        10 Vpclmulqdq  "vpclmulqdq"         Host   "Carry-less multiplication on 256 bits.";
         22 Rdpid       "rdpid"              Engine "RDPID.";
     }
     (0x7, 0) Edx {

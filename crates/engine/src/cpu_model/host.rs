@@ -9,7 +9,8 @@ use super::{Cpuid, CpuidTable, FEATURES, Feature, Provider};
 const XSAVE_FAMILY: [Feature; 4] = [Feature::Xsave, Feature::Xsaveopt, Feature::Xsavec, Feature::Xgetbv1];
 
 /// Features that need the host's operating system to keep the upper halves of the YMM registers.
-const AVX_FAMILY: [Feature; 4] = [Feature::Avx, Feature::Avx2, Feature::Fma, Feature::F16c];
+const AVX_FAMILY: [Feature; 6] =
+    [Feature::Avx, Feature::Avx2, Feature::Fma, Feature::F16c, Feature::Vaes, Feature::Vpclmulqdq];
 
 /// The leaves that hold features of [`Provider::Host`] and of the engine.
 const LEAVES: [(u32, u32); 8] =

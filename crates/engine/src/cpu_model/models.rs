@@ -72,7 +72,7 @@ const LEVEL_3: &[Feature] = {
 /// What no level asks for.
 const BEYOND: &[Feature] = {
     use Feature::*;
-    &[Aes, Pclmulqdq, Sha, Adx, Rdrand, Rdseed, Clflushopt, Xsaveopt, Xsavec, Xgetbv1]
+    &[Aes, Pclmulqdq, Sha, Gfni, Vaes, Vpclmulqdq, Adx, Rdrand, Rdseed, Clflushopt, Xsaveopt, Xsavec, Xgetbv1]
 };
 
 /// Facts about the host that change no instruction's result.

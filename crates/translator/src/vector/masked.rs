@@ -8,9 +8,10 @@ use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 use crate::cpu::Cpu;
 use crate::decode::raise_ud;
-use crate::mmu::{Access, Rights};
+use crate::mmu::Access;
 use crate::op::{AddressForm, Done, Handler, Leave, Mem, NO_REG, Op};
 use crate::vector::gate::{Gate, Mmx, Sse, Vex};
+use crate::vector::memory;
 use crate::vector::registers::{Registers, ST, enter_mmx, high, set_high, set_xmm, xmm};
 
 /// `op.prefixes` of the handlers here: the operand is a YMM register's.
@@ -98,7 +99,7 @@ fn load_masked<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Done {
     let mut value = [0; 32];
     for at in (0..span(op)).step_by(SIZE).filter(|&at| enabled(&mask, at, SIZE)) {
         let address = element(cpu, op, at, SIZE, Access::Read)?;
-        cpu.read_bytes(address, &mut value[at..at + SIZE], op.mem.segment, Rights::Current)?;
+        memory::read(cpu, address, &mut value[at..at + SIZE], op.mem.segment)?;
     }
     set_whole(cpu, op.reg[0], &value);
     Ok(())
@@ -138,7 +139,7 @@ fn mmx(cpu: &Cpu, register: u8) -> [u8; 32] {
 fn probe_elements<const SIZE: usize>(cpu: &mut Cpu, op: &Op, mask: &[u8]) -> Done {
     for at in (0..mask.len()).step_by(SIZE).filter(|&at| enabled(mask, at, SIZE)) {
         let address = element(cpu, op, at, SIZE, Access::Write)?;
-        cpu.probe_write(address, SIZE as u64, op.mem.segment, Rights::Current)?;
+        memory::probe(cpu, address, SIZE, op.mem.segment)?;
     }
     Ok(())
 }
@@ -146,7 +147,7 @@ fn probe_elements<const SIZE: usize>(cpu: &mut Cpu, op: &Op, mask: &[u8]) -> Don
 fn write_elements<const SIZE: usize>(cpu: &mut Cpu, op: &Op, mask: &[u8], value: &[u8; 32]) -> Done {
     for at in (0..mask.len()).step_by(SIZE).filter(|&at| enabled(mask, at, SIZE)) {
         let address = element(cpu, op, at, SIZE, Access::Write)?;
-        cpu.write_bytes(address, &value[at..at + SIZE], op.mem.segment, Rights::Current)?;
+        memory::write(cpu, address, &value[at..at + SIZE], op.mem.segment)?;
     }
     Ok(())
 }
@@ -195,7 +196,7 @@ fn gather<const INDEX: usize, const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Done
         let mem = Mem { disp: op.mem.disp.wrapping_add(index << op.mem.scale), ..op.mem };
         let loaded = cpu
             .linear(&mem, SIZE as u64, Access::Read)
-            .and_then(|address| cpu.read_bytes(address, &mut value[at..at + SIZE], op.mem.segment, Rights::Current));
+            .and_then(|address| memory::read(cpu, address, &mut value[at..at + SIZE], op.mem.segment));
         if loaded.is_err() {
             done = loaded;
             break;

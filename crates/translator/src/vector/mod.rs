@@ -18,6 +18,7 @@ mod arena;
 mod emit;
 mod gate;
 mod masked;
+mod memory;
 mod moves;
 mod native;
 mod offered;

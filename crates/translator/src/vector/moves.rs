@@ -1,12 +1,18 @@
 //! The moves that guests copy memory with, in plain Rust: no stub, no host vector state.
 
+use std::arch::x86_64::{
+    __m128i, _mm_cvtsi64_si128, _mm_cvtsi128_si64, _mm_loadu_si128, _mm_setzero_si128, _mm_storeu_si128,
+};
+
 use iced_x86::{Code, EncodingKind, Instruction, Mnemonic, OpKind};
 
 use crate::cpu::Cpu;
-use crate::mmu::{Access, Rights};
+use crate::mmu::Access;
 use crate::op::{Done, Handler, Leave, Op};
 use crate::vector::gate::{Gate, Sse, Vex};
-use crate::vector::registers::{XMM, high, set_high, set_xmm, xmm};
+use crate::vector::memory;
+use crate::vector::registers::{TO_HIGH, XMM};
+use crate::width::Width;
 
 /// How an encoding treats what lies above the operand.
 trait Form {
@@ -57,10 +63,10 @@ pub(super) fn select(instruction: &Instruction, op: &mut Op) -> Option<Handler> 
         }
         Movd | Movq => scalar::<Legacy>(instruction)?,
         Vmovd | Vmovq => scalar::<VexForm>(instruction)?,
-        Movss => float::<Legacy, 4>(instruction)?,
-        Movsd => float::<Legacy, 8>(instruction)?,
-        Vmovss => float::<VexForm, 4>(instruction)?,
-        Vmovsd => float::<VexForm, 8>(instruction)?,
+        Movss => float::<Legacy, u32>(instruction)?,
+        Movsd => float::<Legacy, u64>(instruction)?,
+        Vmovss => float::<VexForm, u32>(instruction)?,
+        Vmovsd => float::<VexForm, u64>(instruction)?,
         Pxor | Xorps | Xorpd if same(instruction, 0, 1) && instruction.op0_register().is_xmm() => zero::<Legacy>,
         Vpxor | Vxorps | Vxorpd if same(instruction, 1, 2) => zero::<VexForm>,
         Vzeroupper => zero_upper,
@@ -100,167 +106,197 @@ fn scalar<F: Form>(instruction: &Instruction) -> Option<Handler> {
     use Code::*;
     let memory = |position| instruction.op_kind(position) == OpKind::Memory;
     Some(match instruction.code() {
-        Movd_xmm_rm32 | VEX_Vmovd_xmm_rm32 if memory(1) => load_low::<F, 4>,
-        Movd_xmm_rm32 | VEX_Vmovd_xmm_rm32 => from_general::<F, 4>,
-        Movq_xmm_rm64 | VEX_Vmovq_xmm_rm64 if memory(1) => load_low::<F, 8>,
-        Movq_xmm_rm64 | VEX_Vmovq_xmm_rm64 => from_general::<F, 8>,
-        Movd_rm32_xmm | VEX_Vmovd_rm32_xmm if memory(0) => store_low::<F, 4>,
-        Movd_rm32_xmm | VEX_Vmovd_rm32_xmm => to_general::<F, 4>,
-        Movq_rm64_xmm | VEX_Vmovq_rm64_xmm if memory(0) => store_low::<F, 8>,
-        Movq_rm64_xmm | VEX_Vmovq_rm64_xmm => to_general::<F, 8>,
-        Movq_xmm_xmmm64 | VEX_Vmovq_xmm_xmmm64 if memory(1) => load_low::<F, 8>,
-        Movq_xmmm64_xmm | VEX_Vmovq_xmmm64_xmm if memory(0) => store_low::<F, 8>,
+        Movd_xmm_rm32 | VEX_Vmovd_xmm_rm32 if memory(1) => load_low::<F, u32>,
+        Movd_xmm_rm32 | VEX_Vmovd_xmm_rm32 => from_general::<F, u32>,
+        Movq_xmm_rm64 | VEX_Vmovq_xmm_rm64 if memory(1) => load_low::<F, u64>,
+        Movq_xmm_rm64 | VEX_Vmovq_xmm_rm64 => from_general::<F, u64>,
+        Movd_rm32_xmm | VEX_Vmovd_rm32_xmm if memory(0) => store_low::<F, u32>,
+        Movd_rm32_xmm | VEX_Vmovd_rm32_xmm => to_general::<F, u32>,
+        Movq_rm64_xmm | VEX_Vmovq_rm64_xmm if memory(0) => store_low::<F, u64>,
+        Movq_rm64_xmm | VEX_Vmovq_rm64_xmm => to_general::<F, u64>,
+        Movq_xmm_xmmm64 | VEX_Vmovq_xmm_xmmm64 if memory(1) => load_low::<F, u64>,
+        Movq_xmmm64_xmm | VEX_Vmovq_xmmm64_xmm if memory(0) => store_low::<F, u64>,
         Movq_xmm_xmmm64 | VEX_Vmovq_xmm_xmmm64 | Movq_xmmm64_xmm | VEX_Vmovq_xmmm64_xmm => copy_quad::<F>,
         _ => return None,
     })
 }
 
 /// MOVSS and MOVSD between register and memory, and the two-operand copies.
-fn float<F: Form, const BYTES: usize>(instruction: &Instruction) -> Option<Handler> {
+fn float<F: Form, W: Width>(instruction: &Instruction) -> Option<Handler> {
     Some(match (instruction.op0_kind(), instruction.op1_kind()) {
-        (OpKind::Memory, _) => store_low::<F, BYTES>,
-        (_, OpKind::Memory) => load_low::<F, BYTES>,
-        _ if instruction.encoding() == EncodingKind::Legacy => merge::<BYTES>,
+        (OpKind::Memory, _) => store_low::<F, W>,
+        (_, OpKind::Memory) => load_low::<F, W>,
+        _ if instruction.encoding() == EncodingKind::Legacy => merge::<W>,
         _ => return None,
     })
 }
 
-/// Writes `low`, and what the encoding says above it.
+/// Where a register's low half is; its upper half is [`TO_HIGH`] further.
 #[inline(always)]
-fn write_low<F: Form>(cpu: &mut Cpu, register: u8, low: [u8; 16]) {
-    set_xmm(&mut cpu.state.xsave, register, low);
+fn low_half(cpu: &mut Cpu, register: u8) -> *mut __m128i {
+    // SAFETY: XMM0 to XMM15 lie within the area.
+    unsafe { cpu.state.xsave.0.as_mut_ptr().add(XMM + usize::from(register & 15) * 16).cast() }
+}
+
+#[inline(always)]
+fn low(cpu: &mut Cpu, register: u8) -> __m128i {
+    // SAFETY: `low_half` points into the area.
+    unsafe { _mm_loadu_si128(low_half(cpu, register)) }
+}
+
+#[inline(always)]
+fn upper(cpu: &mut Cpu, register: u8) -> __m128i {
+    // SAFETY: the upper halves lie within the area too.
+    unsafe { _mm_loadu_si128(low_half(cpu, register).byte_add(TO_HIGH)) }
+}
+
+#[inline(always)]
+fn set_upper(cpu: &mut Cpu, register: u8, value: __m128i) {
+    // SAFETY: as in `upper`.
+    unsafe { _mm_storeu_si128(low_half(cpu, register).byte_add(TO_HIGH), value) };
+}
+
+#[inline(always)]
+fn nothing() -> __m128i {
+    // SAFETY: SSE2 is there on every x86-64.
+    unsafe { _mm_setzero_si128() }
+}
+
+/// Writes `value` to the low half, and what the encoding says above it.
+#[inline(always)]
+fn set<F: Form>(cpu: &mut Cpu, register: u8, value: __m128i, above: __m128i) {
+    // SAFETY: `low_half` points into the area.
+    unsafe { _mm_storeu_si128(low_half(cpu, register), value) };
     if F::CLEARS {
-        set_high(&mut cpu.state.xsave, register, [0; 16]);
+        set_upper(cpu, register, above);
     }
 }
 
-/// Reads `BYTES` of memory in one piece where it lies in one page of RAM.
+/// The linear address of the operand, aligned where the instruction insists.
 #[inline(always)]
-fn fetch<const BYTES: usize>(cpu: &mut Cpu, op: &Op, aligned: bool) -> Result<[u8; BYTES], Leave> {
-    let address = cpu.linear(&op.mem, BYTES as u64, Access::Read)?;
-    if aligned && address % BYTES as u64 != 0 {
+fn address<A: Alignment, const BYTES: usize>(cpu: &mut Cpu, op: &Op, access: Access) -> Result<u64, Leave> {
+    let address = cpu.linear(&op.mem, BYTES as u64, access)?;
+    if A::REQUIRED && !address.is_multiple_of(BYTES as u64) {
         return Err(cpu.gp());
     }
-    if let Some((host, here)) = cpu.bulk(address, BYTES as u64, Access::Read)
-        && here == BYTES as u64
-    {
-        // SAFETY: the TLB vouches for `BYTES` at `host`.
-        return Ok(unsafe { host.cast::<[u8; BYTES]>().read_unaligned() });
-    }
-    let mut bytes = [0; BYTES];
-    cpu.read_bytes(address, &mut bytes, op.mem.segment, Rights::Current)?;
-    Ok(bytes)
+    Ok(address)
 }
 
-/// Writes `BYTES` of memory likewise.
-#[inline(always)]
-fn put<const BYTES: usize>(cpu: &mut Cpu, op: &Op, aligned: bool, bytes: [u8; BYTES]) -> Done {
-    let address = cpu.linear(&op.mem, BYTES as u64, Access::Write)?;
-    if aligned && address % BYTES as u64 != 0 {
-        return Err(cpu.gp());
-    }
-    if let Some((host, here)) = cpu.bulk(address, BYTES as u64, Access::Write)
-        && here == BYTES as u64
-    {
-        // SAFETY: the TLB vouches for `BYTES` at `host`; pages that hold code are not in it.
-        unsafe { host.cast::<[u8; BYTES]>().write_unaligned(bytes) };
-        return Ok(());
-    }
-    cpu.write_bytes(address, &bytes, op.mem.segment, Rights::Current)
-}
+/// Two halves of an operand that takes the long way.
+#[repr(C)]
+struct Halves([__m128i; 2]);
 
-fn split<const BYTES: usize>(bytes: [u8; BYTES]) -> ([u8; 16], [u8; 16]) {
-    let (mut low, mut upper) = ([0; 16], [0; 16]);
-    low.copy_from_slice(&bytes[..16]);
-    if BYTES == 32 {
-        upper.copy_from_slice(&bytes[BYTES - 16..]);
+impl Halves {
+    fn bytes(&mut self) -> &mut [u8; 32] {
+        // SAFETY: 32 bytes of plain data.
+        unsafe { &mut *std::ptr::from_mut(self).cast() }
     }
-    (low, upper)
 }
 
 fn load_whole<F: Form, A: Alignment, const BYTES: usize>(cpu: &mut Cpu, op: &Op) -> Done {
     F::Gate::check(cpu)?;
-    let (low, upper) = split(fetch::<BYTES>(cpu, op, A::REQUIRED)?);
-    set_xmm(&mut cpu.state.xsave, op.reg[0], low);
-    if F::CLEARS {
-        set_high(&mut cpu.state.xsave, op.reg[0], upper);
-    }
+    let address = address::<A, BYTES>(cpu, op, Access::Read)?;
+    let mut long_way = Halves([nothing(); 2]);
+    let from: *const __m128i = match memory::direct(cpu, address, BYTES, Access::Read) {
+        Some(host) => host.cast(),
+        None => {
+            memory::read(cpu, address, &mut long_way.bytes()[..BYTES], op.mem.segment)?;
+            long_way.0.as_ptr()
+        }
+    };
+    // SAFETY: `BYTES` at `from`, guest memory or `long_way`.
+    let (value, above) =
+        unsafe { (_mm_loadu_si128(from), if BYTES == 32 { _mm_loadu_si128(from.add(1)) } else { nothing() }) };
+    set::<F>(cpu, op.reg[0], value, above);
     Ok(())
 }
 
 fn store_whole<F: Form, A: Alignment, const BYTES: usize>(cpu: &mut Cpu, op: &Op) -> Done {
     F::Gate::check(cpu)?;
-    let mut bytes = [0; BYTES];
-    bytes[..16].copy_from_slice(&xmm(&cpu.state.xsave, op.reg[1]));
-    if BYTES == 32 {
-        bytes[BYTES - 16..].copy_from_slice(&high(&cpu.state.xsave, op.reg[1]));
+    let (value, above) = (low(cpu, op.reg[1]), upper(cpu, op.reg[1]));
+    let address = address::<A, BYTES>(cpu, op, Access::Write)?;
+    if let Some(host) = memory::direct(cpu, address, BYTES, Access::Write) {
+        let to: *mut __m128i = host.cast();
+        // SAFETY: `direct` vouches for `BYTES` at `host`.
+        unsafe {
+            _mm_storeu_si128(to, value);
+            if BYTES == 32 {
+                _mm_storeu_si128(to.add(1), above);
+            }
+        }
+        return Ok(());
     }
-    put(cpu, op, A::REQUIRED, bytes)
+    memory::write(cpu, address, &Halves([value, above]).bytes()[..BYTES], op.mem.segment)
 }
 
 fn copy_whole<F: Form, const BYTES: usize>(cpu: &mut Cpu, op: &Op) -> Done {
     F::Gate::check(cpu)?;
-    let area = &mut cpu.state.xsave;
-    let (low, upper) = (xmm(area, op.reg[1]), if BYTES == 32 { high(area, op.reg[1]) } else { [0; 16] });
-    set_xmm(area, op.reg[0], low);
-    if F::CLEARS {
-        set_high(area, op.reg[0], upper);
-    }
+    let value = low(cpu, op.reg[1]);
+    let above = if BYTES == 32 { upper(cpu, op.reg[1]) } else { nothing() };
+    set::<F>(cpu, op.reg[0], value, above);
     Ok(())
 }
 
-fn load_low<F: Form, const BYTES: usize>(cpu: &mut Cpu, op: &Op) -> Done {
+/// A vector with `value` at the bottom and zeros above.
+#[inline(always)]
+fn bottom(value: u64) -> __m128i {
+    // SAFETY: SSE2 is there on every x86-64.
+    unsafe { _mm_cvtsi64_si128(value as i64) }
+}
+
+/// The low 64 bits.
+#[inline(always)]
+fn quad(value: __m128i) -> u64 {
+    // SAFETY: as in `bottom`.
+    unsafe { _mm_cvtsi128_si64(value) as u64 }
+}
+
+fn load_low<F: Form, W: Width>(cpu: &mut Cpu, op: &Op) -> Done {
     F::Gate::check(cpu)?;
-    let bytes = fetch::<BYTES>(cpu, op, false)?;
-    let mut low = [0; 16];
-    low[..BYTES].copy_from_slice(&bytes);
-    write_low::<F>(cpu, op.reg[0], low);
+    let value = cpu.load::<W>(&op.mem)?;
+    set::<F>(cpu, op.reg[0], bottom(value.zext()), nothing());
     Ok(())
 }
 
-fn store_low<F: Form, const BYTES: usize>(cpu: &mut Cpu, op: &Op) -> Done {
+fn store_low<F: Form, W: Width>(cpu: &mut Cpu, op: &Op) -> Done {
     F::Gate::check(cpu)?;
-    let mut bytes = [0; BYTES];
-    bytes.copy_from_slice(&xmm(&cpu.state.xsave, op.reg[1])[..BYTES]);
-    put(cpu, op, false, bytes)
+    let value = quad(low(cpu, op.reg[1]));
+    cpu.store(&op.mem, W::of(value))
 }
 
-fn from_general<F: Form, const BYTES: usize>(cpu: &mut Cpu, op: &Op) -> Done {
+fn from_general<F: Form, W: Width>(cpu: &mut Cpu, op: &Op) -> Done {
     F::Gate::check(cpu)?;
-    let mut low = [0; 16];
-    low[..BYTES].copy_from_slice(&cpu.get::<u64>(op.reg[1]).to_le_bytes()[..BYTES]);
-    write_low::<F>(cpu, op.reg[0], low);
+    let value = cpu.get::<W>(op.reg[1]);
+    set::<F>(cpu, op.reg[0], bottom(value.zext()), nothing());
     Ok(())
 }
 
-fn to_general<F: Form, const BYTES: usize>(cpu: &mut Cpu, op: &Op) -> Done {
+fn to_general<F: Form, W: Width>(cpu: &mut Cpu, op: &Op) -> Done {
     F::Gate::check(cpu)?;
-    let mut bytes = [0; 8];
-    bytes[..BYTES].copy_from_slice(&xmm(&cpu.state.xsave, op.reg[1])[..BYTES]);
-    cpu.set(op.reg[0], u64::from_le_bytes(bytes)); // a 32-bit result clears the upper half
+    let value = quad(low(cpu, op.reg[1]));
+    cpu.set(op.reg[0], W::of(value)); // a 32-bit result clears the upper half
     Ok(())
 }
 
 fn copy_quad<F: Form>(cpu: &mut Cpu, op: &Op) -> Done {
     F::Gate::check(cpu)?;
-    let mut low = xmm(&cpu.state.xsave, op.reg[1]);
-    low[8..].fill(0);
-    write_low::<F>(cpu, op.reg[0], low);
+    let value = quad(low(cpu, op.reg[1]));
+    set::<F>(cpu, op.reg[0], bottom(value), nothing());
     Ok(())
 }
 
 /// MOVSS or MOVSD between registers: the rest of the destination stays.
-fn merge<const BYTES: usize>(cpu: &mut Cpu, op: &Op) -> Done {
+fn merge<W: Width>(cpu: &mut Cpu, op: &Op) -> Done {
     Sse::check(cpu)?;
-    let mut value = xmm(&cpu.state.xsave, op.reg[0]);
-    value[..BYTES].copy_from_slice(&xmm(&cpu.state.xsave, op.reg[1])[..BYTES]);
-    set_xmm(&mut cpu.state.xsave, op.reg[0], value);
+    let value = W::of(quad(low(cpu, op.reg[1])));
+    // SAFETY: at most 8 of the 16 bytes at the bottom of a register.
+    unsafe { value.store(low_half(cpu, op.reg[0]).cast()) };
     Ok(())
 }
 
 fn zero<F: Form>(cpu: &mut Cpu, op: &Op) -> Done {
     F::Gate::check(cpu)?;
-    write_low::<F>(cpu, op.reg[0], [0; 16]);
+    set::<F>(cpu, op.reg[0], nothing(), nothing());
     Ok(())
 }
 
@@ -272,7 +308,7 @@ fn reachable(cpu: &Cpu) -> u8 {
 fn zero_upper(cpu: &mut Cpu, _op: &Op) -> Done {
     Vex::check(cpu)?;
     for register in 0..reachable(cpu) {
-        set_high(&mut cpu.state.xsave, register, [0; 16]);
+        set_upper(cpu, register, nothing());
     }
     Ok(())
 }
@@ -280,7 +316,7 @@ fn zero_upper(cpu: &mut Cpu, _op: &Op) -> Done {
 fn zero_all(cpu: &mut Cpu, _op: &Op) -> Done {
     Vex::check(cpu)?;
     for register in 0..reachable(cpu) {
-        write_low::<VexForm>(cpu, register, [0; 16]);
+        set::<VexForm>(cpu, register, nothing(), nothing());
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ use crate::mmu::{Access, Rights};
 use crate::op::{Done, Handler, Leave, Op};
 use crate::vector::emit::{Frame, General, Memory};
 use crate::vector::gate::{Gate, Mmx, Sse, SseMmx, Vex};
+use crate::vector::memory;
 use crate::vector::registers::{MXCSR, MXCSR_INIT, Registers, enter_mmx};
 use crate::vector::stub::Stub;
 
@@ -80,25 +81,23 @@ fn store<G: Gate>(cpu: &mut Cpu, op: &Op) -> Done {
     aligned(cpu, stub, address)?;
     if stub.float || G::MMX {
         // There is more to it than the store: it must not fault after that.
-        cpu.probe_write(address, bytes as u64, op.mem.segment, Rights::Current)?;
+        memory::probe(cpu, address, bytes, op.mem.segment)?;
     }
     let mut bounce = Bounce([0; 64]);
     run::<G>(cpu, op, stub, bounce.0.as_mut_ptr())?;
-    cpu.write_bytes(address, &bounce.0[..bytes], op.mem.segment, Rights::Current)
+    memory::write(cpu, address, &bounce.0[..bytes], op.mem.segment)
 }
 
 /// Where the stub finds its operand: in guest RAM itself where that is one piece, else copied to `bounce`.
 #[inline(always)]
 pub(super) fn operand(cpu: &mut Cpu, op: &Op, stub: &Stub, bounce: &mut Bounce) -> Result<*mut u8, Leave> {
-    let bytes = u64::from(stub.bytes);
-    let address = cpu.linear(&op.mem, bytes, Access::Read)?;
+    let bytes = usize::from(stub.bytes);
+    let address = cpu.linear(&op.mem, bytes as u64, Access::Read)?;
     aligned(cpu, stub, address)?;
-    if let Some((host, here)) = cpu.bulk(address, bytes, Access::Read)
-        && here == bytes
-    {
+    if let Some(host) = memory::direct(cpu, address, bytes, Access::Read) {
         return Ok(host);
     }
-    cpu.read_bytes(address, &mut bounce.0[..bytes as usize], op.mem.segment, Rights::Current)?;
+    cpu.read_bytes(address, &mut bounce.0[..bytes], op.mem.segment, Rights::Current)?;
     Ok(bounce.0.as_mut_ptr())
 }
 

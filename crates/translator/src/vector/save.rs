@@ -3,14 +3,17 @@
 //! The engine's own area has the standard format, so most of this is copying parts of it. A component is in its initial
 //! configuration (XINUSE) where its registers hold the initial values; nothing else is kept track of.
 
+use std::ops::Range;
+
 use engine::cpu_model::Feature;
 use engine::state::{XsaveArea, cr0, cr4, gpr};
 use iced_x86::{EncodingKind, Instruction, Mnemonic};
 
 use crate::cpu::{Cpu, vector};
-use crate::mmu::{Access, Rights};
+use crate::mmu::Access;
 use crate::op::{Done, Handler, Leave, Op};
 use crate::vector::gate::{Gate, Sse, Vex};
+use crate::vector::memory;
 use crate::vector::registers::{
     FCW, FCW_INIT, FDP, FIP, HEADER, MXCSR, MXCSR_INIT, MXCSR_MASK, Registers, ST, XMM, YMM_HIGH, init_x87,
     normalise_control, summarise,
@@ -112,13 +115,13 @@ fn fxsave(cpu: &mut Cpu, op: &Op) -> Done {
     image[..MXCSR].copy_from_slice(&x87_header(area, wide(op)));
     image[MXCSR + 4..ST].copy_from_slice(&MXCSR_MASK.to_le_bytes());
     let bytes = XMM + reachable(cpu);
-    cpu.write_bytes(address, &image[..bytes], op.mem.segment, Rights::Current)
+    memory::write(cpu, address, &image[..bytes], op.mem.segment)
 }
 
 fn fxrstor(cpu: &mut Cpu, op: &Op) -> Done {
     let address = fx_address(cpu, op, Access::Read)?;
     let mut image = [0; 512];
-    cpu.read_bytes(address, &mut image, op.mem.segment, Rights::Current)?;
+    memory::read(cpu, address, &mut image, op.mem.segment)?;
     let mxcsr = word(&image, MXCSR);
     if mxcsr & !MXCSR_MASK != 0 {
         return Err(cpu.gp());
@@ -150,9 +153,10 @@ fn x_operand(cpu: &mut Cpu, op: &Op, access: Access) -> Result<(u64, u64), Leave
 /// Components whose registers do not hold their initial values.
 fn in_use(cpu: &Cpu) -> u64 {
     let area = &cpu.state.xsave;
-    // No early way out: this is code the compiler can vectorise.
-    let zero = |bytes: &[u8]| bytes.iter().fold(0, |all, byte| all | byte) == 0;
-    let x87 = area.u16(FCW) != FCW_INIT || !zero(&area.0[2..MXCSR]) || !zero(&area.0[ST..XMM]);
+    // No early way out: the compiler can vectorise this.
+    let zero = |bytes: &[u8]| bytes.chunks_exact(8).fold(0, |all, chunk| all | quad(chunk, 0)) == 0;
+    let control = area.u64(FCW) != u64::from(FCW_INIT);
+    let x87 = control || !zero(&area.0[FIP..MXCSR]) || !zero(&area.0[ST..XMM]);
     let sse = area.u32(MXCSR) != MXCSR_INIT || !zero(&area.0[XMM..XMM + 256]);
     let avx = !zero(&area.0[YMM_HIGH..AREA]);
     (u64::from(x87) * X87) | (u64::from(sse) * SSE) | (u64::from(avx) * AVX)
@@ -184,55 +188,51 @@ impl Variant for Compacted {
 /// XSAVE, XSAVEOPT, XSAVEC (SDM vol. 1, 13.7, 13.9, 13.10).
 fn xsave<V: Variant>(cpu: &mut Cpu, op: &Op) -> Done {
     let (address, wanted) = x_operand(cpu, op, Access::Write)?;
-    // The area as it will be: what it is now, with the parts that are saved replaced. All of it goes back at once, so a
-    // fault comes before any change.
     let bytes = if wanted & AVX != 0 { AREA } else { YMM_HIGH };
     let used = in_use(cpu);
     let saved = if V::SKIPS { wanted & used } else { wanted };
     let (segment, reach) = (op.mem.segment, reachable(cpu));
-    let x87 = x87_header(&cpu.state.xsave, wide(op));
-    // Pieces in ascending order: (from, to, source).
+    // All faults come before any change.
+    memory::probe(cpu, address, bytes, segment)?;
     let mut header = [0; 16];
-    if !V::COMPACTS {
-        let mut old = [0; 8];
-        let at = address.wrapping_add(HEADER as u64);
-        cpu.read_bytes(at, &mut old, segment, Rights::Current)?;
-        let old = u64::from_le_bytes(old);
-        header[..8].copy_from_slice(&(old & !wanted | wanted & used).to_le_bytes());
-    } else {
+    if V::COMPACTS {
         header[..8].copy_from_slice(&(wanted & used).to_le_bytes());
         header[8..].copy_from_slice(&(COMPACTED | wanted).to_le_bytes());
+    } else {
+        memory::read(cpu, address.wrapping_add(HEADER as u64), &mut header[..8], segment)?;
+        let present = quad(&header, 0) & !wanted | wanted & used;
+        header[..8].copy_from_slice(&present.to_le_bytes());
     }
-    cpu.probe_write(address, bytes as u64, segment, Rights::Current)?;
-    let area = cpu.state.xsave.clone();
-    let mut put =
-        |at: usize, data: &[u8]| cpu.write_bytes(address.wrapping_add(at as u64), data, segment, Rights::Current);
+    let mut image = [0; AREA];
+    image.copy_from_slice(&cpu.state.xsave.0[..AREA]);
+    image[..MXCSR].copy_from_slice(&x87_header(&cpu.state.xsave, wide(op)));
+    image[MXCSR + 4..ST].copy_from_slice(&MXCSR_MASK.to_le_bytes());
+    let mut put = |part: Range<usize>| {
+        let at = address.wrapping_add(part.start as u64);
+        memory::write(cpu, at, &image[part], segment)
+    };
     if saved & X87 != 0 {
-        put(0, &x87)?;
-        put(ST, &area.0[ST..XMM])?;
+        put(0..MXCSR)?;
+        put(ST..XMM)?;
     }
-    let control = if V::COMPACTS { saved & SSE } else { wanted & (SSE | AVX) };
-    if control != 0 {
-        let mut pair = [0; 8];
-        pair[..4].copy_from_slice(&area.mxcsr().to_le_bytes());
-        pair[4..].copy_from_slice(&MXCSR_MASK.to_le_bytes());
-        put(MXCSR, &pair)?;
+    if V::COMPACTS && saved & SSE != 0 || !V::COMPACTS && wanted & (SSE | AVX) != 0 {
+        put(MXCSR..ST)?;
     }
     if saved & SSE != 0 {
-        put(XMM, &area.0[XMM..XMM + reach])?;
+        put(XMM..XMM + reach)?;
     }
-    put(HEADER, &header[..if V::COMPACTS { 16 } else { 8 }])?;
     if saved & AVX != 0 {
-        put(YMM_HIGH, &area.0[YMM_HIGH..YMM_HIGH + reach])?;
+        put(YMM_HIGH..YMM_HIGH + reach)?;
     }
-    Ok(())
+    let written = if V::COMPACTS { 16 } else { 8 };
+    memory::write(cpu, address.wrapping_add(HEADER as u64), &header[..written], segment)
 }
 
 /// XRSTOR (SDM vol. 1, 13.8).
 fn xrstor(cpu: &mut Cpu, op: &Op) -> Done {
     let (address, wanted) = x_operand(cpu, op, Access::Read)?;
     let mut image = [0; AREA];
-    cpu.read_bytes(address, &mut image[..YMM_HIGH], op.mem.segment, Rights::Current)?;
+    memory::read(cpu, address, &mut image[..YMM_HIGH], op.mem.segment)?;
     let (present, layout) = (quad(&image, HEADER), quad(&image, HEADER + 8));
     let compacted = layout & COMPACTED != 0;
     let rest = if compacted { HEADER + 16 } else { HEADER + 8 };
@@ -255,7 +255,7 @@ fn xrstor(cpu: &mut Cpu, op: &Op) -> Done {
     }
     if loaded & AVX != 0 {
         let at = address.wrapping_add(YMM_HIGH as u64);
-        cpu.read_bytes(at, &mut image[YMM_HIGH..], op.mem.segment, Rights::Current)?;
+        memory::read(cpu, at, &mut image[YMM_HIGH..], op.mem.segment)?;
     }
     let reach = reachable(cpu);
     let area = &mut cpu.state.xsave;
