@@ -17,15 +17,15 @@ pub(crate) fn run(arguments: &[&str]) -> Result<bool> {
     let nextest = run::cargo(&root).args(["nextest", "--version"]).output().is_ok_and(|output| output.status.success());
     let mut tests = run::cargo(&root);
     if nextest {
-        tests.args(["nextest", "run", "--workspace", "--no-fail-fast", "--cargo-profile", PROFILE]);
+        tests.args(["nextest", "run", "--no-fail-fast", "--cargo-profile", PROFILE]);
     } else {
-        tests.args(["test", "--workspace", "--no-fail-fast", "--all-targets", "--profile", PROFILE]);
+        tests.args(["test", "--no-fail-fast", "--all-targets", "--profile", PROFILE]);
     }
     let passed = run::succeeds(tests.args(arguments))?;
     if !arguments.is_empty() {
         return Ok(passed);
     }
     let mut examples = run::cargo(&root);
-    examples.args(["test", "--quiet", "--workspace", "--doc", "--profile", PROFILE]);
+    examples.args(["test", "--quiet", "--doc", "--profile", PROFILE]);
     Ok(run::succeeds(&mut examples)? && passed)
 }

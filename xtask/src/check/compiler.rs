@@ -32,7 +32,7 @@ pub(super) fn fmt(workspace: &Workspace) -> Result<Vec<Problem>> {
 /// cargo clippy.
 pub(super) fn clippy(workspace: &Workspace) -> Result<Vec<Problem>> {
     let prepare = |command: &mut Command| {
-        command.args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]);
+        command.args(["clippy", "--quiet", "--keep-going", "--workspace", "--all-targets", "--", "-D", "warnings"]);
     };
     each(workspace, prepare, "clippy objects (above)", "mend it; an exception is `#[expect(lint, reason = \"...\")]`")
 }
