@@ -3,7 +3,7 @@
 use iced_x86::{Code, Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpCodeOperandKind, OpKind, Register};
 
 use super::super::emit::Recipe;
-use super::super::registers::{HEADER, MXCSR, ST, XMM, YMM_HIGH};
+use super::super::registers::{FOP, HEADER, MXCSR, ST, XMM, YMM_HIGH};
 use super::super::{offered, stub};
 use super::host::{Host, State, Window};
 use super::*;
@@ -86,7 +86,7 @@ impl Random {
             2 => (0xc000_0000_0000_0001, 0x7fff),
             3 => (self.next() >> 1, 0),
             4 => (self.next(), self.next() as u16),
-            _ => (self.next() | 1 << 63, 0x3fff - 8 + self.below(40) as u16 | (self.next() as u16 & 0x8000)),
+            _ => (self.next() | 1 << 63, (0x3fff - 8 + self.below(40) as u16) | (self.next() as u16 & 0x8000)),
         };
         let mut bytes = [0; 10];
         bytes[..8].copy_from_slice(&mantissa.to_le_bytes());
@@ -187,28 +187,9 @@ fn instance(code: Code, memory: bool, random: &mut Random) -> Option<Instruction
     (has_memory || !memory).then_some(instruction)
 }
 
-/// Those whose result depends on more than registers, or that tests of their own look at.
+/// Those whose result is not a function of what is compared here.
 fn elsewhere(mnemonic: Mnemonic) -> bool {
-    use Mnemonic::*;
-    matches!(
-        mnemonic,
-        Fxsave
-            | Fxsave64
-            | Fxrstor
-            | Fxrstor64
-            | Xsave
-            | Xsave64
-            | Xsaveopt
-            | Xsaveopt64
-            | Xsavec
-            | Xsavec64
-            | Xrstor
-            | Xrstor64
-            | Xgetbv
-            | Xsetbv
-            | Ldmxcsr
-            | Vldmxcsr
-    )
+    matches!(mnemonic, Mnemonic::Xgetbv | Mnemonic::Xsetbv)
 }
 
 /// Codes that the model offers and 64-bit mode has.
@@ -258,6 +239,7 @@ impl Comparison {
         if matches!(instruction.mnemonic(), Mnemonic::Fld | Mnemonic::Fbld | Mnemonic::Frstor) {
             memory[0x400..0x40a].copy_from_slice(&self.random.extended());
         }
+        valid_image(instruction, &mut memory[0x400..], &mut self.random);
         self.load(&state, &memory);
         // SAFETY: the window is mapped, and nobody else uses it.
         unsafe { std::ptr::copy_nonoverlapping(memory.as_ptr(), WINDOW.at as *mut u8, memory.len()) };
@@ -302,6 +284,10 @@ impl Comparison {
                 for number in [0, 2] {
                     state.gpr[number] = self.random.below(48).wrapping_sub(24);
                 }
+            }
+            Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xrstor | Xrstor64 => {
+                state.gpr[0] = self.random.below(8);
+                state.gpr[2] = 0;
             }
             _ => {}
         }
@@ -361,13 +347,37 @@ impl Comparison {
     }
 }
 
-/// Instruction and data pointers in an x87 environment are the host's own there.
-fn forget_pointers(instruction: &Instruction, memory: &mut [u8]) {
-    let environment = &mut memory[0x400..];
-    match instruction.code() {
-        Code::Fnstenv_m14byte | Code::Fnsave_m94byte => environment[6..14].fill(0),
-        Code::Fnstenv_m28byte | Code::Fnsave_m108byte => environment[12..28].fill(0),
+/// Makes the operand of an instruction that restores state one that it accepts.
+fn valid_image(instruction: &Instruction, image: &mut [u8], random: &mut Random) {
+    use Mnemonic::*;
+    match instruction.mnemonic() {
+        Ldmxcsr | Vldmxcsr => image[2..4].fill(0),
+        Fxrstor | Fxrstor64 => image[MXCSR + 2..MXCSR + 4].fill(0),
+        Xrstor | Xrstor64 => {
+            image[MXCSR + 2..MXCSR + 4].fill(0);
+            image[HEADER..YMM_HIGH].fill(0);
+            image[HEADER] = random.below(8) as u8;
+            if random.one_in(2) {
+                image[HEADER + 8..HEADER + 16].copy_from_slice(&(1_u64 << 63 | 7).to_le_bytes());
+            }
+        }
         _ => {}
+    }
+}
+
+/// Instruction and data pointers in saved x87 state are the host's own there, and so is the mask of MXCSR.
+fn forget_pointers(instruction: &Instruction, memory: &mut [u8]) {
+    use Mnemonic::*;
+    let image = &mut memory[0x400..];
+    match instruction.code() {
+        Code::Fnstenv_m14byte | Code::Fnsave_m94byte => image[6..14].fill(0),
+        Code::Fnstenv_m28byte | Code::Fnsave_m108byte => image[12..28].fill(0),
+        _ => {}
+    }
+    if matches!(instruction.mnemonic(), Fxsave | Fxsave64 | Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64)
+    {
+        image[FOP..MXCSR].fill(0);
+        image[MXCSR + 4..ST].fill(0);
     }
 }
 

@@ -135,7 +135,8 @@ fn control_registers_gate_instructions() {
     let vaddps: &[u8] = &[0xc5, 0xf0, 0x58, 0xc1];
     let paddb: &[u8] = &[0x0f, 0xfc, 0xc1];
     let fld1: &[u8] = &[0xd9, 0xe8];
-    let cases: [(fn(&mut Cpu), [Option<u8>; 4]); 7] = [
+    type Case = (fn(&mut Cpu), [Option<u8>; 4]);
+    let cases: [Case; 7] = [
         (|_| {}, [None; 4]),
         (|cpu| cpu.state.cr0 |= cr0::TS, [Some(NM); 4]),
         (|cpu| cpu.state.cr0 |= cr0::EM, [Some(UD), None, Some(UD), Some(NM)]),

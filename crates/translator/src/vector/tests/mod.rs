@@ -43,7 +43,7 @@ impl Bench {
             ram.write_value(Gpa(table), &entry).unwrap();
         }
         for page in (0..64).filter(|page| page * 0x1000 != HOLE) {
-            ram.write_value(Gpa(0x4000 + page * 8), &(page * 0x1000 | 7)).unwrap();
+            ram.write_value(Gpa(0x4000 + page * 8), &((page * 0x1000) | 7)).unwrap();
         }
         let mut table = lookup(DEFAULT).unwrap().table(&HostCpu::read(), 0, 1).unwrap();
         for bit in engine::cpu_model::FEATURES {
