@@ -20,7 +20,8 @@ Usage: cargo xtask COMMAND
   check [NAME...]    all checks, or the named ones; `check --list` names them
   ratchet            lower the limits in ratchet.toml to what the code has come down to
   test [ARGS...]     all tests; ARGS go to the test runner
-  fuzz [CASES]       random instructions on this processor and on the engine (default: 1000000)";
+  fuzz [OPTION...]   random instructions on this processor and on the engine: --minutes N (of each class; default 10),
+                     --cases N, --class NAME, --seed N";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -33,8 +34,7 @@ fn main() -> ExitCode {
         ["check", names @ ..] => check::run(names),
         ["ratchet"] => check::tighten_ratchet(),
         ["test", rest @ ..] => test::run(rest),
-        ["fuzz"] => fuzz::run("1000000"),
-        ["fuzz", cases] => fuzz::run(cases),
+        ["fuzz", rest @ ..] => fuzz::run(rest),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);

@@ -5,7 +5,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, OpKind, Register};
+use iced_x86::{CodeSize, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, OpKind, Register};
 use memory::{Gva, PAGE_SIZE};
 
 use crate::block::{Block, Key, Version};
@@ -196,7 +196,7 @@ impl Cpu {
     }
 
     fn select(&mut self, instruction: &Instruction, bytes: &[u8], op: &mut Op) -> Option<Handler> {
-        crate::exec::select(instruction, self, op)
+        crate::exec::select(instruction, bytes, self, op)
             .or_else(|| crate::system::select(instruction, op))
             .or_else(|| crate::vector::select(instruction, bytes, self, op))
     }
@@ -280,9 +280,20 @@ fn register_number(register: Register) -> u8 {
     if register.is_gpr() { register.number() as u8 } else { NO_REG }
 }
 
+/// The segment register of a memory operand. 64-bit mode ignores overrides other than FS and GS (AMD APM vol. 3, 1.2.4),
+/// but the stack pointer and the frame pointer as bases still mean #SS.
+pub(crate) fn memory_segment(instruction: &Instruction) -> u8 {
+    let segment = instruction.memory_segment().number() as u8;
+    if instruction.code_size() != CodeSize::Code64 || segment >= engine::state::seg::FS as u8 {
+        return segment;
+    }
+    let of_stack = matches!(instruction.memory_base(), Register::RSP | Register::RBP | Register::ESP | Register::EBP);
+    if of_stack { engine::state::seg::SS as u8 } else { engine::state::seg::DS as u8 }
+}
+
 /// The memory operand of an instruction.
 pub(crate) fn memory_operand(instruction: &Instruction) -> Mem {
-    let segment = instruction.memory_segment().number() as u8;
+    let segment = memory_segment(instruction);
     let displacement = instruction.memory_displacement64();
     if instruction.is_ip_rel_memory_operand() {
         let address = instruction.ip_rel_memory_address();

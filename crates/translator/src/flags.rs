@@ -52,7 +52,7 @@ impl Flags {
         self.arithmetic(result, 0);
     }
 
-    /// Flags of `result` with CF and OF given and AF clear (multiplication, shifts).
+    /// Flags of `result` with CF and OF given and AF clear.
     #[inline(always)]
     pub(crate) fn result_with<W: Width>(&mut self, result: W, cf: bool, of: bool) {
         self.lazy = true;
@@ -61,13 +61,29 @@ impl Flags {
         self.carries = (u64::from(cf) << 63) | (u64::from(cf ^ of) << 62);
     }
 
+    /// Flags of `result` of a shift: as [`Flags::result_with`], but AF, which is undefined, is set, as on AMD's processors.
+    #[inline(always)]
+    pub(crate) fn shifted<W: Width>(&mut self, result: W, cf: bool, of: bool) {
+        self.result_with(result, cf, of);
+        self.adjust = true;
+    }
+
+    /// Changes CF and OF alone.
+    #[inline(always)]
+    pub(crate) fn set_cf_of(&mut self, cf: bool, of: bool) {
+        if self.lazy {
+            self.carries = (u64::from(cf) << 63) | (u64::from(cf ^ of) << 62);
+        } else {
+            self.bits = (self.bits & !(CF | OF)) | u64::from(cf) | if of { OF } else { 0 };
+        }
+    }
+
     /// Changes CF alone.
     #[inline(always)]
     pub(crate) fn set_cf(&mut self, cf: bool) {
         if self.lazy {
             // OF is the difference of the two top carries, so both move.
-            let of = self.of();
-            self.carries = (u64::from(cf) << 63) | (u64::from(cf ^ of) << 62);
+            self.set_cf_of(cf, self.of());
         } else {
             self.bits = (self.bits & !CF) | u64::from(cf);
         }

@@ -21,6 +21,8 @@ mod exec;
 mod flags;
 mod mmu;
 mod op;
+#[cfg(test)]
+mod oracle;
 mod run;
 mod shared;
 mod system;

@@ -1,7 +1,7 @@
 //! BT, BTS, BTR, BTC, BSF, BSR, TZCNT, LZCNT, POPCNT, CRC32, ADCX, ADOX.
 
 use engine::cpu_model::Feature;
-use engine::state::rflags::{CF, OF, ZF};
+use engine::state::rflags::{CF, OF, STATUS, ZF};
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::{by_width, offered, operand_bytes};
@@ -183,10 +183,11 @@ impl FromSource for ScanReverse {
     }
 }
 
-/// TZCNT and LZCNT: CF where the source is 0, ZF where the count is.
+/// TZCNT and LZCNT: CF where the source is 0, ZF where the count is. The others are undefined; AMD's processors clear all
+/// but OF.
 fn counted<W: Width>(cpu: &mut Cpu, to: u8, source: W, count: u32) {
     let cf = if source.zext() == 0 { CF } else { 0 };
-    cpu.flags.change(CF | ZF, cf | zf_if(count == 0));
+    cpu.flags.change(STATUS & !OF, cf | zf_if(count == 0));
     cpu.set(to, W::of(count.into()));
 }
 

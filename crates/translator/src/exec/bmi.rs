@@ -3,6 +3,7 @@
 //! All are VEX-encoded, which real and virtual-8086 mode do not know.
 
 use engine::cpu_model::Feature;
+use engine::state::rflags::{AF, SF};
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::{by_width, offered_vex, operand_bytes};
@@ -61,7 +62,7 @@ macro_rules! bmi {
 }
 
 bmi!(Andn, |a, b, bits| !a & b, |flags, r| flags.logic(r));
-bmi!(Bextr, |a, b, bits| extract(a, b & 0xff, b >> 8 & 0xff), |flags, r| flags.logic(r));
+bmi!(Bextr, |a, b, bits| extract(a, b & 0xff, b >> 8 & 0xff), |flags, r| flags_of_bextr(flags, r));
 bmi!(Blsi, |a, b, bits| a & a.wrapping_neg(), |flags, r| flags.result_with(r, a != 0, false));
 bmi!(Blsmsk, |a, b, bits| a ^ a.wrapping_sub(1), |flags, r| flags.result_with(r, a == 0, false));
 bmi!(Blsr, |a, b, bits| a & a.wrapping_sub(1), |flags, r| flags.result_with(r, a == 0, false));
@@ -72,6 +73,12 @@ bmi!(Rorx, |a, b, bits| a >> (b % bits) | a.checked_shl((bits - b % bits) as u32
 bmi!(Sarx, |a, b, bits| (W::of(a).sext() as i64 >> (b % bits)) as u64);
 bmi!(Shlx, |a, b, bits| a << (b % bits));
 bmi!(Shrx, |a, b, bits| a >> (b % bits));
+
+/// AF and SF are undefined; AMD's processors set the one and clear the other.
+fn flags_of_bextr<W: Width>(flags: &mut Flags, result: W) {
+    flags.logic(result);
+    flags.change(AF | SF, AF);
+}
 
 fn low_bits(value: u64, count: u64) -> u64 {
     if count >= 64 { value } else { value & ((1 << count) - 1) }

@@ -8,7 +8,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 use super::{by_width, condition_of, operand_bytes};
 use crate::cpu::Cpu;
 use crate::mmu::{Access, Rights, canonical};
-use crate::op::{Done, Handler, Leave, Op};
+use crate::op::{Done, Handler, Leave, Op, REP, REPNE};
 use crate::width::Width;
 
 const RCX: usize = 1;
@@ -36,9 +36,10 @@ pub(super) fn select(instruction: &Instruction, op: &mut Op) -> Option<Handler> 
         }
         Mnemonic::Loop | Mnemonic::Loope | Mnemonic::Loopne => {
             op.size = loop_counter(instruction.code());
-            match instruction.mnemonic() {
-                Mnemonic::Loop => loop_always,
-                Mnemonic::Loope => loop_if::<true>,
+            // A repeat prefix, which means nothing here, decides the condition on AMD's processors.
+            match (instruction.mnemonic(), op.prefixes & (REP | REPNE)) {
+                (Mnemonic::Loop, _) => loop_always,
+                (_, REP) | (Mnemonic::Loope, 0) => loop_if::<true>,
                 _ => loop_if::<false>,
             }
         }
@@ -125,7 +126,13 @@ fn jump_to(cpu: &mut Cpu, target: u64) -> Done {
 
 #[inline(always)]
 fn call_to<W: Width>(cpu: &mut Cpu, op: &Op, target: u64) -> Done {
-    cpu.check_near_target(target)?;
+    if cpu.check_near_target(target).is_err() {
+        // The stack's own fault comes first.
+        let slot = cpu.state.gpr[4].wrapping_sub(W::BYTES as u64);
+        let address = cpu.stack_linear(slot, W::BYTES as u64, Access::Write)?;
+        cpu.probe_write(address, W::BYTES as u64, seg::SS as u8, Rights::Current)?;
+        return Err(cpu.gp());
+    }
     cpu.push(W::of(op.next))?;
     cpu.state.rip = target;
     Ok(())

@@ -103,7 +103,10 @@ impl Extend for Sign {
 }
 
 fn extend<E: Extend>(instruction: &Instruction) -> Handler {
-    let (to, from) = (operand_bytes(instruction, 0), operand_bytes(instruction, 1));
+    let (to, mut from) = (operand_bytes(instruction, 0), operand_bytes(instruction, 1));
+    if instruction.mnemonic() == Mnemonic::Movsxd {
+        from = 4; // with an operand-size prefix too: only the result is shorter
+    }
     match (instruction.op1_kind(), from) {
         (OpKind::Register, 1) => by_width!(to, extend_register, E, u8),
         (OpKind::Register, 2) => by_width!(to, extend_register, E, u16),

@@ -6,7 +6,7 @@ use std::arch::asm;
 
 use engine::cpu_model::Feature;
 use engine::state::rflags::ZF;
-use iced_x86::{Instruction, Mnemonic, OpKind};
+use iced_x86::{CodeSize, Instruction, Mnemonic, OpKind};
 use memory::Gva;
 
 use super::{by_width, offered, operand_bytes};
@@ -19,9 +19,13 @@ const RAX: u8 = 0;
 const RCX: u8 = 8;
 const RDX: u8 = 16;
 const RBX: u8 = 24;
+const R8: u8 = 64;
 
-pub(super) fn select(instruction: &Instruction, cpu: &Cpu) -> Option<Handler> {
+pub(super) fn select(instruction: &Instruction, code: &[u8], cpu: &Cpu, op: &mut Op) -> Option<Handler> {
     let bytes = || operand_bytes(instruction, 0);
+    if let Some(handler) = xchg_behind_f3(instruction, code, op) {
+        return Some(handler);
+    }
     let memory = instruction.op0_kind() == OpKind::Memory;
     Some(match instruction.mnemonic() {
         Mnemonic::Xchg if memory => by_width!(bytes(), xchg_memory),
@@ -37,6 +41,26 @@ pub(super) fn select(instruction: &Instruction, cpu: &Cpu) -> Option<Handler> {
         Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b => crate::decode::raise_ud,
         _ => return None,
     })
+}
+
+/// F3 90 is PAUSE, but with REX.B before the 90 it is XCHG R8, rAX, which iced calls PAUSE too.
+fn xchg_behind_f3(instruction: &Instruction, code: &[u8], op: &mut Op) -> Option<Handler> {
+    let rex = *code.get(instruction.len().checked_sub(2)?)?;
+    if instruction.mnemonic() != Mnemonic::Pause || instruction.code_size() != CodeSize::Code64 || rex & 0xf1 != 0x41 {
+        return None;
+    }
+    (op.reg[0], op.reg[1]) = (RAX, R8);
+    let narrow = code[..instruction.len()].contains(&0x66);
+    Some(by_width!(
+        if rex & 8 != 0 {
+            8
+        } else if narrow {
+            2
+        } else {
+            4
+        },
+        xchg_register
+    ))
 }
 
 fn xchg_register<W: Width>(cpu: &mut Cpu, op: &Op) -> Done {
@@ -95,8 +119,9 @@ fn compared<W: Width>(cpu: &mut Cpu, expected: W, found: W) {
 
 fn cmpxchg_register<W: Width>(cpu: &mut Cpu, op: &Op) -> Done {
     let (expected, found) = (cpu.get::<W>(RAX), cpu.get::<W>(op.reg[0]));
-    let value = if expected == found { cpu.get::<W>(op.reg[1]) } else { found };
-    cpu.set(op.reg[0], value);
+    if expected == found {
+        cpu.set(op.reg[0], cpu.get::<W>(op.reg[1]));
+    }
     compared(cpu, expected, found);
     Ok(())
 }

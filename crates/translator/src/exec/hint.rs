@@ -40,7 +40,12 @@ pub(super) fn select(instruction: &Instruction, cpu: &Cpu) -> Option<Handler> {
         | Mnemonic::Prefetchnta
         | Mnemonic::Prefetcht0
         | Mnemonic::Prefetcht1
-        | Mnemonic::Prefetcht2 => nop,
+        | Mnemonic::Prefetcht2
+        // Hints of later processors lie where earlier ones do nothing.
+        | Mnemonic::Prefetchwt1
+        | Mnemonic::Prefetchit0
+        | Mnemonic::Prefetchit1
+        | Mnemonic::Cldemote => nop,
         Mnemonic::Clflushopt if !has(Feature::Clflushopt) => raise_ud,
         Mnemonic::Clflush | Mnemonic::Clflushopt => flush_line,
         Mnemonic::Mfence | Mnemonic::Lfence | Mnemonic::Sfence => full_fence,

@@ -23,8 +23,8 @@ use iced_x86::{ConditionCode, Instruction};
 use crate::cpu::Cpu;
 use crate::op::{Handler, Op};
 
-/// The handler for an integer instruction, where this is one.
-pub(crate) fn select(instruction: &Instruction, cpu: &Cpu, op: &mut Op) -> Option<Handler> {
+/// The handler for an integer instruction, where this is one. `bytes` start at the instruction.
+pub(crate) fn select(instruction: &Instruction, bytes: &[u8], cpu: &Cpu, op: &mut Op) -> Option<Handler> {
     alu::select(instruction, op)
         .or_else(|| branch::select(instruction, op))
         .or_else(|| data::select(instruction, cpu, op))
@@ -32,7 +32,7 @@ pub(crate) fn select(instruction: &Instruction, cpu: &Cpu, op: &mut Op) -> Optio
         .or_else(|| shift::select(instruction))
         .or_else(|| unary::select(instruction))
         .or_else(|| string::select(instruction, op))
-        .or_else(|| exchange::select(instruction, cpu))
+        .or_else(|| exchange::select(instruction, bytes, cpu, op))
         .or_else(|| multiply::select(instruction, cpu))
         .or_else(|| bits::select(instruction, cpu))
         .or_else(|| hint::select(instruction, cpu))

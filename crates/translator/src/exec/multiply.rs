@@ -1,6 +1,7 @@
 //! MUL, IMUL, DIV, IDIV, MULX (Intel SDM vol. 2).
 
 use engine::cpu_model::Feature;
+use engine::state::rflags::{AF, CF, OF, STATUS};
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::{by_width, offered_vex, operand_bytes};
@@ -76,7 +77,8 @@ impl<const SIGNED: bool> Accumulate for Multiply<SIGNED> {
         let significant = if SIGNED { product != signed(low) as u128 } else { high.zext() != 0 };
         cpu.set(RAX, low);
         cpu.set(high_half::<W>(), high);
-        cpu.flags.result_with(low, significant, significant);
+        // SF, ZF, AF and PF are undefined; AMD's processors leave them.
+        cpu.flags.set_cf_of(significant, significant);
         Ok(())
     }
 }
@@ -95,6 +97,8 @@ impl<const SIGNED: bool> Accumulate for Divide<SIGNED> {
         let Some((quotient, remainder)) = quotient else { return Err(cpu.divide_error()) };
         cpu.set(RAX, quotient);
         cpu.set(high_half::<W>(), remainder);
+        // All six are undefined; AMD's processors leave CF and OF.
+        cpu.flags.change(STATUS & !(CF | OF), AF);
         Ok(())
     }
 }
@@ -144,7 +148,7 @@ fn truncate_product<W: Width>(cpu: &mut Cpu, op: &Op, a: W, b: W) -> Done {
     let low = W::of(product as u64);
     let significant = product != signed(low);
     cpu.set(op.reg[0], low);
-    cpu.flags.result_with(low, significant, significant);
+    cpu.flags.set_cf_of(significant, significant);
     Ok(())
 }
 

@@ -10,7 +10,6 @@ use crate::cpu::Cpu;
 use crate::flags::Flags;
 use crate::op::{Done, Handler, Op};
 use crate::width::Width;
-use engine::state::rflags::{CF, OF};
 
 const CL: u8 = 8;
 
@@ -41,11 +40,6 @@ fn bit(value: u64, number: u32) -> bool {
     value.checked_shr(number).unwrap_or(0) & 1 != 0
 }
 
-fn change_cf_of(flags: &mut Flags, cf: bool, of: bool) {
-    let bits = if cf { CF } else { 0 } | if of { OF } else { 0 };
-    flags.change(CF | OF, bits);
-}
-
 impl Shift for Shl {
     #[inline(always)]
     fn result<W: Width>(a: W, count: u32, _carry: bool) -> W {
@@ -54,7 +48,7 @@ impl Shift for Shl {
     #[inline(always)]
     fn flags<W: Width>(flags: &mut Flags, a: W, count: u32, result: W) {
         let cf = count <= W::BITS && bit(a.zext(), W::BITS - count);
-        flags.result_with(result, cf, top(result) != cf);
+        flags.shifted(result, cf, top(result) != cf);
     }
 }
 
@@ -65,7 +59,7 @@ impl Shift for Shr {
     }
     #[inline(always)]
     fn flags<W: Width>(flags: &mut Flags, a: W, count: u32, result: W) {
-        flags.result_with(result, bit(a.zext(), count - 1), top(result) != second(result));
+        flags.shifted(result, bit(a.zext(), count - 1), top(result) != second(result));
     }
 }
 
@@ -76,7 +70,7 @@ impl Shift for Sar {
     }
     #[inline(always)]
     fn flags<W: Width>(flags: &mut Flags, a: W, count: u32, result: W) {
-        flags.result_with(result, bit(a.sext(), count - 1), false);
+        flags.shifted(result, bit(a.sext(), count - 1), false);
     }
 }
 
@@ -94,7 +88,7 @@ impl Shift for Rol {
     #[inline(always)]
     fn flags<W: Width>(flags: &mut Flags, _a: W, _count: u32, result: W) {
         let cf = bit(result.zext(), 0);
-        change_cf_of(flags, cf, top(result) != cf);
+        flags.set_cf_of(cf, top(result) != cf);
     }
 }
 
@@ -105,7 +99,7 @@ impl Shift for Ror {
     }
     #[inline(always)]
     fn flags<W: Width>(flags: &mut Flags, _a: W, _count: u32, result: W) {
-        change_cf_of(flags, top(result), top(result) != second(result));
+        flags.set_cf_of(top(result), top(result) != second(result));
     }
 }
 
@@ -124,7 +118,7 @@ impl Shift for Rcl {
     }
     fn flags<W: Width>(flags: &mut Flags, a: W, count: u32, result: W) {
         let (_, cf) = rotate_through_carry(a, count, flags.cf());
-        change_cf_of(flags, cf, top(result) != cf);
+        flags.set_cf_of(cf, top(result) != cf);
     }
 }
 
@@ -136,7 +130,7 @@ impl Shift for Rcr {
     fn flags<W: Width>(flags: &mut Flags, a: W, count: u32, result: W) {
         let bits = W::BITS + 1;
         let (_, cf) = rotate_through_carry(a, bits - count % bits, flags.cf());
-        change_cf_of(flags, cf, top(result) != second(result));
+        flags.set_cf_of(cf, top(result) != second(result));
     }
 }
 
@@ -230,31 +224,31 @@ fn double_forms<const LEFT: bool>(instruction: &Instruction) -> Handler {
     }
 }
 
-/// `a` shifted, bits of `b` moving in. Counts above 16 of 16-bit operands are undefined by the manuals; processors then
-/// go on with the bits of `a` (SHLD) that left first.
+/// `a` shifted, bits of `b` moving in. Counts above 16 of 16-bit operands are undefined by the manuals; AMD's processors
+/// then move in `b` once more.
 fn double<W: Width, const LEFT: bool>(a: W, b: W, count: u32) -> W {
-    let (wide_a, wide_b) = (u128::from(a.zext()), u128::from(b.zext()));
+    let (a, b) = (u128::from(a.zext()), u128::from(b.zext()));
     let bits = W::BITS;
-    if LEFT {
-        let whole = (wide_a << bits | wide_b) << bits | wide_a;
-        let whole = if bits == 64 { wide_a << 64 | wide_b } else { whole };
-        let width = if bits == 64 { 128 } else { 3 * bits };
-        W::of((whole << count >> (width - bits)) as u64)
-    } else {
-        let whole = if bits == 64 { wide_b << 64 | wide_a } else { (wide_a << bits | wide_b) << bits | wide_a };
-        W::of((whole >> count) as u64)
+    let once = if LEFT { a << bits | b } else { b << bits | a };
+    match (bits, LEFT) {
+        (64, true) => W::of((once << count >> 64) as u64),
+        (64, false) => W::of((once >> count) as u64),
+        (_, true) => W::of(((once << bits | b) << count >> (2 * bits)) as u64),
+        (_, false) => W::of(((b << (2 * bits) | once) >> count) as u64),
     }
 }
 
+/// CF is the last bit shifted out; 0 where the count is above the width. OF is defined for a count of 1; for others, and
+/// where the count reaches the width, it is what AMD's processors make of it.
 fn double_flags<W: Width, const LEFT: bool>(flags: &mut Flags, a: W, b: W, count: u32, result: W) {
-    let cf = top_out::<W, LEFT>(a, b, count);
-    flags.result_with(result, cf, top(result) != top(a));
-}
-
-/// The last bit shifted out.
-fn top_out<W: Width, const LEFT: bool>(a: W, b: W, count: u32) -> bool {
     let before = double::<W, LEFT>(a, b, count - 1);
-    if LEFT { top(before) } else { bit(before.zext(), 0) }
+    let out = if LEFT { top(before) } else { bit(before.zext(), 0) };
+    let cf = count <= W::BITS && out;
+    let of = match LEFT {
+        true => cf != (count < W::BITS && top(result)),
+        false => top(result) != second(result),
+    };
+    flags.shifted(result, cf, of);
 }
 
 #[inline(always)]

@@ -39,7 +39,7 @@ pub(super) fn select(instruction: &Instruction, op: &mut Op) -> Option<Handler> 
         Mnemonic::Movsq | Mnemonic::Stosq | Mnemonic::Lodsq | Mnemonic::Cmpsq | Mnemonic::Scasq => (8, instruction),
         _ => return None, // INS and OUTS
     };
-    op.mem.segment = kind.memory_segment().number() as u8;
+    op.mem.segment = crate::decode::memory_segment(kind);
     op.mem.address_size = address_size(kind);
     let repeated = op.prefixes & (REP | REPNE) != 0;
     Some(match kind.mnemonic() {
@@ -229,8 +229,9 @@ impl Element for Cmps {
     const COMPARES: bool = true;
 
     fn one<W: Width>(cpu: &mut Cpu, op: &Op) -> Done {
-        let a = cpu.string_load::<W>(op, RSI)?;
+        // AMD's processors look at the second operand first, which shows where both fault.
         let b = cpu.string_load::<W>(op, RDI)?;
+        let a = cpu.string_load::<W>(op, RSI)?;
         compare(cpu, a, b);
         cpu.advance::<W>(op, RSI, 1);
         cpu.advance::<W>(op, RDI, 1);

@@ -1,0 +1,165 @@
+//! The interpreter's side: a vCPU in 64-bit user mode with the same pages at the same addresses.
+
+use std::sync::Arc;
+
+use engine::cpu_model::{DEFAULT, HostCpu, lookup};
+use engine::state::{Segment, cr0, cr4, efer, seg};
+use engine::{CpuIo, HypercallArgs, MsrRefused, VcpuConfig, VcpuId};
+use memory::{Gpa, GuestRam};
+
+use super::case::{ARENA, ARENA_BYTES, CODE, CODE_BYTES, Case, NO_VECTOR, Outcome, READ_ONLY, XSAVE_BYTES};
+use crate::cpu::{Cpu, vector};
+use crate::op::Leave;
+use crate::shared::Shared;
+
+/// Guest-physical places: four levels of page tables, code, data.
+const TABLES: u64 = 0x1000;
+const CODE_FRAMES: u64 = 0x10000;
+const ARENA_FRAMES: u64 = 0x20000;
+
+const PRESENT_USER: u64 = 5;
+const WRITABLE: u64 = 2;
+const NO_EXECUTE: u64 = 1 << 63;
+
+pub(super) struct Guest {
+    cpu: Cpu,
+    ram: GuestRam,
+    _io: Box<Nothing>,
+}
+
+impl Guest {
+    pub(super) fn new() -> Self {
+        let ram = GuestRam::new(&[(Gpa(0), 0x40000)]).unwrap();
+        map_pages(&ram);
+        let table = lookup(DEFAULT).unwrap().table(&HostCpu::read(), 0, 1).unwrap();
+        let config = VcpuConfig {
+            id: VcpuId(0),
+            cpuid: Arc::new(table),
+            signal: Arc::default(),
+            ledger: Arc::default(),
+            tsc: Arc::default(),
+        };
+        let mut cpu = Cpu::new(Arc::new(Shared::new(ram.clone())), config);
+        let state = &mut *cpu.state;
+        state.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::PG;
+        state.cr3 = TABLES;
+        state.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::FSGSBASE;
+        state.efer = efer::SCE | efer::LME | efer::LMA | efer::NXE;
+        state.xcr0 = 7;
+        state.segments = [Segment { attributes: 0xf3, limit: u32::MAX, ..Segment::default() }; 6];
+        state.segments[seg::CS] = Segment { selector: 0x33, attributes: 0xa0fb, limit: u32::MAX, base: 0 };
+        state.segments[seg::SS] = Segment { selector: 0x2b, attributes: 0xc0f3, limit: u32::MAX, base: 0 };
+        cpu.refresh();
+        let mut io = Box::new(Nothing);
+        cpu.attach_io(&mut *io);
+        Self { cpu, ram, _io: io }
+    }
+
+    /// Runs one case to its end or its fault.
+    pub(super) fn run(&mut self, case: &Case, outcome: &mut Outcome) {
+        let mut code = [0xcc; CODE_BYTES];
+        let at = (case.rip - CODE) as usize;
+        code[at..at + case.length].copy_from_slice(case.bytes());
+        self.ram.write(Gpa(CODE_FRAMES), &code).unwrap();
+        self.ram.write(Gpa(ARENA_FRAMES), &case.memory).unwrap();
+        let cpu = &mut self.cpu;
+        cpu.state.gpr = case.gpr;
+        cpu.state.rip = case.rip;
+        cpu.set_rflags(case.rflags);
+        if case.vector {
+            cpu.state.xsave.0[..XSAVE_BYTES].copy_from_slice(&case.xsave.0);
+        }
+        outcome.fault = NO_VECTOR;
+        (outcome.error, outcome.address) = (0, 0);
+        match execute(cpu) {
+            Ok(()) => {}
+            Err(()) => {
+                outcome.fault = cpu.exception.vector.into();
+                outcome.error = cpu.exception.error.unwrap_or(0).into();
+                outcome.address = if cpu.exception.vector == vector::PF { cpu.exception.address } else { 0 };
+            }
+        }
+        outcome.gpr = cpu.state.gpr;
+        outcome.rip = cpu.state.rip;
+        outcome.rflags = cpu.rflags();
+        if case.vector {
+            outcome.xsave.0.copy_from_slice(&cpu.state.xsave.0[..XSAVE_BYTES]);
+        }
+        self.ram.read(Gpa(ARENA_FRAMES), &mut outcome.memory).unwrap();
+    }
+}
+
+/// The run loop's part for one instruction; an error is an exception.
+fn execute(cpu: &mut Cpu) -> Result<(), ()> {
+    loop {
+        cpu.recheck = false;
+        let start = cpu.state.rip;
+        let block = match cpu.code_place().and_then(|place| cpu.decode_block(&place)) {
+            Ok(found) => found.block,
+            Err(_) => return Err(()),
+        };
+        let op = block.ops[0];
+        cpu.state.rip = op.next;
+        match (op.handler)(cpu, &op) {
+            Ok(()) | Err(Leave::Boundary) => return Ok(()),
+            Err(Leave::Again) => cpu.state.rip = start,
+            Err(Leave::Raised) => {
+                cpu.state.rip = start;
+                return Err(());
+            }
+        }
+    }
+}
+
+fn map_pages(ram: &GuestRam) {
+    let write = |at: u64, entry: u64| ram.write_value(Gpa(at), &entry).unwrap();
+    let index = |address: u64, level: u32| (address >> (12 + 9 * level) & 511) * 8;
+    let (upper, middle, code, arena) = (TABLES + 0x1000, TABLES + 0x2000, TABLES + 0x3000, TABLES + 0x4000);
+    write(TABLES, upper | PRESENT_USER | WRITABLE);
+    write(upper, middle | PRESENT_USER | WRITABLE);
+    write(middle + index(CODE, 1), code | PRESENT_USER | WRITABLE);
+    write(middle + index(ARENA, 1), arena | PRESENT_USER | WRITABLE);
+    for offset in (0..CODE_BYTES as u64).step_by(0x1000) {
+        write(code + index(CODE + offset, 0), (CODE_FRAMES + offset) | PRESENT_USER);
+    }
+    for offset in (0..ARENA_BYTES as u64).step_by(0x1000) {
+        let writable = if ARENA + offset == READ_ONLY { 0 } else { WRITABLE };
+        write(arena + index(ARENA + offset, 0), (ARENA_FRAMES + offset) | PRESENT_USER | NO_EXECUTE | writable);
+    }
+}
+
+/// A machine without devices.
+struct Nothing;
+
+impl CpuIo for Nothing {
+    fn port_read(&mut self, _port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn port_write(&mut self, _port: u16, _data: &[u8]) {}
+    fn mmio_read(&mut self, _gpa: Gpa, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn mmio_write(&mut self, _gpa: Gpa, _data: &[u8]) {}
+    fn msr_read(&mut self, _index: u32) -> Result<u64, MsrRefused> {
+        Err(MsrRefused)
+    }
+    fn msr_write(&mut self, _index: u32, _value: u64) -> Result<(), MsrRefused> {
+        Err(MsrRefused)
+    }
+    fn hypercall(&mut self, _call: HypercallArgs) -> u64 {
+        0
+    }
+    fn take_interrupt(&mut self) -> Option<u8> {
+        None
+    }
+    fn interrupt_pending(&mut self) -> bool {
+        false
+    }
+    fn task_priority(&mut self) -> u8 {
+        0
+    }
+    fn set_task_priority(&mut self, _priority: u8) {}
+    fn stop_requested(&self) -> bool {
+        false
+    }
+}
