@@ -1,1 +1,151 @@
-//! End-to-end tests of the `cordial` program.
+//! End-to-end tests of the `cordial` program: the host's half and the guest's half of each stand in one file.
+//!
+//! ```text
+//!   tests/*.rs ──> Cordial (here) ──> the built program ──> a guest from the cached Debian kernel
+//! ```
+//!
+//! The program is driven from outside only. The kernel is fetched once into the user's cache, as any user's would be.
+
+use std::ffi::OsStr;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+
+/// How one run of the program ended.
+#[derive(Debug)]
+pub struct Done {
+    /// Its status; -1 where a signal ended it.
+    pub status: i32,
+    /// Standard output.
+    pub stdout: Vec<u8>,
+    /// Standard error, as text.
+    pub stderr: String,
+}
+
+impl Done {
+    /// Standard output as text.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    /// What is on standard error beside the program's own lines.
+    pub fn guest_stderr(&self) -> String {
+        self.stderr.lines().filter(|line| !line.starts_with("cordial: ")).map(|line| format!("{line}\n")).collect()
+    }
+
+    /// The program's own lines, without their prefix.
+    pub fn said(&self) -> Vec<&str> {
+        self.stderr.lines().filter_map(|line| line.strip_prefix("cordial: ")).collect()
+    }
+}
+
+impl From<Output> for Done {
+    fn from(output: Output) -> Self {
+        Self {
+            status: output.status.code().unwrap_or(-1),
+            stdout: output.stdout,
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+/// The program, ready to be run.
+pub struct Cordial(Command);
+
+impl Cordial {
+    /// `cordial` with these words; no configuration and no terminal of whoever runs the tests has a say.
+    pub fn new<S: AsRef<OsStr>>(words: &[S]) -> Self {
+        let mut command = Command::new(program());
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("CORDIAL_")) {
+            command.env_remove(name);
+        }
+        command.args(words).env("XDG_CONFIG_HOME", "/nonexistent").stdin(Stdio::null());
+        Self(command)
+    }
+
+    /// `cordial run` on a Linux guest, once its kernel is in the cache.
+    pub fn run<S: AsRef<OsStr>>(words: &[S]) -> Self {
+        kernel();
+        let mut cordial = Self::new(&["run"]);
+        cordial.0.args(words);
+        cordial
+    }
+
+    /// Sets an environment variable.
+    pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
+        self.0.env(name, value);
+        self
+    }
+
+    /// Sets the working directory.
+    pub fn directory(mut self, directory: &Path) -> Self {
+        self.0.current_dir(directory);
+        self
+    }
+
+    /// The command itself.
+    pub fn command(&mut self) -> &mut Command {
+        &mut self.0
+    }
+
+    /// Runs it to its end.
+    pub fn done(mut self) -> Done {
+        self.0.output().expect("the program runs").into()
+    }
+
+    /// Runs it to its end, with `input` on its standard input.
+    pub fn done_with(mut self, input: &[u8]) -> Done {
+        self.0.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = self.0.spawn().expect("the program runs");
+        let mut stdin = child.stdin.take().expect("it was piped");
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                // A guest that wants no more of it closes the pipe.
+                let _ = stdin.write_all(input);
+            });
+            child.wait_with_output().expect("the program ends").into()
+        })
+    }
+}
+
+/// The program's file, built for these tests if it is not there yet or is older than its sources.
+pub fn program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        // target/PROFILE/deps/TEST: the program of the same profile lies two levels up.
+        let test = std::env::current_exe().expect("a test knows its file");
+        let directory = test.parent().and_then(Path::parent).expect("target/PROFILE/deps").to_path_buf();
+        let profile = match directory.file_name().and_then(OsStr::to_str) {
+            Some("debug") | None => "dev",
+            Some(profile) => profile,
+        };
+        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        cargo.args(["build", "--quiet", "--package", "cordial", "--profile", profile]);
+        cargo.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+        cargo.arg("--target-dir").arg(directory.parent().expect("target"));
+        assert!(cargo.status().expect("cargo runs").success(), "the program does not build");
+        directory.join("cordial")
+    })
+}
+
+/// The kernel's file, fetched if it is not in the cache.
+pub fn kernel() -> &'static Path {
+    static KERNEL: OnceLock<PathBuf> = OnceLock::new();
+    KERNEL.get_or_init(|| {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let initramfs = directory.path().join("initramfs");
+        let words: [&OsStr; 7] = [
+            "image".as_ref(),
+            "initramfs".as_ref(),
+            "--yes".as_ref(),
+            "--kernel".as_ref(),
+            "debian".as_ref(),
+            "--output".as_ref(),
+            initramfs.as_ref(),
+        ];
+        let done = Cordial::new(&words).done();
+        assert_eq!(done.status, 0, "{}", done.stderr);
+        PathBuf::from(done.text().trim_end())
+    })
+}

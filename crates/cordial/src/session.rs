@@ -107,14 +107,17 @@ impl Session {
         mut streams: Streams,
         notices: &Sender<Notice>,
     ) {
+        // Held until the dialogue is over.
+        let (dialogue, over) = channel();
+        let mut over = Some(over);
         loop {
             let notice = match protocol::receive(&mut control) {
                 Ok(None) => return,
                 Ok(Some(ToHost::Ready { kernel })) => {
                     // Once: a guest that says it again gets no second command.
-                    if let Some((from, to)) = streams.feed.take() {
+                    if let Some(((from, to), over)) = streams.feed.take().zip(over.take()) {
                         self.say(&ToGuest::Run(command.clone()));
-                        thread::spawn(move || feed(from, to));
+                        thread::spawn(move || feed(from, to, &over));
                     }
                     Notice::Ready { kernel }
                 }
@@ -128,7 +131,7 @@ impl Session {
             };
             let last = matches!(notice, Notice::Nonsense(_));
             if notices.send(notice).is_err() || last {
-                return;
+                return drop(dialogue);
             }
         }
     }
@@ -193,8 +196,9 @@ fn copy(mut from: Box<dyn Read + Send>, mut to: Box<dyn Write + Send>, session: 
     progress
 }
 
-/// Sends the input as records, and its end.
-fn feed(from: Option<Box<dyn Read + Send>>, mut to: Box<dyn Write + Send>) {
+/// Sends the input as records, and its end. The port stays open until the dialogue is over: a port that closes may lose
+/// what the guest has not read yet.
+fn feed(from: Option<Box<dyn Read + Send>>, mut to: Box<dyn Write + Send>, over: &Receiver<()>) {
     let mut buffer = vec![0; protocol::LONGEST_RECORD];
     let mut from = from.unwrap_or_else(|| Box::new(io::empty()));
     loop {
@@ -204,7 +208,12 @@ fn feed(from: Option<Box<dyn Read + Send>>, mut to: Box<dyn Write + Send>) {
             // What cannot be read has ended.
             Err(_) => 0,
         };
-        if protocol::send_record(&mut to, &buffer[..length]).is_err() || length == 0 {
+        if protocol::send_record(&mut to, &buffer[..length]).is_err() {
+            return;
+        }
+        if length == 0 {
+            // Nothing is ever sent on it: this waits for the other end to go.
+            let _ = over.recv();
             return;
         }
     }

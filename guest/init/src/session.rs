@@ -37,10 +37,12 @@ fn dialogue(mut ports: Ports, options: &Options) -> io::Result<()> {
     let (drained, all_drained) = channel();
     thread::spawn(move || listener.listen(control, &drained));
 
+    // A port that is closed may lose what the host has not taken yet; these stay open until it has.
+    let outputs = [Arc::new(ports.stdout), Arc::new(ports.stderr)];
     let exit = if command.terminal {
         run_on_terminal(&command, &options.console, &running)
     } else {
-        run_on_streams(&command, ports.stdin, ports.stdout, ports.stderr, &running)
+        run_on_streams(&command, ports.stdin, &outputs, &running)
     };
     protocol::send(&mut ports.control, &exit)?;
     wait_for_drained(&all_drained);
@@ -98,6 +100,8 @@ fn resize(console: &str, window: Window) {
 }
 
 fn run_on_terminal(command: &Command, console: &str, running: &Running) -> ToHost {
+    // Held for as long as the session lasts: a terminal that nobody has open forgets its size.
+    let held = terminal::open_aside(console);
     if let Some(window) = command.window {
         resize(console, window);
     }
@@ -108,13 +112,13 @@ fn run_on_terminal(command: &Command, console: &str, running: &Running) -> ToHos
         Err(error) => failure(command, &error),
     };
     end_all_processes();
-    if let Err(error) = terminal::drain(console) {
+    if let Err(error) = held.and_then(|console| terminal::drain(&console)) {
         eprintln!("init: cannot drain {console}: {error}");
     }
     ToHost::Exit { status, stdout: 0, stderr: 0, error }
 }
 
-fn run_on_streams(command: &Command, stdin: File, stdout: File, stderr: File, running: &Running) -> ToHost {
+fn run_on_streams(command: &Command, stdin: File, outputs: &[Arc<File>; 2], running: &Running) -> ToHost {
     let mut program = match command.argv.split_first() {
         Some((program, arguments)) => {
             let mut program = std::process::Command::new(program);
@@ -134,7 +138,8 @@ fn run_on_streams(command: &Command, stdin: File, stdout: File, stderr: File, ru
     };
     // The pipes' other ends must not outlive the command in here.
     drop(program);
-    let pumps = (pump_out(child.stdout.take(), stdout), pump_out(child.stderr.take(), stderr));
+    let [stdout, stderr] = outputs;
+    let pumps = (pump_out(child.stdout.take(), Arc::clone(stdout)), pump_out(child.stderr.take(), Arc::clone(stderr)));
     if let Some(input) = child.stdin.take() {
         thread::spawn(move || pump_in(stdin, input));
     }
@@ -154,7 +159,7 @@ fn failure(command: &Command, error: &io::Error) -> (i32, Option<String>) {
 }
 
 /// Copies one output of the command to its port; returns how many bytes.
-fn pump_out(from: Option<impl Read + Send + 'static>, mut to: File) -> JoinHandle<u64> {
+fn pump_out(from: Option<impl Read + Send + 'static>, to: Arc<File>) -> JoinHandle<u64> {
     thread::spawn(move || {
         let Some(mut from) = from else { return 0 };
         let mut buffer = vec![0; protocol::LONGEST_RECORD];
@@ -163,7 +168,7 @@ fn pump_out(from: Option<impl Read + Send + 'static>, mut to: File) -> JoinHandl
             match from.read(&mut buffer) {
                 Ok(0) => return total,
                 Ok(length) => {
-                    if let Err(error) = to.write_all(&buffer[..length]) {
+                    if let Err(error) = (&*to).write_all(&buffer[..length]) {
                         eprintln!("init: an output port: {error}");
                         return total;
                     }

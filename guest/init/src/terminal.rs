@@ -53,12 +53,12 @@ pub(crate) fn resize(terminal: &str, window: Window) -> io::Result<()> {
 }
 
 /// Waits until the terminal's output has left the guest.
-pub(crate) fn drain(terminal: &str) -> io::Result<()> {
-    Ok(rustix::termios::tcdrain(open_aside(terminal)?)?)
+pub(crate) fn drain(terminal: &File) -> io::Result<()> {
+    Ok(rustix::termios::tcdrain(terminal)?)
 }
 
 /// Opens the terminal without becoming its session.
-fn open_aside(terminal: &str) -> io::Result<File> {
+pub(crate) fn open_aside(terminal: &str) -> io::Result<File> {
     use rustix::fs::{Mode, OFlags};
     Ok(rustix::fs::open(terminal, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())?.into())
 }

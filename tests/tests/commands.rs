@@ -1,0 +1,56 @@
+//! `cordial run -- CMD`: a Linux guest runs a command; streams and status are the program's.
+
+use tests::Cordial;
+
+#[test]
+fn uname_is_that_of_the_guest() {
+    let done = Cordial::run(&["--", "uname", "-a"]).done();
+    assert_eq!(done.status, 0, "{}", done.stderr);
+    let host = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    assert!(done.text().starts_with("Linux cordial ") && done.text().contains("-cloud-amd64"), "{}", done.text());
+    assert!(!done.text().contains(host.trim()), "{}", done.text());
+    assert!(done.said()[0].starts_with("engine: "), "the first line names the engine: {}", done.stderr);
+}
+
+#[test]
+fn streams_are_apart_and_the_status_comes_through() {
+    let done = Cordial::run(&["--", "sh", "-c", "echo out; echo err >&2; exit 7"]).done();
+    assert_eq!((done.status, done.text().as_str(), done.guest_stderr().as_str()), (7, "out\n", "err\n"));
+}
+
+#[test]
+fn ten_megabytes_come_back_unchanged() {
+    let bytes: Vec<u8> = (0..10_u32 << 18).flat_map(|index| index.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    let done = Cordial::run(&["-q", "--", "cat"]).done_with(&bytes);
+    assert_eq!((done.status, done.stdout.len(), done.stderr.as_str()), (0, bytes.len(), ""));
+    assert!(done.stdout == bytes);
+}
+
+#[test]
+fn a_shell_without_a_terminal_reads_its_script() {
+    let done = Cordial::run(&["-q"]).done_with(b"echo $((6 * 7))\nexit 3\n");
+    assert_eq!((done.status, done.text().as_str()), (3, "42\n"));
+}
+
+#[test]
+fn what_cannot_start_has_a_shells_status() {
+    let done = Cordial::run(&["-q", "--", "nosuchcommand"]).done();
+    assert_eq!(done.status, 127);
+    assert_eq!(done.said(), ["nosuchcommand: No such file or directory (os error 2)"]);
+    assert_eq!(Cordial::run(&["-q", "--", "/etc/passwd"]).done().status, 126);
+    assert_eq!(Cordial::run(&["-q", "--", "sh", "-c", "kill -KILL $$"]).done().status, 137);
+}
+
+#[test]
+fn every_processor_comes_up() {
+    let done = Cordial::run(&["-q", "-c", "4", "--", "nproc"]).done();
+    assert_eq!((done.status, done.text().as_str()), (0, "4\n"), "{}", done.stderr);
+}
+
+#[test]
+fn the_kernel_is_content() {
+    let script =
+        "dmesg -r | sed -n 's/^<[0-4]>//p'; cat /sys/devices/system/clocksource/clocksource0/current_clocksource";
+    let done = Cordial::run(&["-q", "--", "sh", "-c", script]).done();
+    assert_eq!((done.status, done.text().as_str()), (0, "kvm-clock\n"), "warnings, then the clock source");
+}
