@@ -48,13 +48,15 @@ impl Runner {
                         return exit;
                     }
                 }
-                Stretch::Free => {
-                    while !self.cpu.recheck && self.cpu.config.signal.pending().is_empty() {
-                        if let Err(exit) = self.block(usize::MAX) {
-                            return exit;
-                        }
+                // At least one block, although a signal may be pending: an interrupt may have to wait for the guest.
+                Stretch::Free => loop {
+                    if let Err(exit) = self.block(usize::MAX) {
+                        return exit;
                     }
-                }
+                    if self.cpu.recheck || !self.cpu.config.signal.pending().is_empty() {
+                        break;
+                    }
+                },
             }
         }
     }
