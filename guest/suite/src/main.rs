@@ -18,6 +18,7 @@ mod apic;
 mod boot;
 mod cpu;
 mod freestanding;
+mod legacy;
 mod paging;
 mod run;
 mod serial;

@@ -184,17 +184,24 @@ pub fn load(cpu: usize) {
         gdt[GDT.len()..scratch(0) as usize / 8].fill(0);
         gdt[scratch(0) as usize / 8..tss_selector(0) as usize / 8].fill(0);
     }
-    let base = core::ptr::from_mut(tss) as u64;
+    reload(cpu);
+}
+
+/// Loads a processor's tables as they are, whatever was loaded before.
+pub fn reload(cpu: usize) {
+    let base = core::ptr::from_mut(tss(cpu)) as u64;
     set_wide_descriptor(tss_selector(cpu), system(base, size_of::<Tss>() as u32 - 1, 0x89));
     load_gdt(Pointer { limit: (GDT_ENTRIES * 8 - 1) as u16, base: addr_of_mut!(GDT_MEMORY) as u64 });
     load_idt(Pointer { limit: 4095, base: core::ptr::from_mut(idt(cpu)) as u64 });
     unsafe {
         asm!(
             "push {code}", "lea {t}, [rip + 2f]", "push {t}", "retfq", "2:",
-            "mov ds, {data:e}", "mov es, {data:e}", "mov ss, {data:e}",
+            "mov ss, {data:e}",
+            // Usable at both levels: a return to level 3 would empty the kernel's (SDM volume 2, IRET).
+            "mov ds, {user:e}", "mov es, {user:e}",
             "xor {t:e}, {t:e}", "mov fs, {t:e}", "mov gs, {t:e}", "lldt {t:x}",
             "ltr {tss:x}",
-            code = const KERNEL_CODE as i32, t = out(reg) _, data = in(reg) u64::from(KERNEL_DATA),
+            code = const KERNEL_CODE as i32, t = out(reg) _, data = in(reg) u64::from(KERNEL_DATA), user = in(reg) u64::from(USER_DATA),
             tss = in(reg) tss_selector(cpu),
         );
     }

@@ -421,7 +421,9 @@ fn gate_targets(t: &mut T) {
     both(t, "beyond the GDT", 0x1000, gp(0x1000));
     both(t, "data segment", KERNEL_DATA, gp(u64::from(KERNEL_DATA)));
     both(t, "32-bit code segment", KERNEL_CODE32, gp(u64::from(KERNEL_CODE32)));
-    both(t, "less privileged code segment", USER_CODE & !3, gp(u64::from(USER_CODE & !3)));
+    let user_code = u64::from(USER_CODE & !3);
+    idt(0)[0x40] = to(USER_CODE & !3);
+    t.faults("less privileged code segment", code!("int 0x40"), gp(user_code));
     both(t, "TSS", tss_selector(0), gp(u64::from(tss_selector(0))));
     both(t, "LDT selector, no LDT", 0x0C, gp(0x0C));
     let absent = set_descriptor(scratch(0), code64 & !PRESENT);
@@ -443,7 +445,7 @@ fn external_flag(t: &mut T) {
     t.faults("#UD, null selector", code!("ud2"), gp(1));
     idt(0)[6] = gate(run::stub(0, 6), KERNEL_DATA, 0x8E, 1);
     t.faults("#UD, data selector", code!("ud2"), gp(u64::from(KERNEL_DATA) + 1));
-    tss(0).ist[1] = HOLE;
+    tss(0).ist[1] = HOLE + 64;
     idt(0)[6] = gate(run::stub(0, 6), KERNEL_CODE, 0x8E, 2);
     t.faults("#UD, non-canonical IST", code!("ud2"), Event(v::SS, 1));
     idt(0)[0x40] = gate(run::stub(0, 0x40), KERNEL_CODE, 0xEE, 2);

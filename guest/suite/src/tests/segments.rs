@@ -351,7 +351,7 @@ fn call_gate_stack(t: &mut T) {
     t.eq("CS", frame[1], USER_CODE.into());
     t.eq("RSP", frame[2], run::snippet_stack(0) + USER_ALIAS - 16);
     t.eq("SS", frame[3], USER_DATA.into());
-    tss(0).rsp[0] = 1 << 47;
+    tss(0).rsp[0] = (1 << 47) + 64;
     t.event("RSP0 non-canonical", &code.user().with(|r| r.rax = selector).run(), Event(v::SS, 0));
 }
 
