@@ -79,6 +79,10 @@ impl GuestIo {
     }
 }
 
+/// MSRC001_001F, northbridge configuration (AMD family 10h BKDG): guests on AMD processors set its bit for extended
+/// PCI configuration through port 0xcf8, unasked. There is no northbridge: it reads as zero and forgets, as under KVM.
+const NB_CFG: u32 = 0xc001_001f;
+
 fn is_apic_msr(index: u32) -> bool {
     matches!(index, msr::APIC_BASE | msr::TSC_DEADLINE | msr::X2APIC_FIRST..=msr::X2APIC_LAST)
 }
@@ -116,17 +120,19 @@ impl CpuIo for GuestIo {
     }
 
     fn msr_read(&mut self, index: u32) -> Result<u64, MsrRefused> {
-        let result = self.counted(Cause::MsrRead, |io| match is_apic_msr(index) {
-            true => io.chips.msr_read(io.vcpu, index).map_err(|Refused| MsrRefused),
-            false => io.paravirt.msr_read(index),
+        let result = self.counted(Cause::MsrRead, |io| match index {
+            NB_CFG => Ok(0),
+            _ if is_apic_msr(index) => io.chips.msr_read(io.vcpu, index).map_err(|Refused| MsrRefused),
+            _ => io.paravirt.msr_read(index),
         });
         result.inspect_err(|MsrRefused| self.log_refused("read", index, 0))
     }
 
     fn msr_write(&mut self, index: u32, value: u64) -> Result<(), MsrRefused> {
-        let result = self.counted(Cause::MsrWrite, |io| match is_apic_msr(index) {
-            true => io.chips.msr_write(io.vcpu, index, value).map_err(|Refused| MsrRefused),
-            false => io.paravirt.msr_write(index, value),
+        let result = self.counted(Cause::MsrWrite, |io| match index {
+            NB_CFG => Ok(()),
+            _ if is_apic_msr(index) => io.chips.msr_write(io.vcpu, index, value).map_err(|Refused| MsrRefused),
+            _ => io.paravirt.msr_write(index, value),
         });
         if index == msr::APIC_BASE {
             self.apic_page = self.chips.lapic(self.vcpu).mmio_base();

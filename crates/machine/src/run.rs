@@ -8,7 +8,7 @@ use device::virtio;
 use device::virtio::console::ConsoleSize;
 use engine::cpu_model::{self, Feature, HostCpu};
 use engine::{CpuState, CpuidTable, Engine, GuestTsc, Ledger, Signal, VcpuConfig, VcpuId};
-use host::{Clock, HostClock, HostEntropy, HostTimers};
+use host::{Clock, HostClock, HostEntropy, HostTimers, Timers};
 use memory::GuestRam;
 use translator::Translator;
 
@@ -32,6 +32,8 @@ pub struct Machine {
     events: Events,
     engine: &'static str,
     tsc_khz: u64,
+    /// Devices' timers fire only while their maker lives.
+    timers: Arc<dyn Timers>,
 }
 
 /// What belongs to one vCPU beside its engine's part.
@@ -85,7 +87,7 @@ impl Machine {
             power_button: board.power_button(),
         };
         let (engine, tsc_khz) = (engine.name(), host.clock.tsc_khz());
-        Ok(Self { handle, processors, board, ram, events, engine, tsc_khz })
+        Ok(Self { handle, processors, board, ram, events, engine, tsc_khz, timers: host.timers })
     }
 
     /// A way to reach the machine from other threads.
@@ -117,6 +119,7 @@ impl Machine {
         // All are waited for, whichever dies.
         let died = threads.into_iter().filter_map(|(index, thread)| thread.join().err().map(|_| index)).min();
         let run_ns = HostClock.monotonic_ns() - start;
+        drop(self.timers);
         self.board.shut_down();
         self.events.tell(Event::Ended);
         let outcome = match (died, control.outcome()) {

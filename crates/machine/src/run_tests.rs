@@ -228,6 +228,26 @@ fn a_halted_processor_wakes_for_its_interrupt_and_only_if_it_takes_it() {
 }
 
 #[test]
+fn timers_run_while_the_machine_does() {
+    let arm = step(|io, vcpu| {
+        io.msr_write(0x1b, 0xfee0_0d00).unwrap(); // x2APIC mode
+        io.msr_write(0x80f, 0x1ff).unwrap(); // software enable
+        io.msr_write(0x832, 0x50).unwrap(); // timer: one-shot, vector 50h
+        io.msr_write(0x83e, 0xb).unwrap(); // divide by 1
+        io.msr_write(0x838, 1_000_000).unwrap(); // a millisecond
+        vcpu.state.rflags |= rflags::IF;
+        Exit::Halted
+    });
+    let woken = step(|io, _| {
+        assert_eq!(io.take_interrupt(), Some(0x50));
+        io.port_write(0xcf9, &[6]);
+        Exit::Device
+    });
+    let report = bench("timer", |_| {}, vec![vec![arm, woken]]).machine.run().unwrap();
+    assert_eq!((report.outcome, report.ledgers[0].count(Cause::Halt)), (Outcome::Reset, 1));
+}
+
+#[test]
 fn the_dialect_is_spoken_only_when_asked_for() {
     for spoken in [true, false] {
         let talk = step(move |io, _| {

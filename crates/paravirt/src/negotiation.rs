@@ -31,8 +31,12 @@ pub struct Rates {
 }
 
 /// Adds the dialect's leaves to what CPUID answers, and the bit that says software runs below.
+///
+/// The promise that the TSC counts at one rate for ever is taken back: it would not survive a move to another host, and
+/// the dialect's clock does. A guest that reads the promise prefers the bare counter to the clock.
 pub fn offer(table: &mut CpuidTable, features: Features, rates: Rates) {
     table.set_feature(Feature::Hypervisor, true);
+    table.set_feature(Feature::Invtsc, false);
     let [ebx, ecx, edx] = [0, 4, 8].map(|at| u32::from_le_bytes([0, 1, 2, 3].map(|byte| SIGNATURE[at + byte])));
     table.set(leaf::BASE, 0, Cpuid { eax: leaf::TIMING, ebx, ecx, edx });
     table.set(leaf::FEATURES, 0, Cpuid { eax: features.0, ..Cpuid::default() });
@@ -58,13 +62,16 @@ mod tests {
         let mut table = CpuidTable::default();
         table.set(1, 0, Cpuid::default());
         let bare = table.clone();
+        table.set_feature(Feature::Invtsc, true);
         offer(&mut table, Features::ALL, Rates { tsc_khz: 3_000_000, apic_khz: 1_000_000 });
         let base = table.get(0x4000_0000, 0).unwrap();
         assert_eq!((base.eax, base.ebx, base.ecx, base.edx), (0x4000_0010, 0x4b4d_564b, 0x564b_4d56, 0x4d));
         assert_eq!(table.get(0x4000_0001, 0).unwrap().eax, 0x0100_000b);
         assert_eq!(table.get(0x4000_0010, 0).unwrap(), Cpuid { eax: 3_000_000, ebx: 1_000_000, ecx: 0, edx: 0 });
         assert_eq!(table.get(1, 0).unwrap().ecx, 1 << 31);
+        assert!(!table.has(Feature::Invtsc));
         hide(&mut table);
+        table.remove(0x8000_0007);
         assert_eq!(table, bare);
     }
 }
