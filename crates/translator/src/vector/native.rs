@@ -172,6 +172,7 @@ fn unmasked(cpu: &mut Cpu, raised: u32, forbidden: u32) -> Done {
     // Where an operand is already refused, nothing is computed, and no flag of the result is set.
     // Not exact: beside an unmasked overflow or underflow the precision flag is always set, as masked arithmetic has it;
     // a processor sets it only where the result would be inexact with an exponent of any size too.
+    // And of the several steps of a dot product a processor runs only those up to the exception; flags of all are here.
     let raised = if raised & forbidden & BEFORE != 0 { raised & BEFORE } else { raised };
     let guest = cpu.state.xsave.u32(MXCSR);
     cpu.state.xsave.set_u32(MXCSR, guest | raised);

@@ -37,6 +37,9 @@ pub(super) struct Window {
     pub bytes: usize,
 }
 
+/// Room for some thousands of trampolines.
+const ARENA_BYTES: usize = 4 << 20;
+
 /// Where a signal handler goes on; the signal it got.
 static RECOVER: AtomicU64 = AtomicU64::new(0);
 static SIGNAL: AtomicU64 = AtomicU64::new(0);
@@ -80,14 +83,17 @@ impl Host {
                 assert_eq!(libc::sigaction(signal, &action, std::ptr::null_mut()), 0);
             }
         }
-        Self { arena: Arena::new(64 << 20).unwrap(), _one: one }
+        Self { arena: Arena::new(ARENA_BYTES).unwrap(), _one: one }
     }
 
     /// Runs `bytes`; returns the signal raised, 0 for none.
     pub(super) fn run(&mut self, bytes: &[u8], state: &mut State) -> u64 {
         let (head, tail) = (prologue(bytes), epilogue());
         let code = [&head[..], &tail[..]].concat();
-        let at = self.arena.add(&code).expect("the arena is large enough");
+        let at = self.arena.add(&code).unwrap_or_else(|| {
+            self.arena = Arena::new(ARENA_BYTES).unwrap(); // nobody runs what was in the old one
+            self.arena.add(&code).expect("an empty arena has room")
+        });
         RECOVER.store(at.as_ptr() as u64 + head.len() as u64, Ordering::SeqCst);
         SIGNAL.store(0, Ordering::SeqCst);
         // SAFETY: the trampoline keeps the calling convention and touches `state` and the window only.
