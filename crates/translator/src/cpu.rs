@@ -93,6 +93,8 @@ pub(crate) struct Cpu {
     pub recheck: bool,
     /// Debug exceptions that are due before the next instruction, as DR6 bits.
     pub pending_debug: u64,
+    /// The instruction that STI's shadow covers; elsewhere [`CpuState::shadow`] has passed, where it is STI's.
+    pub sti_shadow_at: u64,
     /// The guest spins: give the processor to somebody else for a while.
     pub yielding: bool,
     /// The instruction loaded RFLAGS.RF itself (IRET): it is not to be cleared after it.
@@ -127,6 +129,7 @@ impl Cpu {
             exception: Exception { vector: 0, error: None, address: 0 },
             recheck: false,
             pending_debug: 0,
+            sti_shadow_at: 0,
             yielding: false,
             flags_loaded: false,
             no_step: false,

@@ -64,6 +64,9 @@ impl Runner {
     /// What lies between two instructions, in order of priority (SDM vol. 3A, table 6-2).
     fn boundary(&mut self) -> Result<Stretch, Exit> {
         let cpu = &mut self.cpu;
+        if cpu.state.shadow == Shadow::Sti && cpu.state.rip != cpu.sti_shadow_at {
+            cpu.state.shadow = Shadow::None;
+        }
         let pending = cpu.config.signal.pending();
         if pending.contains(Signals::ENGINE) {
             cpu.config.signal.take(Signals::ENGINE);
@@ -149,6 +152,7 @@ impl Runner {
             return self.deliver(|cpu| cpu.raise_pending_debug());
         }
         let exceptions = self.cpu.config.ledger.worked(Work::Exception);
+        let held = self.cpu.pending_debug;
         (self.cpu.flags_loaded, self.cpu.no_step) = (false, false);
         self.block(1)?;
         if self.cpu.config.ledger.worked(Work::Exception) == exceptions {
@@ -156,9 +160,13 @@ impl Runner {
             if flags & rflags::RF != 0 && !self.cpu.flags_loaded {
                 self.cpu.state.rflags &= !rflags::RF;
             }
-            if flags & rflags::TF != 0 && !self.cpu.no_step {
+            // MOV SS and POP SS hold back data breakpoints but drop their own step (SDM vol. 3A, 6.8.3).
+            if flags & rflags::TF != 0 && !self.cpu.no_step && self.cpu.state.shadow != Shadow::MovSs {
                 self.cpu.pending_debug |= DR6_SINGLE_STEP;
             }
+        } else {
+            // A data breakpoint reports an access of an instruction that completes.
+            self.cpu.pending_debug = held;
         }
         self.cpu.recheck = true;
         Ok(())
@@ -209,6 +217,9 @@ impl Runner {
                     Err(Leave::Again) => cpu.state.rip = op.address(cpu.code_mask()),
                     Err(Leave::Raised) => {
                         cpu.state.rip = op.address(cpu.code_mask());
+                        if limit == usize::MAX {
+                            cpu.pending_debug = 0; // only of an instruction that completes
+                        }
                         return self.raised();
                     }
                 }
@@ -261,6 +272,7 @@ impl Vcpu for Runner {
         self.cpu.tlb.flush_all();
         self.cpu.tlb.select(0);
         self.cpu.pending_debug = 0;
+        self.cpu.sti_shadow_at = state.rip;
         self.cpu.refresh();
         self.cpu.select_address_space();
         Ok(())

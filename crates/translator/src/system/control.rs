@@ -227,17 +227,16 @@ fn cli(cpu: &mut Cpu, _op: &Op) -> Done {
     Ok(())
 }
 
-fn sti(cpu: &mut Cpu, _op: &Op) -> Done {
+fn sti(cpu: &mut Cpu, op: &Op) -> Done {
     if !cpu.may_change_if() {
         return Err(cpu.gp());
     }
     if cpu.state.rflags & rflags::IF == 0 {
         cpu.state.rflags |= rflags::IF;
-        // Where nothing waits there is nothing to hold back for one instruction: what comes now, comes after it.
-        if !cpu.config.signal.pending().is_empty() {
-            cpu.state.shadow = Shadow::Sti;
-            cpu.recheck = true;
-        }
+        cpu.state.shadow = Shadow::Sti;
+        cpu.sti_shadow_at = op.next;
+        // Where nothing waits there is nothing to hold back; should the block end here, the boundary finds the shadow.
+        cpu.recheck |= !cpu.config.signal.pending().is_empty();
     }
     Ok(())
 }
@@ -288,7 +287,7 @@ fn invpcid(cpu: &mut Cpu, op: &Op) -> Done {
     let (pcid, target) = (word(low), word(high));
     let pcid_used = matches!(kind, 0 | 1);
     let no_pcids = cpu.state.cr4 & cr4::PCIDE == 0 && pcid != 0;
-    if kind > 3 || pcid >> 12 != 0 && pcid_used || pcid_used && no_pcids || kind == 0 && !canonical(target) {
+    if kind > 3 || pcid >> 12 != 0 || pcid_used && no_pcids || kind == 0 && !canonical(target) {
         return Err(cpu.gp());
     }
     match kind {

@@ -81,8 +81,11 @@ fn software(cpu: &mut Cpu, op: &Op, vector: u8) -> Done {
     Err(Leave::Boundary)
 }
 
-/// INT1 (ICEBP): #DB as if by hardware, without a DR6 bit and without a DPL check.
+/// INT1 (ICEBP): #DB as if by hardware, without a DR6 bit of its own and without a DPL check. What MOV SS held back is
+/// reported with it.
 fn int_1(cpu: &mut Cpu, op: &Op) -> Done {
+    let held = std::mem::take(&mut cpu.pending_debug);
+    cpu.state.dr6 |= held;
     cpu.state.rip = op.next;
     cpu.no_step = true;
     cpu.deliver(Event { vector: vector::DB, error: None, source: Source::Hardware })?;
