@@ -104,10 +104,10 @@ impl Runner {
         Ok(if one { Stretch::One } else { Stretch::Free })
     }
 
-    /// NMI, then maskable interrupts.
+    /// NMI, then maskable interrupts. STI holds back both, as it does on most processors (SDM vol. 2, STI).
     fn events(&mut self, pending: Signals, shadow: Shadow) -> Result<(), Exit> {
         let cpu = &mut self.cpu;
-        if pending.contains(Signals::NMI) && !cpu.state.nmi_blocked && shadow != Shadow::MovSs {
+        if pending.contains(Signals::NMI) && !cpu.state.nmi_blocked && shadow == Shadow::None {
             cpu.config.signal.take(Signals::NMI);
             cpu.config.ledger.record(Cause::Nmi, 0);
             cpu.state.halted = false;
