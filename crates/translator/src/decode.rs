@@ -182,7 +182,9 @@ impl Cpu {
             return op;
         }
         if instruction.is_invalid() {
-            if instruction.len() >= LONGEST || too_long(bytes) {
+            let lenient = DecoderOptions::AMD | DecoderOptions::NO_INVALID_CHECK;
+            let complete = || !Decoder::with_ip(8 << self.mode.code, bytes, rip, lenient).decode().is_invalid();
+            if (instruction.len() >= LONGEST || too_long(bytes)) && !complete() {
                 op.handler = raise_gp; // longer than 15 bytes (SDM vol. 2, 2.3.11)
             }
             return op;

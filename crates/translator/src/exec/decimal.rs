@@ -5,7 +5,8 @@ use iced_x86::{Instruction, Mnemonic};
 
 use super::operand_bytes;
 use crate::cpu::{Cpu, vector};
-use crate::op::{Done, Handler, Op};
+use crate::op::{Done, Handler, Leave, Op};
+use crate::width::Width;
 
 const RAX: u8 = 0;
 const AH: u8 = 1;
@@ -25,43 +26,50 @@ pub(super) fn select(instruction: &Instruction) -> Option<Handler> {
     })
 }
 
-/// SF, ZF and PF of AL; CF and AF as given; OF, which is undefined, clear.
-fn adjusted(cpu: &mut Cpu, al: u8, cf: bool, af: bool) {
-    cpu.set(RAX, al);
-    cpu.flags.result_with(al, cf, false);
-    cpu.flags.change(AF, if af { AF } else { 0 });
+/// Sets CF and AF after an addition or subtraction set all flags. OF is undefined, and so are SF, ZF and PF of AAA and AAS: AMD's processors leave what their one addition or subtraction makes of them.
+fn carries(cpu: &mut Cpu, cf: bool, af: bool) {
+    cpu.flags.change(CF | AF, if cf { CF } else { 0 } | if af { AF } else { 0 });
 }
 
 fn daa(cpu: &mut Cpu, _op: &Op) -> Done {
-    let old = cpu.get::<u8>(RAX);
-    let af = old & 15 > 9 || cpu.flags.af();
-    let cf = old > 0x99 || cpu.flags.cf();
-    let al = old.wrapping_add(if af { 6 } else { 0 }).wrapping_add(if cf { 0x60 } else { 0 });
-    adjusted(cpu, al, cf, af);
+    let (al, adjust, cf, af) = decimal(cpu);
+    let result = al.wrapping_add(adjust);
+    cpu.set(RAX, result);
+    cpu.flags.add(al, adjust, result);
+    carries(cpu, cf, af);
     Ok(())
 }
 
 /// A borrow from the low digit's adjustment counts as a carry too (SDM vol. 2, DAS).
 fn das(cpu: &mut Cpu, _op: &Op) -> Done {
-    let old = cpu.get::<u8>(RAX);
-    let af = old & 15 > 9 || cpu.flags.af();
-    let high = old > 0x99 || cpu.flags.cf();
-    let cf = high || af && old < 6;
-    let al = old.wrapping_sub(if af { 6 } else { 0 }).wrapping_sub(if high { 0x60 } else { 0 });
-    adjusted(cpu, al, cf, af);
+    let (al, adjust, cf, af) = decimal(cpu);
+    let result = al.wrapping_sub(adjust);
+    cpu.set(RAX, result);
+    cpu.flags.sub(al, adjust, result);
+    carries(cpu, cf || af && al < 6, af);
     Ok(())
+}
+
+/// AL, what is to be added or subtracted, and whether the high and the low digit need it.
+fn decimal(cpu: &Cpu) -> (u8, u8, bool, bool) {
+    let al = cpu.get::<u8>(RAX);
+    let low = al & 15 > 9 || cpu.flags.af();
+    let high = al > 0x99 || cpu.flags.cf();
+    (al, if low { 6 } else { 0 } + if high { 0x60 } else { 0 }, high, low)
 }
 
 fn ascii_adjust<const SUBTRACT: bool>(cpu: &mut Cpu, _op: &Op) -> Done {
     let ax = cpu.get::<u16>(RAX);
     let adjust = ax & 15 > 9 || cpu.flags.af();
-    let result = match (adjust, SUBTRACT) {
-        (false, _) => ax,
-        (true, false) => ax.wrapping_add(0x106),
-        (true, true) => ax.wrapping_sub(6).wrapping_sub(0x100),
-    };
+    let distance = if adjust { 0x106 } else { 0 };
+    let result = if SUBTRACT { ax.wrapping_sub(distance) } else { ax.wrapping_add(distance) };
+    if SUBTRACT {
+        cpu.flags.sub(ax, distance, result);
+    } else {
+        cpu.flags.add(ax, distance, result);
+    }
+    carries(cpu, adjust, adjust);
     cpu.set(RAX, result & 0xff0f);
-    adjusted(cpu, result as u8 & 15, adjust, adjust);
     Ok(())
 }
 
@@ -70,15 +78,17 @@ fn aam(cpu: &mut Cpu, op: &Op) -> Done {
     let al = cpu.get::<u8>(RAX);
     let Some(high) = al.checked_div(base) else { return Err(cpu.raise(vector::DE)) };
     cpu.set(AH, high);
-    adjusted(cpu, al % base, false, false);
+    cpu.set(RAX, al % base);
+    cpu.flags.logic(al % base);
     Ok(())
 }
 
 fn aad(cpu: &mut Cpu, op: &Op) -> Done {
     let (al, ah) = (cpu.get::<u8>(RAX), cpu.get::<u8>(AH));
-    let result = al.wrapping_add(ah.wrapping_mul(op.imm as u8));
+    let product = ah.wrapping_mul(op.imm as u8);
+    let result = al.wrapping_add(product);
     cpu.set(RAX, u16::from(result));
-    adjusted(cpu, result, false, false);
+    cpu.flags.add(al, product, result);
     Ok(())
 }
 
@@ -93,14 +103,22 @@ fn check_bound(cpu: &mut Cpu, index: i32, lower: i32, upper: i32) -> Done {
     if (lower..=upper).contains(&index) { Ok(()) } else { Err(cpu.raise(vector::BR)) }
 }
 
+/// The two bounds are two accesses.
+fn bounds<W: Width>(cpu: &mut Cpu, op: &Op) -> Result<(W, W), Leave> {
+    let mut mem = op.mem;
+    let lower = cpu.load::<W>(&mem)?;
+    mem.disp = mem.disp.wrapping_add(W::BYTES as u64);
+    Ok((lower, cpu.load::<W>(&mem)?))
+}
+
 fn bound_16(cpu: &mut Cpu, op: &Op) -> Done {
-    let pair = cpu.load::<u32>(&op.mem)?;
+    let (lower, upper) = bounds::<u16>(cpu, op)?;
     let index = cpu.get::<u16>(op.reg[0]) as i16;
-    check_bound(cpu, index.into(), (pair as i16).into(), ((pair >> 16) as i16).into())
+    check_bound(cpu, index.into(), (lower as i16).into(), (upper as i16).into())
 }
 
 fn bound_32(cpu: &mut Cpu, op: &Op) -> Done {
-    let pair = cpu.load::<u64>(&op.mem)?;
+    let (lower, upper) = bounds::<u32>(cpu, op)?;
     let index = cpu.get::<u32>(op.reg[0]) as i32;
-    check_bound(cpu, index, pair as i32, (pair >> 32) as i32)
+    check_bound(cpu, index, lower as i32, upper as i32)
 }

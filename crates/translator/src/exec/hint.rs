@@ -30,11 +30,13 @@ pub(super) fn select(instruction: &Instruction, cpu: &Cpu) -> Option<Handler> {
         Mnemonic::Cld => cld,
         Mnemonic::Std => std,
         Mnemonic::Pause => pause,
-        // Without CET, ENDBR is one of the reserved NOPs.
+        // Without CET, ENDBR and RDSSP are reserved NOPs.
         Mnemonic::Nop
         | Mnemonic::Reservednop
         | Mnemonic::Endbr32
         | Mnemonic::Endbr64
+        | Mnemonic::Rdsspd
+        | Mnemonic::Rdsspq
         | Mnemonic::Prefetch
         | Mnemonic::Prefetchw
         | Mnemonic::Prefetchnta

@@ -100,23 +100,18 @@ fn push_all<W: Width>(cpu: &mut Cpu, _op: &Op) -> Done {
     Ok(())
 }
 
-/// POPA: the reverse, the stored SP being skipped.
+/// POPA: the reverse, the stored SP being skipped. Where the stack faults half-way, AMD's processors have loaded what came
+/// before, and so have we; the stack pointer has not moved.
 fn pop_all<W: Width>(cpu: &mut Cpu, _op: &Op) -> Done {
     let pointer = cpu.state.gpr[RSP];
-    let mut values = [W::of(0); 8];
-    for value in &mut values {
+    for number in (0..8).rev() {
         match cpu.pop::<W>() {
-            Ok(popped) => *value = popped,
+            Ok(value) if number != RSP => cpu.set((number * 8) as u8, value),
+            Ok(_) => {}
             Err(leave) => {
                 cpu.state.gpr[RSP] = pointer;
                 return Err(leave);
             }
-        }
-    }
-    for (position, value) in values.into_iter().enumerate() {
-        let number = 7 - position;
-        if number != RSP {
-            cpu.set((number * 8) as u8, value);
         }
     }
     Ok(())

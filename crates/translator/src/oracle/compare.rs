@@ -5,11 +5,13 @@ use std::fmt::Write as _;
 use engine::state::rflags::{IF, RF, STATUS};
 use iced_x86::{Formatter as _, GasFormatter, Instruction};
 
-use super::case::{ARENA, Case, NO_VECTOR, Outcome, Xsave};
+use super::case::{ARENA, Case, Code, NO_VECTOR, Outcome, Xsave};
 use super::classes::undefined_flags;
 
 const NAMES: [&str; 16] =
     ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
+
+const RSP: usize = 4;
 
 const VECTOR_PF: u64 = 14;
 
@@ -29,8 +31,11 @@ pub(super) struct Difference {
 
 pub(super) fn compare(instruction: &Instruction, case: &Case, native: &Outcome, ours: &Outcome) -> Option<Difference> {
     let mut fields = Vec::new();
+    // What is above a 16-bit stack pointer's 32 bits is the kernel's own (its espfix) where an interrupt came between.
+    let stack_mask = if case.code == Code::Bits64 { u64::MAX } else { u32::MAX.into() };
     for (index, name) in NAMES.iter().enumerate() {
-        fields.push((*name, case.gpr[index], native.gpr[index], ours.gpr[index]));
+        let mask = if index == RSP { stack_mask } else { u64::MAX };
+        fields.push((*name, case.gpr[index], native.gpr[index] & mask, ours.gpr[index] & mask));
     }
     let ignored = RF | IF | if native.fault == NO_VECTOR { undefined_flags(instruction, case) & STATUS } else { 0 };
     fields.push(("rflags", case.rflags, native.rflags & !ignored, ours.rflags & !ignored));
@@ -100,7 +105,13 @@ fn describe(instruction: &Instruction, case: &Case) -> String {
     let mut assembly = String::new();
     GasFormatter::new().format(instruction, &mut assembly);
     let bytes: Vec<String> = case.bytes().iter().map(|byte| format!("{byte:02x}")).collect();
-    let mut text = format!("  {}  {assembly}\n  rip {:#x} rflags {:#x}", bytes.join(" "), case.rip, case.rflags);
+    let mut text = format!(
+        "  {}  {assembly}  ({:?})\n  rip {:#x} rflags {:#x}",
+        bytes.join(" "),
+        case.code,
+        case.rip,
+        case.rflags
+    );
     for (index, (name, value)) in NAMES.iter().zip(case.gpr).enumerate() {
         let _ = write!(text, "{}{name:>3} {value:#018x}", if index % 4 == 0 { "\n  " } else { "  " });
     }

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use engine::cpu_model::{DEFAULT, HostCpu, lookup};
-use engine::state::{Segment, cr0, cr4, efer, seg};
+use engine::state::{Segment, cr0, cr4, efer};
 use engine::{CpuIo, HypercallArgs, MsrRefused, VcpuConfig, VcpuId};
 use memory::{Gpa, GuestRam};
 
-use super::case::{ARENA, ARENA_BYTES, CODE, CODE_BYTES, Case, NO_VECTOR, Outcome, READ_ONLY, XSAVE_BYTES};
+use super::case::{
+    ARENA, ARENA_BYTES, CODE, CODE_BYTES, Case, Code, DATA_LIMIT_16, NO_VECTOR, Outcome, READ_ONLY, XSAVE_BYTES,
+};
 use crate::cpu::{Cpu, vector};
 use crate::op::Leave;
 use crate::shared::Shared;
@@ -46,10 +48,6 @@ impl Guest {
         state.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE | cr4::FSGSBASE;
         state.efer = efer::SCE | efer::LME | efer::LMA | efer::NXE;
         state.xcr0 = 7;
-        state.segments = [Segment { attributes: 0xf3, limit: u32::MAX, ..Segment::default() }; 6];
-        state.segments[seg::CS] = Segment { selector: 0x33, attributes: 0xa0fb, limit: u32::MAX, base: 0 };
-        state.segments[seg::SS] = Segment { selector: 0x2b, attributes: 0xc0f3, limit: u32::MAX, base: 0 };
-        cpu.refresh();
         let mut io = Box::new(Nothing);
         cpu.attach_io(&mut *io);
         Self { cpu, ram, _io: io }
@@ -58,13 +56,14 @@ impl Guest {
     /// Runs one case to its end or its fault.
     pub(super) fn run(&mut self, case: &Case, outcome: &mut Outcome) {
         let mut code = [0xcc; CODE_BYTES];
-        let at = (case.rip - CODE) as usize;
+        let at = case.place();
         code[at..at + case.length].copy_from_slice(case.bytes());
         self.ram.write(Gpa(CODE_FRAMES), &code).unwrap();
         self.ram.write(Gpa(ARENA_FRAMES), &case.memory).unwrap();
         let cpu = &mut self.cpu;
         cpu.state.gpr = case.gpr;
         cpu.state.rip = case.rip;
+        cpu.state.segments = segments(case.code);
         cpu.set_rflags(case.rflags);
         if case.vector {
             cpu.state.xsave.0[..XSAVE_BYTES].copy_from_slice(&case.xsave.0);
@@ -87,6 +86,23 @@ impl Guest {
         }
         self.ram.read(Gpa(ARENA_FRAMES), &mut outcome.memory).unwrap();
     }
+}
+
+/// Segments as the child process has them. FS and GS are null.
+fn segments(code: Code) -> [Segment; 6] {
+    const FLAT: u16 = 0xc000;
+    const LONG: u16 = 0x2000;
+    let (base, selector) = (code.data_base(), code.data_selector());
+    let (attributes, limit) = if code == Code::Bits16 { (0, DATA_LIMIT_16) } else { (FLAT, u32::MAX) };
+    let data = Segment { selector, attributes: attributes | 0xf3, limit, base };
+    let (attributes, limit) = match code {
+        Code::Bits64 => (LONG, u32::MAX),
+        Code::Bits32 => (FLAT, u32::MAX),
+        Code::Bits16 => (0, CODE_BYTES as u32 - 1),
+    };
+    let base = code.code_base();
+    let code = Segment { selector: code.code_selector(), attributes: attributes | 0xfb, limit, base };
+    [data, code, data, data, Segment::default(), Segment::default()]
 }
 
 /// The run loop's part for one instruction; an error is an exception.

@@ -3,7 +3,7 @@
 use engine::state::rflags::{AC, DF, ID, IF, STATUS, TF};
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 
-use super::case::{ARENA, ARENA_BYTES, CODE, CODE_BYTES, Case};
+use super::case::{ARENA, ARENA_BYTES, CODE, CODE_BYTES, Case, Code, DATA_BASE_16, DATA_LIMIT_16, XSAVE_BYTES, Xsave};
 use super::random::Random;
 
 const LOCK: u8 = 0xf0;
@@ -12,11 +12,12 @@ const ADDRESS_SIZE: u8 = 0x67;
 
 /// Fills `case` from `template`; returns the instruction where the bytes are one.
 pub(super) fn generate(random: &mut Random, template: &str, case: &mut Case) -> Instruction {
-    let bytes = encode(random, template);
+    let bytes = encode(random, template, case.code);
     case.length = bytes.len();
-    case.code[..bytes.len()].copy_from_slice(&bytes);
+    case.bytes[..bytes.len()].copy_from_slice(&bytes);
     // Mostly in the middle of a page; sometimes across the end of one.
-    case.rip = CODE + if random.one_in(8) { 0x2000 - random.below(bytes.len() as u64) } else { 0x1800 };
+    let place = if random.one_in(8) { 0x2000 - random.below(bytes.len() as u64) } else { 0x1800 };
+    case.rip = CODE + place - case.code.code_base();
     case.rflags = 0x202 | random.next() & STATUS;
     for (bit, rarity) in [(DF, 4), (ID, 8), (AC, 16)] {
         if random.one_in(rarity) {
@@ -29,24 +30,47 @@ pub(super) fn generate(random: &mut Random, template: &str, case: &mut Case) -> 
     for chunk in case.memory.chunks_exact_mut(8) {
         chunk.copy_from_slice(&random.next().to_le_bytes());
     }
+    if case.vector {
+        fill_vectors(random, case);
+    }
     place_operands(random, case);
+    if case.code != Code::Bits64 {
+        // Nobody says what is in the upper halves outside 64-bit mode.
+        case.gpr[..8].iter_mut().for_each(|register| *register &= 0xffff_ffff);
+    }
     decode(case).0
 }
 
+/// XMM and YMM registers and MXCSR; the x87 stack is empty, MMX registers hold what they hold.
+fn fill_vectors(random: &mut Random, case: &mut Case) {
+    const ALL_MASKED: u64 = 0x1f80;
+    case.xsave = Xsave::reset();
+    for at in (32..416).chain(576..XSAVE_BYTES).step_by(8) {
+        let value = random.value();
+        // Eight of every sixteen bytes of x87 registers are reserved from the tenth on.
+        let bytes = if at < 160 && at % 16 == 8 { 2 } else { 8 };
+        case.xsave.0[at..at + bytes].copy_from_slice(&value.to_le_bytes()[..bytes]);
+    }
+    let masks = if random.one_in(8) { random.next() & ALL_MASKED } else { ALL_MASKED };
+    let rounding_and_flags = random.next() & 0xe07f;
+    case.xsave.0[24..28].copy_from_slice(&((masks | rounding_and_flags) as u32).to_le_bytes());
+}
+
 pub(super) fn decode(case: &Case) -> (Instruction, iced_x86::ConstantOffsets) {
-    let mut decoder = Decoder::with_ip(64, case.bytes(), case.rip, DecoderOptions::AMD);
+    let mut decoder = Decoder::with_ip(case.code as u32, case.bytes(), case.rip, DecoderOptions::AMD);
     let instruction = decoder.decode();
     (instruction, decoder.get_constant_offsets(&instruction))
 }
 
 /// The prefixes, decided before the bytes that depend on them.
 struct Prefixes {
+    code: Code,
     legacy: Vec<u8>,
     rex: u8,
 }
 
 impl Prefixes {
-    fn random(random: &mut Random, words: &[&str]) -> Self {
+    fn random(random: &mut Random, words: &[&str], code: Code) -> Self {
         let mut legacy = Vec::new();
         if random.one_in(4) {
             legacy.push(OPERAND_SIZE);
@@ -65,31 +89,41 @@ impl Prefixes {
         if if repeats { !random.one_in(4) } else { random.one_in(32) } {
             legacy.push(random.pick(&[0xf2, 0xf3]));
         }
-        let rex = if random.one_in(2) { 0x40 | random.byte() & 15 } else { 0 };
-        Self { legacy, rex }
+        let rex = if code == Code::Bits64 && random.one_in(2) { 0x40 | random.byte() & 15 } else { 0 };
+        Self { code, legacy, rex }
     }
 
     fn wide(&self) -> bool {
         self.rex & 8 != 0
     }
 
-    fn narrow(&self) -> bool {
-        !self.wide() && self.legacy.contains(&OPERAND_SIZE)
+    /// Bytes of an operand that REX.W does not widen.
+    fn operand_bytes(&self) -> usize {
+        let switched = !self.wide() && self.legacy.contains(&OPERAND_SIZE);
+        if (self.code == Code::Bits16) != switched { 2 } else { 4 }
+    }
+
+    fn address_bytes(&self) -> usize {
+        match (self.code, self.legacy.contains(&ADDRESS_SIZE)) {
+            (Code::Bits64, false) => 8,
+            (Code::Bits32, true) | (Code::Bits16, false) => 2,
+            _ => 4,
+        }
     }
 }
 
-fn encode(random: &mut Random, template: &str) -> Vec<u8> {
+fn encode(random: &mut Random, template: &str, code: Code) -> Vec<u8> {
     loop {
-        let bytes = encode_once(random, template);
+        let bytes = encode_once(random, template, code);
         if bytes.len() <= 15 {
             return bytes;
         }
     }
 }
 
-fn encode_once(random: &mut Random, template: &str) -> Vec<u8> {
+fn encode_once(random: &mut Random, template: &str, code: Code) -> Vec<u8> {
     let words: Vec<&str> = template.split(' ').collect();
-    let prefixes = Prefixes::random(random, &words);
+    let prefixes = Prefixes::random(random, &words, code);
     let mut rest: &[&str] = &words;
     while let ["lock" | "rep", more @ ..] = rest {
         rest = more;
@@ -101,7 +135,7 @@ fn encode_once(random: &mut Random, template: &str) -> Vec<u8> {
             let allowed = |byte: &u8| !matches!(byte, 0x66 | 0xf0 | 0xf2 | 0xf3);
             let strict = !random.one_in(16);
             bytes.extend(prefixes.legacy.iter().filter(|byte| !strict || allowed(byte)));
-            vex_prefix(random, vex, &mut bytes);
+            vex_prefix(random, vex, code, &mut bytes);
             rest = more;
         }
         [mandatory @ ("66" | "f2" | "f3"), more @ ..] if more.first() == Some(&"0f") => {
@@ -121,29 +155,28 @@ fn encode_once(random: &mut Random, template: &str) -> Vec<u8> {
     bytes
 }
 
-fn vex_prefix(random: &mut Random, word: &str, bytes: &mut Vec<u8>) {
+fn vex_prefix(random: &mut Random, word: &str, code: Code, bytes: &mut Vec<u8>) {
     let (map, implied) = word[1..].split_once('.').unwrap_or((&word[1..], ""));
     let implied = ["", "66", "f3", "f2"].iter().position(|known| *known == implied).unwrap() as u8;
     let wide = random.byte() & 0x80;
     let length = if random.one_in(16) { 4 } else { 0 };
     let source = (random.byte() & 15) << 3;
     bytes.push(0xc4);
-    bytes.push(random.byte() & 0xe0 | map.parse::<u8>().unwrap());
+    // Outside 64-bit mode C4 is LES where it names memory, that is unless the top two bits are set.
+    let extensions = if code == Code::Bits64 { random.byte() & 0xe0 } else { 0xe0 };
+    bytes.push(extensions | map.parse::<u8>().unwrap());
     bytes.push(wide | source | length | implied);
 }
 
 fn encode_word(random: &mut Random, word: &str, prefixes: &Prefixes, bytes: &mut Vec<u8>) {
     let immediate = |random: &mut Random, size: usize| random.value().to_le_bytes()[..size].to_vec();
-    let operand = if prefixes.narrow() { 2 } else { 4 };
+    let operand = prefixes.operand_bytes();
     match word {
         "ib" => bytes.extend(immediate(random, 1)),
         "iw" => bytes.extend(immediate(random, 2)),
         "iv" => bytes.extend(immediate(random, operand)),
         "iq" => bytes.extend(immediate(random, if prefixes.wide() { 8 } else { operand })),
-        "moffs" => {
-            let size = if prefixes.legacy.contains(&ADDRESS_SIZE) { 4 } else { 8 };
-            bytes.extend(immediate(random, size));
-        }
+        "moffs" => bytes.extend(immediate(random, prefixes.address_bytes())),
         "cb" => {
             // Not back into the instruction.
             let byte = random.byte();
@@ -154,7 +187,7 @@ fn encode_word(random: &mut Random, word: &str, prefixes: &Prefixes, bytes: &mut
             let distance = if (-24..0).contains(&distance) { 0x40 } else { distance };
             bytes.extend(&distance.to_le_bytes()[..operand]);
         }
-        _ if word.starts_with('/') => modrm(random, word, bytes),
+        _ if word.starts_with('/') => modrm(random, word, prefixes, bytes),
         _ => {
             let (byte, low) = word.split_once('+').unwrap_or((word, ""));
             let byte = u8::from_str_radix(byte, 16).unwrap();
@@ -168,7 +201,7 @@ fn encode_word(random: &mut Random, word: &str, prefixes: &Prefixes, bytes: &mut
     }
 }
 
-fn modrm(random: &mut Random, word: &str, bytes: &mut Vec<u8>) {
+fn modrm(random: &mut Random, word: &str, prefixes: &Prefixes, bytes: &mut Vec<u8>) {
     let reg = match &word[1..2] {
         "r" => random.byte() & 7,
         digit => digit.parse().unwrap(),
@@ -184,8 +217,9 @@ fn modrm(random: &mut Random, word: &str, bytes: &mut Vec<u8>) {
     if registers {
         return;
     }
-    let mut wide_displacement = mode == 2 || mode == 0 && rm == 5;
-    if rm == 4 {
+    let short = prefixes.address_bytes() == 2;
+    let mut wide_displacement = mode == 2 || mode == 0 && rm == if short { 6 } else { 5 };
+    if rm == 4 && !short {
         let sib = random.byte();
         bytes.push(sib);
         wide_displacement |= mode == 0 && sib & 7 == 5;
@@ -193,20 +227,25 @@ fn modrm(random: &mut Random, word: &str, bytes: &mut Vec<u8>) {
     if wide_displacement {
         let small = random.byte() as i8 as i32;
         let displacement = if random.one_in(2) { small } else { random.next() as i32 };
-        bytes.extend(displacement.to_le_bytes());
+        bytes.extend(&displacement.to_le_bytes()[..if short { 2 } else { 4 }]);
     } else if mode == 1 {
         bytes.push(random.byte());
     }
 }
 
-/// An address for an operand of `size` bytes: mostly in the arena, often near the end of a page.
-fn address(random: &mut Random, size: u64) -> u64 {
+/// The offset in DS, ES or SS of an operand of `size` bytes: mostly in the arena, often near the end of a page.
+fn address(random: &mut Random, code: Code, size: u64) -> u64 {
+    linear_address(random, size).wrapping_sub(code.data_base())
+}
+
+fn linear_address(random: &mut Random, size: u64) -> u64 {
     let near = |random: &mut Random, place: u64| place.wrapping_sub(size + 4).wrapping_add(random.below(size + 8));
     match random.below(32) {
         0 => near(random, 1 << 47),
         1 => near(random, 0_u64.wrapping_sub(1 << 47)),
         2 => random.value(),
-        3..=11 => {
+        3 => near(random, DATA_BASE_16 + u64::from(DATA_LIMIT_16) + 1),
+        4..=11 => {
             let boundary = ARENA + random.below(5) * 0x1000;
             near(random, boundary)
         }
@@ -222,7 +261,7 @@ fn target(random: &mut Random, case: &Case) -> u64 {
         1 => (1 << 47) + random.below(64),
         2 => random.next() | 1 << 63,
         _ => loop {
-            let target = CODE + random.below(CODE_BYTES as u64 - 16);
+            let target = CODE + random.below(CODE_BYTES as u64 - 16) - case.code.code_base();
             if !(case.rip..case.rip + 16).contains(&target) {
                 break target;
             }
@@ -240,7 +279,7 @@ fn get(case: &Case, register: Register) -> u64 {
 
 /// Writes to the arena, where the address lies in it.
 fn patch(case: &mut Case, at: u64, bytes: &[u8]) {
-    let offset = at.wrapping_sub(ARENA);
+    let offset = at.wrapping_add(case.code.data_base()).wrapping_sub(ARENA);
     if offset < (ARENA_BYTES - bytes.len()) as u64 {
         case.memory[offset as usize..][..bytes.len()].copy_from_slice(bytes);
     }
@@ -282,7 +321,7 @@ fn place_operands(random: &mut Random, case: &mut Case) {
     }
     if (0..instruction.op_count()).any(|position| instruction.op_kind(position) == OpKind::Memory) {
         let size = instruction.memory_size().size().max(1) as u64;
-        let at = address(random, size);
+        let at = address(random, case.code, size);
         aim(random, case, &instruction, at);
         fill(random, case, at, goes_somewhere);
     }
@@ -290,8 +329,9 @@ fn place_operands(random: &mut Random, case: &mut Case) {
 
 fn place_strings(random: &mut Random, case: &mut Case, instruction: &Instruction) {
     let size = instruction.memory_size().size().max(1) as u64;
-    case.gpr[6] = address(random, size);
-    case.gpr[7] = if random.one_in(4) { case.gpr[6].wrapping_add(random.below(64)) } else { address(random, size) };
+    case.gpr[6] = address(random, case.code, size);
+    case.gpr[7] =
+        if random.one_in(4) { case.gpr[6].wrapping_add(random.below(64)) } else { address(random, case.code, size) };
     if random.one_in(2) {
         // Runs of equal elements, so that comparisons go on for a while.
         let byte = random.byte();
@@ -304,8 +344,8 @@ fn place_strings(random: &mut Random, case: &mut Case, instruction: &Instruction
 
 fn place_stack(random: &mut Random, case: &mut Case, instruction: &Instruction) {
     let size = instruction.stack_pointer_increment().unsigned_abs().clamp(2, 8).into();
-    case.gpr[4] = address(random, size);
-    case.gpr[5] = if random.one_in(8) { random.value() } else { address(random, size) };
+    case.gpr[4] = address(random, case.code, size);
+    case.gpr[5] = if random.one_in(8) { random.value() } else { address(random, case.code, size) };
     let top = case.gpr[4];
     match instruction.mnemonic() {
         Mnemonic::Ret => {
@@ -327,8 +367,12 @@ fn aim(random: &mut Random, case: &mut Case, instruction: &Instruction, at: u64)
     let scale = u64::from(instruction.memory_index_scale());
     let displacement = instruction.memory_displacement64();
     let garbage = |random: &mut Random, value: u64, register: Register| {
-        // What a 32-bit address ignores may be anything.
-        if register.is_gpr32() { value & 0xffff_ffff | random.next() << 32 } else { value }
+        // What a shorter address ignores may be anything.
+        match register.size() {
+            2 => value & 0xffff | random.next() << 16,
+            4 => value & 0xffff_ffff | random.next() << 32,
+            _ => value,
+        }
     };
     if index == Register::AL {
         let value = at.wrapping_sub(get(case, index) & 0xff);
@@ -354,7 +398,7 @@ fn patch_displacement(case: &mut Case, instruction: &Instruction, at: u64) {
     let (_, offsets) = decode(case);
     let (place, size) = (offsets.displacement_offset(), offsets.displacement_size());
     let value = if instruction.is_ip_rel_memory_operand() { at.wrapping_sub(instruction.next_ip()) } else { at };
-    case.code[place..place + size].copy_from_slice(&value.to_le_bytes()[..size]);
+    case.bytes[place..place + size].copy_from_slice(&value.to_le_bytes()[..size]);
 }
 
 /// Something worth finding at the operand.
@@ -369,7 +413,7 @@ fn fill(random: &mut Random, case: &mut Case, at: u64, branch: bool) {
     }
     if random.one_in(3) {
         // What CMPXCHG and its wide siblings compare with.
-        let offset = at.wrapping_sub(ARENA);
+        let offset = at.wrapping_add(case.code.data_base()).wrapping_sub(ARENA);
         if offset < ARENA_BYTES as u64 - 16 {
             let word = |at: usize| u64::from_le_bytes(case.memory[at..at + 8].try_into().unwrap());
             let (low, high) = (word(offset as usize), word(offset as usize + 8));

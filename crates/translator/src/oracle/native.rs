@@ -12,7 +12,10 @@ use std::arch::naked_asm;
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::case::{ARENA, ARENA_BYTES, CODE, CODE_BYTES, Case, NO_VECTOR, Outcome, READ_ONLY, XSAVE_BYTES};
+use super::case::{
+    ARENA, ARENA_BYTES, CODE, CODE_BYTES, Case, Code, DATA_BASE_16, DATA_LIMIT_16, NO_VECTOR, Outcome, READ_ONLY,
+    XSAVE_BYTES,
+};
 
 /// Cases a turn.
 pub(super) const BATCH: usize = 64;
@@ -51,6 +54,9 @@ impl Native {
             assert!(arena >= 0 && libc::ftruncate(arena, ARENA_BYTES as i64) == 0);
             assert!(libc::pipe2(down.as_mut_ptr(), libc::O_CLOEXEC) == 0);
             assert!(libc::pipe2(up.as_mut_ptr(), libc::O_CLOEXEC) == 0);
+            for index in 0..BATCH {
+                (&raw mut (*mailbox.cast::<Mailbox>()).slots[index].case.code).write(Code::Bits64);
+            }
             let child = libc::fork();
             assert!(child >= 0, "fork");
             if child == 0 {
@@ -66,7 +72,7 @@ impl Native {
 
     /// The mailbox; the child touches it during [`Native::run`] only.
     pub(super) fn slots(&mut self) -> &mut [Slot; BATCH] {
-        // SAFETY: mapped, large enough, and any bytes are a Slot of integers... `vector` is only written by this side.
+        // SAFETY: mapped and large enough; all but `code`, which `start` set, may be zero.
         unsafe { &mut (*self.mailbox).slots }
     }
 
@@ -119,15 +125,16 @@ unsafe fn map(at: u64, bytes: usize, protection: c_int, kind: c_int, fd: c_int) 
 /// To be called once, in a forked child, with the mailbox mapped.
 unsafe fn serve(mailbox: *mut Mailbox, arena: c_int, from_parent: c_int, to_parent: c_int) -> ! {
     const ALL: c_int = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
-    const DATA: c_int = libc::PROT_READ | libc::PROT_WRITE;
+    const READ_WRITE: c_int = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: the fixed addresses are in the low 4 GiB, where a position-independent program has nothing.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
         let code = map(CODE, CODE_BYTES, ALL, libc::MAP_ANONYMOUS, -1);
-        let view = map(0, ARENA_BYTES, DATA, 0, arena);
+        let view = map(0, ARENA_BYTES, READ_WRITE, 0, arena);
         // All pages present: a page that is not yet there shows in error codes.
-        map(ARENA, ARENA_BYTES, DATA, libc::MAP_POPULATE, arena);
+        map(ARENA, ARENA_BYTES, READ_WRITE, libc::MAP_POPULATE, arena);
         libc::mprotect(READ_ONLY as *mut c_void, 0x1000, libc::PROT_READ);
+        set_ldt();
         catch_signals();
         loop {
             let mut byte = 0_u8;
@@ -152,9 +159,11 @@ unsafe fn one(slot: *mut Slot, code: *mut u8, view: *mut u8) {
     unsafe {
         let case = &(*slot).case;
         code.write_bytes(0xcc, CODE_BYTES);
-        code.add((case.rip - CODE) as usize).copy_from_nonoverlapping(case.code.as_ptr(), case.length);
+        code.add(case.place()).copy_from_nonoverlapping(case.bytes.as_ptr(), case.length);
         view.copy_from_nonoverlapping(case.memory.as_ptr(), ARENA_BYTES);
         CURRENT = slot;
+        TARGET = case.rip | u64::from(case.code.code_selector()) << 32;
+        DATA = case.code.data_selector().into();
         if case.vector {
             xrstor(&raw const case.xsave);
         }
@@ -177,9 +186,12 @@ unsafe fn xrstor(area: *const super::case::Xsave) {
 
 static mut CURRENT: *mut Slot = std::ptr::null_mut();
 static mut HOST_RSP: u64 = 0;
+/// A far pointer: a 32-bit offset and a selector.
 static mut TARGET: u64 = 0;
+/// The selector for DS, ES and SS.
+static mut DATA: u64 = 0;
 
-/// Loads 16 registers, RFLAGS and RIP from `registers`. Comes back through [`leave`].
+/// Loads 16 registers and RFLAGS from `registers`, and jumps to [`TARGET`]. Comes back through [`leave`].
 #[unsafe(naked)]
 unsafe extern "C" fn enter(registers: *const u64) {
     naked_asm!(
@@ -190,8 +202,10 @@ unsafe extern "C" fn enter(registers: *const u64) {
         "push r14",
         "push r15",
         "mov [rip + {host_rsp}], rsp",
-        "mov rax, [rdi + 17 * 8]",
-        "mov [rip + {target}], rax",
+        "mov eax, [rip + {data}]",
+        "mov ds, eax",
+        "mov es, eax",
+        "mov ss, eax",
         "push qword ptr [rdi + 16 * 8]",
         "popfq",
         "mov rax, [rdi]",
@@ -210,9 +224,10 @@ unsafe extern "C" fn enter(registers: *const u64) {
         "mov r15, [rdi + 120]",
         "mov rsp, [rdi + 32]",
         "mov rdi, [rdi + 56]",
-        "jmp qword ptr [rip + {target}]",
+        "jmp fword ptr [rip + {target}]",
         host_rsp = sym HOST_RSP,
         target = sym TARGET,
+        data = sym DATA,
     )
 }
 
@@ -296,6 +311,44 @@ unsafe extern "C" fn caught(_signal: c_int, _info: *mut libc::siginfo_t, context
         }
         registers[libc::REG_RIP as usize] = leave as *const () as i64;
         registers[libc::REG_EFL as usize] = 0x202;
+        // CS in the low word, SS in the high one.
+        let selectors = (0x2b << 48) | 0x33;
+        registers[libc::REG_CSGSFS as usize] = registers[libc::REG_CSGSFS as usize] & 0xffff_ffff_0000 | selectors;
+    }
+}
+
+/// The kernel's `struct user_desc` (arch/x86/include/uapi/asm/ldt.h).
+#[repr(C)]
+struct UserDescriptor {
+    entry_number: u32,
+    base: u32,
+    limit: u32,
+    /// seg_32bit 0, contents 2:1 (0 data, 2 code), read_exec_only 3, limit_in_pages 4, seg_not_present 5, useable 6.
+    flags: u32,
+}
+
+const CONTENTS_CODE: u32 = 2 << 1;
+const USEABLE: u32 = 1 << 6;
+
+/// The 16-bit segments of [`Code::Bits16`]. Where the kernel has no LDTs, loading their selectors kills the child, which
+/// says enough.
+///
+/// # Safety
+/// In the child only.
+unsafe fn set_ldt() {
+    const WRITE: c_int = 1;
+    let code = UserDescriptor {
+        entry_number: 0,
+        base: CODE as u32,
+        limit: CODE_BYTES as u32 - 1,
+        flags: CONTENTS_CODE | USEABLE,
+    };
+    let data = UserDescriptor { entry_number: 1, base: DATA_BASE_16 as u32, limit: DATA_LIMIT_16, flags: USEABLE };
+    for descriptor in [code, data] {
+        // SAFETY: the system call reads the structure and changes this process's LDT.
+        unsafe {
+            libc::syscall(libc::SYS_modify_ldt, WRITE, &raw const descriptor, size_of::<UserDescriptor>());
+        }
     }
 }
 
