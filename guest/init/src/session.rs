@@ -237,9 +237,8 @@ pub(crate) fn end_all_processes() {
                 let _ = rustix::process::kill_process(pid, Signal::KILL);
             }
         }
-        match rustix::process::wait(WaitOptions::empty()) {
-            Err(rustix::io::Errno::CHILD) => return,
-            Ok(_) | Err(_) => {}
+        if rustix::process::wait(WaitOptions::empty()) == Err(rustix::io::Errno::CHILD) {
+            return;
         }
     }
 }
