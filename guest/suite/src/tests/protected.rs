@@ -340,19 +340,22 @@ fn no_wp_and_nx(t: &mut T) {
     ends(t, "fetch from a supervisor page", &fetch.run(), pf(5), PAGE.into());
 }
 
-/// A second task's TSS and its selector.
+/// A second task's TSS, its selector, and a stack for it.
 const OTHER_TSS: u32 = 0x5800;
 const OTHER: u16 = scratch(4);
-/// A stack below 1 MiB for it.
 const OTHER_STACK: u32 = 0x5F00;
+/// A third, for handlers that need a task of their own.
+const HANDLER_TSS: u32 = 0x5A00;
+const HANDLER: u16 = scratch(5);
+const HANDLER_STACK: u32 = 0x5E00;
 
 /// Builds a task that begins at `code`.
-fn other_task(code: Code) {
-    low(OTHER_TSS, 0x80).fill(0);
+fn build_task(selector: u16, tss: u32, stack: u32, code: Code) {
+    low(tss, 0x80).fill(0);
     for (offset, value) in [
         (0x20u32, code.start as u32),
         (0x24, 2),
-        (0x38, OTHER_STACK),
+        (0x38, stack),
         (0x34, 0xBBBB_BBBB),
         (0x48, KERNEL_DATA.into()),
         (0x4C, KERNEL_CODE32.into()),
@@ -360,9 +363,18 @@ fn other_task(code: Code) {
         (0x54, KERNEL_DATA.into()),
         (0x64, 0x68 << 16),
     ] {
-        low(OTHER_TSS + offset, 4).copy_from_slice(&value.to_le_bytes());
+        low(tss + offset, 4).copy_from_slice(&value.to_le_bytes());
     }
-    set_descriptor(OTHER, tss_descriptor(OTHER_TSS));
+    set_descriptor(selector, tss_descriptor(tss));
+}
+
+fn other_task(code: Code) {
+    build_task(OTHER, OTHER_TSS, OTHER_STACK, code);
+}
+
+/// A task gate callable by users.
+fn task_gate_to(selector: u16) -> u64 {
+    u64::from(selector) << 16 | 0xE5 << 40
 }
 
 fn field(tss: u32, offset: u32) -> u32 {
@@ -413,7 +425,7 @@ fn task_gate(t: &mut T) {
     prepare();
     let task = code!(32: "mov eax, [esp]", "mov ebx, esp");
     other_task(task);
-    let gate = (u64::from(OTHER) << 16) | 0xE5 << 40;
+    let gate = task_gate_to(OTHER);
     idt32()[0x40] = gate;
     let code = code!(32: ""; "int 0x40"; "nop");
     let exit = code.protected_user().run();
@@ -450,19 +462,25 @@ fn task_faults(t: &mut T) {
     let user = jump.protected_user();
     other_task(task);
     ends(t, "DPL 0 from level 3", &user.run(), gp(selector), jump.mark);
-    // In the new task, with its EIP.
-    for (what, offset, value, want) in [
-        ("CS null", 0x4Cu32, 0u32, Event(v::TS, 0)),
-        ("CS data", 0x4C, KERNEL_DATA.into(), Event(v::TS, KERNEL_DATA.into())),
-        ("DS beyond the GDT", 0x54, 0x1000, Event(v::TS, 0x1000)),
-        ("LDT not an LDT", 0x60, KERNEL_DATA.into(), Event(v::TS, KERNEL_DATA.into())),
+    // Found in the new task, whose state may then be of no use: the handler of #TS must be a task (SDM 6.15, interrupt 10).
+    idt32()[v::TS as usize] = task_gate_to(HANDLER);
+    let handler = code!(32: "pop eax", "mov ebx, esp");
+    for (what, offset, value) in [
+        ("CS null", 0x4Cu32, 0u32),
+        ("CS data", 0x4C, KERNEL_DATA.into()),
+        ("DS beyond the GDT", 0x54, 0x1000),
+        ("LDT not an LDT", 0x60, KERNEL_DATA.into()),
     ] {
         other_task(task);
+        build_task(HANDLER, HANDLER_TSS, HANDLER_STACK, handler);
         low(OTHER_TSS + offset, 4).copy_from_slice(&value.to_le_bytes());
         let exit = jump.protected().run();
-        let got = Event(exit.vector.into(), exit.error.into());
-        t.same(what, (got.0, got.1), (want.0, want.1));
-        t.is(what, busy(OTHER));
+        done(t, what, &exit);
+        t.eq("error code", exit.eax, value);
+        t.eq("one doubleword", exit.ebx, HANDLER_STACK);
+        t.eq("link", field(HANDLER_TSS, 0) & 0xFFFF, OTHER.into());
+        t.is("the new task is busy", busy(OTHER) && !busy(TSS_SELECTOR));
+        t.eq("its EIP", u64::from(field(OTHER_TSS, 0x20)), task.start);
     }
 }
 
