@@ -71,12 +71,10 @@ pub mod cr4 {
     pub const PSE: u64 = 1 << 4;
     pub const PAE: u64 = 1 << 5;
     pub const PGE: u64 = 1 << 7;
-    pub const PCE: u64 = 1 << 8;
     pub const OSFXSR: u64 = 1 << 9;
     pub const OSXMMEXCPT: u64 = 1 << 10;
     pub const UMIP: u64 = 1 << 11;
     pub const LA57: u64 = 1 << 12;
-    pub const VMXE: u64 = 1 << 13;
     pub const SMXE: u64 = 1 << 14;
     pub const FSGSBASE: u64 = 1 << 16;
     pub const PCIDE: u64 = 1 << 17;
@@ -118,8 +116,22 @@ pub mod efer {
     pub const LMA: u64 = 1 << 10;
     pub const NXE: u64 = 1 << 11;
     pub const SVME: u64 = 1 << 12;
-    pub const LMSLE: u64 = 1 << 13;
     pub const FFXSR: u64 = 1 << 14;
+}
+
+/// Defines functions that write registers with `mov`.
+macro_rules! write_registers {
+    ($($write:ident, $name:literal;)*) => { $(
+        pub fn $write(value: u64) {
+            unsafe { asm!(concat!("mov ", $name, ", {}"), in(reg) value) };
+        }
+    )* };
+}
+
+write_registers! {
+    write_dr1, "dr1";
+    write_dr2, "dr2";
+    write_dr3, "dr3";
 }
 
 /// Defines a function that reads a register with `mov` and one that writes it.
@@ -143,9 +155,6 @@ register! {
     read_cr4, write_cr4, "cr4";
     read_cr8, write_cr8, "cr8";
     read_dr0, write_dr0, "dr0";
-    read_dr1, write_dr1, "dr1";
-    read_dr2, write_dr2, "dr2";
-    read_dr3, write_dr3, "dr3";
     read_dr6, write_dr6, "dr6";
     read_dr7, write_dr7, "dr7";
 }
@@ -199,7 +208,6 @@ pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
 pub struct Feature(pub u32, pub usize, pub u32);
 
 impl Feature {
-    pub const PSE36: Feature = Feature(1, 3, 17);
     pub const PCID: Feature = Feature(1, 2, 17);
     pub const X2APIC: Feature = Feature(1, 2, 21);
     pub const MOVBE: Feature = Feature(1, 2, 22);
@@ -210,8 +218,6 @@ impl Feature {
     pub const SSE42: Feature = Feature(1, 2, 20);
     pub const MTRR: Feature = Feature(1, 3, 12);
     pub const SEP: Feature = Feature(1, 3, 11);
-    pub const MONITOR: Feature = Feature(1, 2, 3);
-    pub const VMX: Feature = Feature(1, 2, 5);
     pub const SMX: Feature = Feature(1, 2, 6);
     pub const FSGSBASE: Feature = Feature(7, 1, 0);
     pub const TSC_ADJUST: Feature = Feature(7, 1, 1);
@@ -223,10 +229,8 @@ impl Feature {
     pub const SMAP: Feature = Feature(7, 1, 20);
     pub const UMIP: Feature = Feature(7, 2, 2);
     pub const PKU: Feature = Feature(7, 2, 3);
-    pub const LA57: Feature = Feature(7, 2, 16);
     pub const RDPID: Feature = Feature(7, 2, 22);
     pub const SVM: Feature = Feature(0x8000_0001, 2, 2);
-    pub const NX: Feature = Feature(0x8000_0001, 3, 20);
     pub const FFXSR: Feature = Feature(0x8000_0001, 3, 25);
     pub const PDPE1GB: Feature = Feature(0x8000_0001, 3, 26);
     pub const RDTSCP: Feature = Feature(0x8000_0001, 3, 27);

@@ -430,7 +430,7 @@ pub fn write_tss(offset: u32, value: u32) {
 pub fn run(state: &Legacy) -> Legacy {
     let memory = STATE as *mut Legacy;
     let mut state = *state;
-    let mut pointer = |limit: u16, base: u32| {
+    let pointer = |limit: u16, base: u32| {
         let mut bytes = [0; 8];
         bytes[..2].copy_from_slice(&limit.to_le_bytes());
         bytes[2..6].copy_from_slice(&base.to_le_bytes());

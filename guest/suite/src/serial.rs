@@ -43,7 +43,5 @@ macro_rules! println {
 pub fn exit(code: u8) -> ! {
     LOCK.store(false, Ordering::Release);
     outb(DEBUG_EXIT, code);
-    loop {
-        crate::cpu::halt_forever();
-    }
+    crate::cpu::halt_forever()
 }

@@ -13,8 +13,6 @@ pub const USER_CODE32: u16 = 0x18 | 3;
 pub const USER_DATA: u16 = 0x20 | 3;
 pub const USER_CODE: u16 = 0x28 | 3;
 pub const KERNEL_CODE32: u16 = 0x38;
-pub const KERNEL_CODE16: u16 = 0x40;
-pub const KERNEL_DATA16: u16 = 0x48;
 /// Conforming 64-bit code at privilege level 0.
 pub const CONFORMING: u16 = 0x50;
 /// Present bit of a descriptor.

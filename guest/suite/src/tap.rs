@@ -43,7 +43,7 @@ const MAX_DIAGNOSTICS: u32 = 12;
 
 impl T {
     /// Records a check, and why it failed.
-    pub fn check(&mut self, ok: bool, why: impl FnOnce() -> ()) {
+    pub fn check(&mut self, ok: bool, why: impl FnOnce()) {
         self.checks += 1;
         if !ok {
             self.failures += 1;
@@ -169,7 +169,7 @@ impl Display for Event {
 
 unsafe extern "C" {
     /// Calls `body(argument)`. Returns 0, or 1 if [`abandon`] cut it short.
-    fn attempt(body: extern "C" fn(*mut T), argument: *mut T) -> u64;
+    fn attempt(body: extern "C" fn(*mut u8), argument: *mut u8) -> u64;
     fn abandon() -> !;
 }
 
@@ -217,8 +217,8 @@ pub fn abandon_test() -> ! {
 
 static mut BODY: fn(&mut T) = |_| {};
 
-extern "C" fn call_body(t: *mut T) {
-    unsafe { BODY(&mut *t) }
+extern "C" fn call_body(t: *mut u8) {
+    unsafe { BODY(&mut *t.cast()) }
 }
 
 /// Runs the groups `selected` accepts. Returns the number of failed tests.
@@ -233,7 +233,7 @@ pub fn run_groups(groups: &[Group], selected: impl Fn(&str) -> bool) -> u32 {
             let mut t = T::default();
             setup::reset_cpu();
             unsafe { BODY = test.body };
-            let abandoned = unsafe { attempt(call_body, &raw mut t) } != 0;
+            let abandoned = unsafe { attempt(call_body, (&raw mut t).cast()) } != 0;
             setup::reset_cpu();
             let name = format_args!("{number} - {}: {}", group.name, test.name);
             if abandoned || t.failures > 0 || (t.checks == 0 && t.skip.is_none()) {

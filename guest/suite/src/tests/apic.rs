@@ -50,7 +50,7 @@ fn registers(t: &mut T) {
 /// Reserved bits read as zero; DFR's as one.
 fn reserved_bits_read_zero(t: &mut T) {
     enable();
-    write(reg::LVT_TIMER, 0xFFFF_FFFF & !0x4_0000);
+    write(reg::LVT_TIMER, !0x4_0000);
     t.eq("LVT timer", read(reg::LVT_TIMER) & !0x7_10FF, 0);
     write(reg::LVT_ERROR, 0xFFFF_FFFF);
     t.eq("LVT error", read(reg::LVT_ERROR) & !0x1_17FF, 0);

@@ -118,9 +118,6 @@ fn step_after_mov_ss(t: &mut T) {
     steps(t, "mov ss", code, code.kernel(), &[2, 5, 6]);
     let code = code!(32: ".byte 0x16, 0x17", "nop", "nop") ; // push ss; pop ss
     steps(t, "pop ss", code, code.user32(), &[1, 3, 4]);
-    let code = code!("mov eax, ss", "mov ss, eax", "int 0x40", "nop");
-    let exit = steps(t, "mov ss, int n", code, code.kernel(), &[2]);
-    t.event("mov ss, int n", &exit, plain(0x40));
 }
 
 /// SYSCALL with TF: FMASK decides whether the handler's entry is stepped (SDM volume 2, SYSCALL).

@@ -12,4 +12,7 @@ macro_rules! groups {
     };
 }
 
-groups![exceptions, debug, paging, control, segments, apic, ioapic, integer, vector, realmode, smp, kvm];
+groups![
+    exceptions, debug, paging, tlb, control, segments, syscalls, apic, ioapic, integer, vector, protected, realmode,
+    smp, kvm
+];

@@ -1,0 +1,123 @@
+//! The conformance guest (`guest/suite`) on the program's own engine: one test a group, every line of TAP accounted for.
+//!
+//! The guest is built here, by a cargo of its own: its workspace has profiles the host's must not have.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use tests::Cordial;
+
+/// The guest's file, built with the toolchain that runs this test.
+fn guest() -> &'static Path {
+    static GUEST: OnceLock<PathBuf> = OnceLock::new();
+    GUEST.get_or_init(|| {
+        let workspace = concat!(env!("CARGO_MANIFEST_DIR"), "/../guest");
+        let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest");
+        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        // The explicit target keeps the host's flags out of it; what the host's build sets stays outside too.
+        cargo.args(["build", "--quiet", "--locked", "--package", "suite", "--target", "x86_64-unknown-linux-gnu"]);
+        cargo.current_dir(workspace).arg("--target-dir").arg(&target).env_remove("RUSTFLAGS");
+        assert!(cargo.status().expect("cargo runs").success(), "the guest does not build");
+        target.join("x86_64-unknown-linux-gnu/debug/suite")
+    })
+}
+
+/// What a run of some groups printed.
+struct Tap {
+    planned: usize,
+    passed: usize,
+    skipped: Vec<String>,
+    failed: Vec<String>,
+}
+
+/// Reads TAP version 13: the plan, a line a test, diagnostics before the line they belong to.
+fn parse(text: &str) -> Tap {
+    let mut tap = Tap { planned: 0, passed: 0, skipped: Vec::new(), failed: Vec::new() };
+    let mut diagnostics = String::new();
+    for line in text.lines() {
+        if let Some(plan) = line.strip_prefix("1..") {
+            tap.planned = plan.parse().expect("a plan");
+        } else if line.starts_with("not ok ") || line.starts_with("Bail out!") {
+            tap.failed.push(format!("{diagnostics}{line}\n"));
+        } else if line.starts_with("ok ") {
+            tap.passed += 1;
+            if line.contains("# SKIP") {
+                tap.skipped.push(line.to_owned());
+            }
+        }
+        if line.starts_with("#   ") || line.starts_with("# unexpected") {
+            diagnostics += &format!("{line}\n");
+        } else {
+            diagnostics.clear();
+        }
+    }
+    tap
+}
+
+/// Runs groups on `cpus` processors and checks that every planned test passed, and that the machine said so too.
+fn conforms(image: &Path, cpus: &str, groups: &str) -> Tap {
+    let image = image.to_str().expect("a path in UTF-8");
+    let words =
+        ["run", "--kernel", image, "--test-devices", "-q", "-c", cpus, "-m", "128M", "--timeout", "300", "-a", groups];
+    let done = Cordial::new(&words).done();
+    let tap = parse(&done.text());
+    assert!(tap.failed.is_empty(), "{}", tap.failed.concat());
+    assert!(tap.planned > 0, "nothing ran: {}{}", done.text(), done.stderr);
+    assert_eq!(tap.passed, tap.planned, "the run ended early: {}{}", done.text(), done.stderr);
+    // Debug exit with code 0 is process status (0 << 1) | 1.
+    assert_eq!(done.status, 1, "{}", done.stderr);
+    tap
+}
+
+/// A test a group: they run side by side, and a failure names its area.
+macro_rules! groups {
+    ($($name:ident: $cpus:literal;)*) => { $(
+        #[test]
+        fn $name() {
+            conforms(guest(), $cpus, stringify!($name));
+        }
+    )* };
+}
+
+groups! {
+    exceptions: "1";
+    debug: "1";
+    paging: "1";
+    control: "1";
+    segments: "1";
+    apic: "1";
+    ioapic: "1";
+    integer: "1";
+    vector: "1";
+    protected: "1";
+    realmode: "1";
+    smp: "2";
+    kvm: "1";
+}
+
+/// More processors than the host may have.
+#[test]
+fn four_processors() {
+    let tap = conforms(guest(), "4", "smp");
+    assert!(tap.skipped.is_empty(), "{:?}", tap.skipped);
+}
+
+/// The same image by either boot protocol: with the other one's header made unrecognisable.
+#[test]
+fn both_boot_protocols() {
+    let image = std::fs::read(guest()).expect("the guest's file");
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    for (name, header) in [
+        ("pvh", &0x1BAD_B002u32.to_le_bytes()[..]),
+        ("multiboot", &[4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0, b'X', b'e', b'n', 0]),
+    ] {
+        let at = image.windows(header.len()).position(|window| window == header).expect("both headers");
+        let mut image = image.clone();
+        image[at..at + header.len()].fill(0xFF);
+        let file = directory.path().join(name);
+        std::fs::write(&file, image).expect("a file");
+        // The command line reaches the guest either way, and so selects this group alone.
+        let tap = conforms(&file, "1", "ioapic");
+        assert_eq!(tap.planned, 14, "{name}: the command line selects the group");
+    }
+}
