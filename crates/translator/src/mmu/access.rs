@@ -208,13 +208,14 @@ impl Cpu {
         }
     }
 
-    /// #AC(0): CR0.AM, RFLAGS.AC and CPL 3 (SDM vol. 3A, 6.15). Sizes of 2, 4 and 8; larger operands have their own rules.
+    /// #AC(0): CR0.AM, RFLAGS.AC and CPL 3 (SDM vol. 3A, 6.15). Operands of 32 bytes need 16 (AMD Zen);
+    /// larger operands have their own rules.
     fn check_alignment(&mut self, address: u64, bytes: u64, rights: Rights) -> Done {
         let on = self.mode.cpl == 3
             && rights == Rights::Current
             && self.state.cr0 & cr0::AM != 0
             && self.state.rflags & rflags::AC != 0;
-        if on && matches!(bytes, 2 | 4 | 8 | 16) && address % bytes.min(8) != 0 {
+        if on && matches!(bytes, 2 | 4 | 8 | 16 | 32) && !address.is_multiple_of(bytes.min(16)) {
             return Err(self.raise_code(vector::AC, 0));
         }
         Ok(())

@@ -134,5 +134,6 @@ tests!(
     strings,
     hints,
     compatibility,
-    compatibility_16
+    compatibility_16,
+    vectors
 );
