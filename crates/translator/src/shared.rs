@@ -62,7 +62,7 @@ impl Shared {
             while link.in_guest.load(Ordering::SeqCst) && link.done.load(Ordering::SeqCst) < *wanted {
                 serve();
                 spins += 1;
-                if spins % 64 == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
+                if spins.is_multiple_of(64) { std::thread::yield_now() } else { std::hint::spin_loop() }
             }
         }
     }

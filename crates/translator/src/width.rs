@@ -9,8 +9,6 @@ pub(crate) trait Width: Copy + Eq + Ord + std::fmt::Debug + 'static {
     const BYTES: usize;
     /// Bits.
     const BITS: u32;
-    /// All ones.
-    const MASK: u64;
 
     /// Zero-extends.
     fn zext(self) -> u64;
@@ -40,7 +38,6 @@ macro_rules! width {
         impl Width for $type {
             const BYTES: usize = size_of::<$type>();
             const BITS: u32 = $type::BITS;
-            const MASK: u64 = $type::MAX as u64;
 
             #[inline(always)]
             fn zext(self) -> u64 {

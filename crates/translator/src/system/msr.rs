@@ -81,7 +81,13 @@ fn wrmsr(cpu: &mut Cpu, _op: &Op) -> Done {
     let value = cpu.gpr(2, 2) << 32 | cpu.gpr(0, 2);
     cpu.recheck = true;
     if cpu.own_msr(number).is_some() {
-        return if cpu.set_own_msr(number, value) { Ok(()) } else { Err(cpu.gp()) };
+        if !cpu.set_own_msr(number, value) {
+            return Err(cpu.gp());
+        }
+        if matches!(number, index::TSC | index::TSC_ADJUST) {
+            cpu.io().tsc_moved();
+        }
+        return Ok(());
     }
     match cpu.io().msr_write(number, value) {
         Ok(()) => {

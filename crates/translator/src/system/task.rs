@@ -228,7 +228,7 @@ impl Cpu {
             } else {
                 Segment {
                     selector,
-                    attributes: if number == seg::SS { u16::from(selector & 3) << 5 } else { 0 },
+                    attributes: if number == seg::SS { (selector & 3) << 5 } else { 0 },
                     ..Segment::default()
                 }
             };
