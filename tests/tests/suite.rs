@@ -1,4 +1,4 @@
-//! The conformance guest (`guest/suite`) on the program's own engine: one test a group, every line of TAP accounted for.
+//! The conformance guest (`guest/suite`) on the program's own engine: a test a group, every line of TAP accounted for.
 //!
 //! The guest is built here, by a cargo of its own: its workspace has profiles the host's must not have.
 
@@ -22,28 +22,45 @@ fn guest() -> &'static Path {
     })
 }
 
+/// What the engine does not do right yet. A test that passes is to be struck from this list.
+const DEVIATIONS: [&str; 4] = [
+    // RF is set in the flags an instruction breakpoint pushes (SDM volume 3, 17.3.1.1 has it as it was).
+    "debug: execute_breakpoint",
+    // ARPL is not there yet.
+    "segments: arpl",
+    // TPR outlives the APIC's being switched off and on (SDM volume 3, 11.4.3).
+    "apic: global_disable",
+    // #TS found after a task switch is to have the new task's EIP (SDM volume 3, 6.15).
+    "protected: task_faults",
+];
+
 /// What a run of some groups printed.
 struct Tap {
     planned: usize,
-    passed: usize,
-    skipped: Vec<String>,
-    failed: Vec<String>,
+    passed: Vec<String>,
+    skipped: usize,
+    /// Names, and what was printed about each.
+    failed: Vec<(String, String)>,
+}
+
+/// The name on a line of TAP: between the number and what is said of the result.
+fn name(line: &str) -> String {
+    let name = line.split_once(" - ").map_or(line, |(_, name)| name);
+    name.split_once(" # ").map_or(name, |(name, _)| name).to_owned()
 }
 
 /// Reads TAP version 13: the plan, a line a test, diagnostics before the line they belong to.
 fn parse(text: &str) -> Tap {
-    let mut tap = Tap { planned: 0, passed: 0, skipped: Vec::new(), failed: Vec::new() };
+    let mut tap = Tap { planned: 0, passed: Vec::new(), skipped: 0, failed: Vec::new() };
     let mut diagnostics = String::new();
     for line in text.lines() {
         if let Some(plan) = line.strip_prefix("1..") {
             tap.planned = plan.parse().expect("a plan");
         } else if line.starts_with("not ok ") || line.starts_with("Bail out!") {
-            tap.failed.push(format!("{diagnostics}{line}\n"));
+            tap.failed.push((name(line), format!("{diagnostics}{line}\n")));
         } else if line.starts_with("ok ") {
-            tap.passed += 1;
-            if line.contains("# SKIP") {
-                tap.skipped.push(line.to_owned());
-            }
+            tap.passed.push(name(line));
+            tap.skipped += usize::from(line.contains("# SKIP"));
         }
         if line.starts_with("#   ") || line.starts_with("# unexpected") {
             diagnostics += &format!("{line}\n");
@@ -61,11 +78,19 @@ fn conforms(image: &Path, cpus: &str, groups: &str) -> Tap {
         ["run", "--kernel", image, "--test-devices", "-q", "-c", cpus, "-m", "128M", "--timeout", "300", "-a", groups];
     let done = Cordial::new(&words).done();
     let tap = parse(&done.text());
-    assert!(tap.failed.is_empty(), "{}", tap.failed.concat());
+    let unexpected: String = tap
+        .failed
+        .iter()
+        .filter(|(name, _)| !DEVIATIONS.contains(&name.as_str()))
+        .map(|(_, said)| said.as_str())
+        .collect();
+    assert!(unexpected.is_empty(), "{unexpected}");
+    let better: Vec<_> = tap.passed.iter().filter(|name| DEVIATIONS.contains(&name.as_str())).collect();
+    assert!(better.is_empty(), "passes now, strike it from DEVIATIONS: {better:?}");
     assert!(tap.planned > 0, "nothing ran: {}{}", done.text(), done.stderr);
-    assert_eq!(tap.passed, tap.planned, "the run ended early: {}{}", done.text(), done.stderr);
-    // Debug exit with code 0 is process status (0 << 1) | 1.
-    assert_eq!(done.status, 1, "{}", done.stderr);
+    assert_eq!(tap.passed.len() + tap.failed.len(), tap.planned, "ended early: {}{}", done.text(), done.stderr);
+    // The debug-exit port: code 0 where all passed, 1 otherwise, as process status (code << 1) | 1.
+    assert_eq!(done.status, if tap.failed.is_empty() { 1 } else { 3 }, "{}", done.stderr);
     tap
 }
 
@@ -84,7 +109,9 @@ groups! {
     debug: "1";
     paging: "1";
     control: "1";
+    tlb: "1";
     segments: "1";
+    syscalls: "1";
     apic: "1";
     ioapic: "1";
     integer: "1";
@@ -99,7 +126,7 @@ groups! {
 #[test]
 fn four_processors() {
     let tap = conforms(guest(), "4", "smp");
-    assert!(tap.skipped.is_empty(), "{:?}", tap.skipped);
+    assert_eq!(tap.skipped, 0, "all of them were started");
 }
 
 /// The same image by either boot protocol: with the other one's header made unrecognisable.

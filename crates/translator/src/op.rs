@@ -7,6 +7,9 @@ use crate::cpu::Cpu;
 pub(crate) enum Leave {
     /// An exception is in [`Cpu::exception`]; the instruction did not happen.
     Raised,
+    /// As [`Leave::Raised`], met by a task switch that can no longer be undone: RIP is that of the new task, whose
+    /// exception it is.
+    RaisedInTask,
     /// The instruction is done (RIP is the handler's business): look at the machine before the next one.
     Boundary,
     /// The instruction is not done, but made progress (REP): look at the machine, then start it again.

@@ -129,7 +129,7 @@ impl Runner {
     /// Runs a delivery; exceptions it meets are delivered in turn, up to the triple fault.
     fn deliver(&mut self, event: impl FnOnce(&mut Cpu) -> Result<(), Leave>) -> Result<(), Exit> {
         match event(&mut self.cpu) {
-            Err(Leave::Raised) => self.raised(),
+            Err(Leave::Raised | Leave::RaisedInTask) => self.raised(),
             _ => Ok(()),
         }
     }
@@ -222,6 +222,7 @@ impl Runner {
                         }
                         return self.raised();
                     }
+                    Err(Leave::RaisedInTask) => return self.raised(),
                 }
                 return Ok(());
             }

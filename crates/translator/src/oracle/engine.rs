@@ -119,7 +119,7 @@ fn execute(cpu: &mut Cpu) -> Result<(), ()> {
         match (op.handler)(cpu, &op) {
             Ok(()) | Err(Leave::Boundary) => return Ok(()),
             Err(Leave::Again) => cpu.state.rip = start,
-            Err(Leave::Raised) => {
+            Err(Leave::Raised | Leave::RaisedInTask) => {
                 cpu.state.rip = start;
                 return Err(());
             }

@@ -403,9 +403,7 @@ impl Cpu {
         let hits = (0..4).filter(|&n| self.breakpoint_enabled(n, 0) && self.state.dr[n] == linear);
         let hits = hits.fold(0, |bits, number| bits | 1 << number);
         self.pending_debug |= hits;
-        if hits != 0 {
-            self.state.rflags |= rflags::RF; // a fault: pushed with RF
-        }
+        // A fault, but the one that pushes RF as it is: its handler sets RF to get past (SDM vol. 3B, 17.3.1.1).
         hits != 0
     }
 

@@ -1,4 +1,4 @@
-//! Segment registers and descriptor-table registers: MOV, POP, LDS and kin, LGDT, LLDT, LTR, LAR, LSL, VERR, VERW
+//! Segment registers and descriptor-table registers: MOV, POP, LDS and kin, LGDT, LLDT, LTR, LAR, LSL, VERR, VERW, ARPL
 //! (Intel SDM vol. 2; checks as in vol. 3A, 5.4 to 5.9).
 
 use engine::state::rflags::ZF;
@@ -72,6 +72,10 @@ pub(super) fn select(instruction: &Instruction, op: &mut Op) -> Option<Handler> 
         Mnemonic::Verr | Mnemonic::Verw => {
             op.imm = u64::from(instruction.mnemonic() == Mnemonic::Verw);
             verify
+        }
+        Mnemonic::Arpl => {
+            op.size = 1;
+            arpl
         }
         _ => return None,
     })
@@ -324,6 +328,19 @@ fn store_selector(cpu: &mut Cpu, op: &Op) -> Done {
     cpu.check_umip()?;
     let selector = if op.imm == 0 { cpu.state.ldtr.selector } else { cpu.state.tr.selector };
     store_16(cpu, op, selector.into())
+}
+
+/// Raises the RPL of the first operand to that of the second.
+fn arpl(cpu: &mut Cpu, op: &Op) -> Done {
+    cpu.require_protected()?;
+    let selector = cpu.selector_operand(op, 0)?;
+    let least = cpu.get::<u16>(op.reg[1]) & 3;
+    let raise = selector & 3 < least;
+    if raise {
+        store_16(cpu, op, (selector & !3 | least).into())?;
+    }
+    cpu.flags.change(ZF, if raise { ZF } else { 0 });
+    Ok(())
 }
 
 fn lar_lsl(cpu: &mut Cpu, op: &Op) -> Done {

@@ -117,7 +117,10 @@ impl Cpu {
         self.state.cr0 |= cr0::TS;
         self.state.tr = descriptor.segment(selector);
         let nested = matches!(why, Why::Call | Why::Interrupt { .. });
-        self.load_task(&task, nested)
+        self.load_task(&task, nested).map_err(|_| {
+            self.refresh();
+            Leave::RaisedInTask
+        })
     }
 
     /// The TSS descriptor and the error code that names it.

@@ -466,7 +466,6 @@ fn x2apic_reserved_bits(t: &mut T) {
             ("EOI not zero", 0x80B, 1),
             ("SVR bit 10", 0x80F, 1 << 10),
             ("ESR not zero", 0x828, 1),
-            ("ICR bit 12", 0x830, 0x4_1040),
             ("ICR bit 13", 0x830, 0x4_2040),
             ("ICR bit 16", 0x830, 0x5_0040),
             ("ICR bit 20", 0x830, 0x14_0040),
