@@ -237,7 +237,7 @@ pub(crate) fn end_all_processes() {
                 let _ = rustix::process::kill_process(pid, Signal::KILL);
             }
         }
-        if rustix::process::wait(WaitOptions::empty()) == Err(rustix::io::Errno::CHILD) {
+        if matches!(rustix::process::wait(WaitOptions::empty()), Err(rustix::io::Errno::CHILD)) {
             return;
         }
     }
