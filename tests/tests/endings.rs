@@ -42,7 +42,8 @@ fn events_tell_the_outcome() {
 
 #[test]
 fn exits_are_counted_and_told_to_programs() {
-    let done = Cordial::run(&["--json", "--exits", "-c", "1", "--", "sh", "-c", "echo out; echo err >&2"]).done();
+    let done =
+        Cordial::run(&["--json", "--exits", "-c", "1", "--", "sh", "-c", "echo out; echo err >&2; sleep 1"]).done();
     assert_eq!(done.status, 0, "{}", done.stderr);
     let document: Value = serde_json::from_slice(&done.stdout).expect("one JSON document and nothing else");
     assert_eq!(document["schema"], "cordial.run/1");

@@ -23,15 +23,9 @@ fn guest() -> &'static Path {
 }
 
 /// What the engine does not do right yet. A test that passes is to be struck from this list.
-const DEVIATIONS: [&str; 4] = [
-    // RF is set in the flags an instruction breakpoint pushes (SDM volume 3, 17.3.1.1 has it as it was).
-    "debug: execute_breakpoint",
-    // ARPL is not there yet.
-    "segments: arpl",
+const DEVIATIONS: [&str; 1] = [
     // TPR outlives the APIC's being switched off and on (SDM volume 3, 11.4.3).
     "apic: global_disable",
-    // #TS found after a task switch is to have the new task's EIP (SDM volume 3, 6.15).
-    "protected: task_faults",
 ];
 
 /// What a run of some groups printed.

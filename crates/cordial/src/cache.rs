@@ -27,7 +27,7 @@ const ROOM: u64 = 256 << 20;
 /// What an entry says about itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// [`FORMAT`].
+    /// `FORMAT`.
     pub format: u32,
     /// What was asked for, such as `debian`: a request finds its entry again by it.
     pub request: String,

@@ -1,4 +1,4 @@
-//! One-shot timers against [`Clock::monotonic_ns`](crate::Clock::monotonic_ns).
+//! One-shot timers against [`Clock::monotonic_ns`].
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};

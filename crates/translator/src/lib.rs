@@ -9,7 +9,7 @@
 //! First tier: an interpreter over cached, decoded blocks. The second tier, a translator, takes the same blocks, state,
 //! MMU and code tracking, and falls back to these handlers for what is rare.
 //!
-//! Rooms: [`op`] what a decoded instruction is; `decode` makes them; `block` keeps them; `mmu` is memory as
+//! Rooms: `op` is what a decoded instruction is; `decode` makes them; `block` keeps them; `mmu` is memory as
 //! the guest sees it; `exec` the integer instructions; `vector` x87, SSE and AVX; `system` everything privileged;
 //! `run` the loop; `shared` what the vCPUs of one VM owe each other.
 #![allow(unsafe_code)] // the fence: guest memory by pointer, native stubs
