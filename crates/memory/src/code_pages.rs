@@ -25,19 +25,44 @@ struct Page {
     /// Bit n: line n of the page holds bytes that decoded code depends on.
     lines: AtomicU64,
     version: AtomicU32,
+    /// Who may write here without telling: a bit per writer.
+    writers: AtomicU32,
 }
 
 /// Code tracking of one contiguous piece of RAM. Offsets are relative to its start.
 #[derive(Debug)]
 pub struct CodePages {
     pages: Box<[Page]>,
+    hits: Arc<AtomicU64>,
 }
 
 impl CodePages {
     /// Tracking for `bytes` of RAM, all of it free of code.
     pub fn new(bytes: u64) -> Self {
+        Self::counting(bytes, Arc::default())
+    }
+
+    /// As [`CodePages::new`], with a count of hits that several share.
+    pub(crate) fn counting(bytes: u64, hits: Arc<AtomicU64>) -> Self {
         let count = bytes.div_ceil(PAGE_SIZE) as usize;
-        Self { pages: (0..count).map(|_| Page::default()).collect() }
+        Self { pages: (0..count).map(|_| Page::default()).collect(), hits }
+    }
+
+    /// Asks for leave to write to the page at `offset` without [`CodePages::note_write`]; `writer` is any number, folded
+    /// to 0..=31. Refused where the page holds code.
+    pub fn admit_writer(&self, offset: u64, writer: u32) -> bool {
+        let Some(page) = self.pages.get((offset >> PAGE_SHIFT) as usize) else { return false };
+        let bit = 1 << (writer % 32);
+        if page.writers.load(Ordering::Relaxed) & bit == 0 {
+            // Either `mark` sees this bit, or the next line sees what `mark` has set.
+            page.writers.fetch_or(bit, Ordering::SeqCst);
+        }
+        page.lines.load(Ordering::SeqCst) == 0
+    }
+
+    /// The writers admitted to the page at `offset` so far, and none from now on: a bit each.
+    pub fn take_writers(&self, offset: u64) -> u32 {
+        self.pages.get((offset >> PAGE_SHIFT) as usize).map_or(0, |page| page.writers.swap(0, Ordering::SeqCst))
     }
 
     /// Declares that code was (or is about to be) read from `len` bytes at `offset`, which must lie in one page.
@@ -83,6 +108,7 @@ impl CodePages {
                 // All that was derived from this page is stale now, so no line of it is marked any more.
                 page.lines.store(0, Ordering::SeqCst);
                 page.version.fetch_add(1, Ordering::SeqCst);
+                self.hits.fetch_add(1, Ordering::SeqCst);
                 hit = true;
             }
         }

@@ -4,8 +4,10 @@
 use std::fs::File;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
@@ -54,6 +56,7 @@ pub struct Region {
     /// Length in bytes, a multiple of 4096.
     pub bytes: u64,
     host: NonNull<u8>,
+    alias: NonNull<u8>,
     code: Arc<CodePages>,
 }
 
@@ -67,6 +70,12 @@ impl Region {
     /// The host address of the first byte. Valid as long as the [`GuestRam`] it came from.
     pub fn host_base(&self) -> NonNull<u8> {
         self.host
+    }
+
+    /// A second host address of the first byte: the same memory mapped once more. An engine that keeps two addresses
+    /// apart can tell what it found out about a page from the address it uses for it.
+    pub fn alias_base(&self) -> NonNull<u8> {
+        self.alias
     }
 
     /// The code tracking of this region; offsets are from [`Region::start`].
@@ -85,6 +94,37 @@ impl Region {
 pub struct GuestRam {
     backend: Arc<Backend>,
     regions: Arc<[Region]>,
+    _aliases: Arc<[Alias]>,
+    code_writes: Arc<AtomicU64>,
+}
+
+/// The second mapping of a region.
+#[derive(Debug)]
+struct Alias {
+    start: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: an address and a size; whoever uses the address keeps to the rules of `Region`.
+unsafe impl Send for Alias {}
+// SAFETY: as above.
+unsafe impl Sync for Alias {}
+
+impl Alias {
+    fn new(file: &File, offset: u64, bytes: u64) -> std::io::Result<Self> {
+        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
+        // SAFETY: a new mapping at an address the kernel chooses.
+        let at = unsafe { mmap(std::ptr::null_mut(), bytes as usize, protection, flags, file, offset)? };
+        let start = NonNull::new(at.cast()).ok_or_else(|| std::io::Error::other("mapped at address zero"))?;
+        Ok(Self { start, bytes: bytes as usize })
+    }
+}
+
+impl Drop for Alias {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own, and `Region`s are good only as long as the `GuestRam` that holds it.
+        let _ = unsafe { munmap(self.start.as_ptr().cast(), self.bytes) };
+    }
 }
 
 impl GuestRam {
@@ -102,6 +142,8 @@ impl GuestRam {
 
         let mut offset = 0;
         let mut mapped = Vec::new();
+        let mut aliases = Vec::new();
+        let code_writes = Arc::new(AtomicU64::new(0));
         let mut regions: Vec<Region> = Vec::new();
         for &(start, bytes) in ranges {
             let refused = Error::Region { start, bytes };
@@ -109,7 +151,7 @@ impl GuestRam {
             if bytes == 0 || (start.0 | bytes) % PAGE_SIZE != 0 || start.checked_add(bytes).is_none() || overlaps {
                 return Err(refused);
             }
-            let code = Arc::new(CodePages::new(bytes));
+            let code = Arc::new(CodePages::counting(bytes, Arc::clone(&code_writes)));
             let mapping = MmapRegionBuilder::new_with_bitmap(bytes as usize, CodeBitmap::new(Arc::clone(&code)))
                 .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
@@ -119,13 +161,15 @@ impl GuestRam {
             let Some(host) = NonNull::new(mapping.as_ptr()) else { return Err(refused) };
             // SAFETY: the range is the mapping just made; the advice changes page size only, and may fail freely.
             unsafe { libc::madvise(host.as_ptr().cast(), bytes as usize, libc::MADV_HUGEPAGE) };
-            regions.push(Region { start, bytes, host, code });
+            let alias = Alias::new(&file, offset, bytes).map_err(reserve)?;
+            regions.push(Region { start, bytes, host, alias: alias.start, code });
+            aliases.push(alias);
             mapped.push(GuestRegionMmap::new(mapping, GuestAddress(start.0)).ok_or(refused)?);
             offset += bytes;
         }
         let backend = Backend::from_regions(mapped)
             .map_err(|_| Error::Region { start: ranges.first().map_or(Gpa(0), |range| range.0), bytes: total })?;
-        Ok(Self { backend: Arc::new(backend), regions: regions.into() })
+        Ok(Self { backend: Arc::new(backend), regions: regions.into(), _aliases: aliases.into(), code_writes })
     }
 
     /// The view the rust-vmm crates take (virtqueues, loaders). Writes through it reach the code tracking.
@@ -141,6 +185,11 @@ impl GuestRam {
     /// The region `gpa` lies in.
     pub fn region(&self, gpa: Gpa) -> Option<&Region> {
         self.regions.iter().find(|region| region.contains(gpa))
+    }
+
+    /// How often code was overwritten, by anyone: where this has not moved, no page's version has.
+    pub fn code_writes(&self) -> u64 {
+        self.code_writes.load(Ordering::Acquire)
     }
 
     /// Bytes of RAM in all.

@@ -4,10 +4,13 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use engine::state::{cr0, cr4, efer, rflags, seg};
-use engine::{CpuIo, CpuState, VcpuConfig};
+use engine::{CpuIo, CpuState, Error, VcpuConfig};
+use memory::Gpa;
 
 use crate::flags::Flags;
-use crate::mmu::{DataMode, Tlb};
+use crate::home::Home;
+use crate::jit::After;
+use crate::mmu::{DataMode, Tlb, Where, Written};
 use crate::op::{Leave, NO_REG};
 use crate::shared::{Link, Shared};
 use crate::system::features::Features;
@@ -78,7 +81,7 @@ impl Mode {
 /// The vCPU.
 pub(crate) struct Cpu {
     /// Architectural state. The status bits of `rflags` live in `flags` while the vCPU runs.
-    pub state: Box<CpuState>,
+    pub state: Home,
     /// CF, PF, AF, ZF, SF, OF.
     pub flags: Flags,
     /// Derived from `state`; see [`Cpu::refresh`].
@@ -87,6 +90,14 @@ pub(crate) struct Cpu {
     pub data_mode: DataMode,
     /// Soft TLB.
     pub tlb: Tlb,
+    /// Where the soft TLB may have write entries for each page of RAM.
+    pub written: Written,
+    /// Pages whose code may have been overwritten: what was translated from them is to be looked at before it runs again.
+    pub stale: Vec<Gpa>,
+    /// What a callback that had translated code left wants done.
+    pub after: After,
+    /// [`Tlb::generation`] when translated code was entered.
+    pub seen_generation: u64,
     /// The exception behind [`Leave::Raised`].
     pub exception: Exception,
     /// Leave the block after this instruction: something the loop must look at has changed.
@@ -95,6 +106,8 @@ pub(crate) struct Cpu {
     pub pending_debug: u64,
     /// The instruction that STI's shadow covers; elsewhere [`CpuState::shadow`] has passed, where it is STI's.
     pub sti_shadow_at: u64,
+    /// The interrupt controller may have a vector to deliver once interrupts are enabled.
+    pub interrupt_waits: bool,
     /// The guest spins: give the processor to somebody else for a while.
     pub yielding: bool,
     /// The instruction loaded RFLAGS.RF itself (IRET): it is not to be cleared after it.
@@ -118,18 +131,24 @@ pub(crate) struct Cpu {
 unsafe impl Send for Cpu {}
 
 impl Cpu {
-    pub(crate) fn new(shared: Arc<Shared>, config: VcpuConfig) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, config: VcpuConfig) -> Result<Self, Error> {
         let link = shared.link(Arc::clone(&config.signal));
+        let end = shared.ram.regions().last().map_or(Gpa(0), |region| Gpa(region.start.0 + region.bytes));
         let mut cpu = Self {
-            state: Box::new(CpuState::reset()),
+            state: Home::new(CpuState::reset())?,
             flags: Flags::default(),
             mode: Mode::default(),
             data_mode: DataMode::Supervisor,
             tlb: Tlb::new(),
+            written: Written::new(end),
+            stale: Vec::new(),
+            after: After::Look,
+            seen_generation: 0,
             exception: Exception { vector: 0, error: None, address: 0 },
             recheck: false,
             pending_debug: 0,
             sti_shadow_at: 0,
+            interrupt_waits: false,
             yielding: false,
             flags_loaded: false,
             no_step: false,
@@ -141,7 +160,38 @@ impl Cpu {
             io: None,
         };
         cpu.refresh();
-        cpu
+        Ok(cpu)
+    }
+
+    /// Answers what other vCPUs ask about pages that hold code.
+    pub(crate) fn answer_others(&mut self) {
+        if self.link.asked() {
+            let link = Arc::clone(&self.link);
+            link.answer(|pages| {
+                for gpa in pages {
+                    self.forget_writes(gpa);
+                    self.stale.push(gpa);
+                }
+            });
+        }
+    }
+
+    /// Forgets how to write to the page of `gpa` without care.
+    pub(crate) fn forget_writes(&mut self, gpa: Gpa) {
+        match self.written.take(gpa) {
+            Where::Nowhere => {}
+            Where::At(address) => self.tlb.flush_write_page(address),
+            Where::Anywhere => {
+                self.tlb.flush_writes();
+                self.written.clear();
+            }
+        }
+    }
+
+    /// Makes all other vCPUs forget how to write to the page of `gpa`, and what they translated from it if it is stale.
+    pub(crate) fn tell_others(&mut self, gpa: Gpa) {
+        let (shared, link) = (Arc::clone(&self.shared), Arc::clone(&self.link));
+        shared.tell_others(&link, gpa, || self.answer_others());
     }
 
     /// Makes `io` reachable through [`Cpu::io`] until [`Cpu::detach_io`], which the caller calls before `io` goes away.

@@ -70,8 +70,8 @@ impl Cpu {
             // Code in device memory: nothing there to run. A processor would fetch whatever the bus returns.
             return Err(self.ud());
         };
-        if let Some((start, bytes)) = translation.large {
-            self.tlb.note_large(start, bytes);
+        if let Some(bytes) = translation.large {
+            self.tlb.note_large(linear, bytes);
         }
         self.tlb.fill_code(self.mode.cpl == 3, linear, host.as_ptr(), translation.gpa.0);
         self.config.ledger.work(engine::ledger::Work::TlbFill, 1);
@@ -141,15 +141,17 @@ impl Cpu {
     }
 
     /// Declares the lines of code about to be read, and returns the version what is read belongs to.
-    fn mark_code(&mut self, gpa: u64, bytes: u64) -> Version {
+    pub(crate) fn mark_code(&mut self, gpa: u64, bytes: u64) -> Version {
         let shared = std::sync::Arc::clone(&self.shared);
         let Some(region) = shared.ram.region(memory::Gpa(gpa)) else { return Version::NEVER };
         let offset = gpa - region.start.0;
         if region.code().mark(offset, bytes) {
             // The page becomes code: nobody may write to it by the fast path any more.
-            self.tlb.flush_writes();
-            let link = std::sync::Arc::clone(&self.link);
-            shared.flush_writers(&link, || link.answer(|| self.tlb.flush_writes()));
+            let writers = region.code().take_writers(offset);
+            if writers != 0 {
+                self.forget_writes(memory::Gpa(gpa));
+                self.tell_others(memory::Gpa(gpa));
+            }
         }
         match region.code().version_cell(offset) {
             // SAFETY: the cell lives as long as guest RAM, which outlives this vCPU's blocks through `shared`.
@@ -164,7 +166,7 @@ impl Cpu {
     }
 
     /// Turns a decoded instruction into an [`Op`]. `bytes` start at the instruction.
-    fn op(&mut self, instruction: &Instruction, bytes: &[u8], rip: u64, limit: u64) -> Op {
+    pub(crate) fn op(&mut self, instruction: &Instruction, bytes: &[u8], rip: u64, limit: u64) -> Op {
         let length = instruction.len().max(1) as u8;
         let mask = size_mask(self.mode.code);
         let mut op = Op {

@@ -14,11 +14,14 @@
 //! `run` the loop; `shared` what the vCPUs of one VM owe each other.
 #![allow(unsafe_code)] // the fence: guest memory by pointer, native stubs
 
+mod arena;
 mod block;
 mod cpu;
 mod decode;
 mod exec;
 mod flags;
+mod home;
+mod jit;
 mod mmu;
 mod op;
 #[cfg(test)]

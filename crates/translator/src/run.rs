@@ -1,7 +1,6 @@
 //! The loop: boundaries between instructions, and the blocks between boundaries.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use engine::ledger::{Cause, Work};
 use engine::state::{Shadow, rflags};
@@ -9,6 +8,7 @@ use engine::{CpuIo, CpuState, Error, Exit, Signals, Vcpu, VcpuConfig};
 
 use crate::block::{Block, Blocks};
 use crate::cpu::Cpu;
+use crate::jit::{self, Jit, Ran};
 use crate::op::Leave;
 use crate::shared::Shared;
 
@@ -24,15 +24,19 @@ enum Stretch {
     One,
 }
 
-/// A vCPU with its decoded blocks.
+/// A vCPU with its decoded and translated blocks.
 pub(crate) struct Runner {
     cpu: Cpu,
     blocks: Blocks,
+    /// Absent where the host lacks what it takes, or the user wants none.
+    jit: Option<Jit>,
 }
 
 impl Runner {
     pub(crate) fn new(shared: Arc<Shared>, config: VcpuConfig) -> Result<Self, Error> {
-        Ok(Self { cpu: Cpu::new(shared, config), blocks: Blocks::new() })
+        let mut cpu = Cpu::new(shared, config)?;
+        let jit = if std::env::var_os("CORDIAL_NO_JIT").is_some() { None } else { Jit::new(&mut cpu, jit::CODE_CACHE) };
+        Ok(Self { cpu, blocks: Blocks::new(), jit })
     }
 
     fn run_until_exit(&mut self) -> Exit {
@@ -50,7 +54,7 @@ impl Runner {
                 }
                 // At least one block, although a signal may be pending: an interrupt may have to wait for the guest.
                 Stretch::Free => loop {
-                    if let Err(exit) = self.block(usize::MAX) {
+                    if let Err(exit) = self.stretch() {
                         return exit;
                     }
                     if self.cpu.recheck || !self.cpu.config.signal.pending().is_empty() {
@@ -58,6 +62,20 @@ impl Runner {
                     }
                 },
             }
+        }
+    }
+
+    /// Runs translated code, or a block in the interpreter.
+    #[inline(always)]
+    fn stretch(&mut self) -> Result<(), Exit> {
+        match &mut self.jit {
+            Some(jit) if Jit::can_run(&self.cpu) => match jit.run(&mut self.cpu) {
+                Ran::Look => Ok(()),
+                Ran::Raised => self.raised(),
+                Ran::One => self.block(1),
+                Ran::Unable => self.block(usize::MAX),
+            },
+            _ => self.block(usize::MAX),
         }
     }
 
@@ -71,9 +89,9 @@ impl Runner {
         if pending.contains(Signals::ENGINE) {
             cpu.config.signal.take(Signals::ENGINE);
         }
-        if cpu.link.flush_requested() {
-            let link = Arc::clone(&cpu.link);
-            link.answer(|| cpu.tlb.flush_writes());
+        cpu.answer_others();
+        if self.jit.is_none() {
+            cpu.stale.clear(); // decoded blocks carry versions of their own
         }
         if pending.contains(Signals::STOP) {
             return Err(Exit::Stopped);
@@ -113,11 +131,15 @@ impl Runner {
             cpu.state.halted = false;
             return self.deliver(|cpu| cpu.deliver_nmi());
         }
-        if pending.contains(Signals::INTERRUPT) && cpu.state.rflags & rflags::IF != 0 && shadow == Shadow::None {
+        if pending.contains(Signals::INTERRUPT) {
+            // Noted, so that code that cannot be interrupted now does not stumble over the signal.
             cpu.config.signal.take(Signals::INTERRUPT);
+            cpu.interrupt_waits = true;
+        }
+        if cpu.interrupt_waits && cpu.state.rflags & rflags::IF != 0 && shadow == Shadow::None {
+            cpu.interrupt_waits = false;
             if let Some(vector) = cpu.io().take_interrupt() {
-                // There may be more behind it.
-                cpu.config.signal.word().fetch_or(Signals::INTERRUPT.bits(), Ordering::SeqCst);
+                cpu.interrupt_waits = true; // there may be more behind it
                 cpu.config.ledger.record(Cause::Interrupt, 0);
                 cpu.state.halted = false;
                 return self.deliver(|cpu| cpu.deliver_interrupt(vector));
@@ -249,9 +271,10 @@ impl Vcpu for Runner {
     fn run(&mut self, io: &mut dyn CpuIo) -> Exit {
         self.cpu.flags.set_status(self.cpu.state.rflags);
         if self.cpu.link.enter() {
-            let link = Arc::clone(&self.cpu.link);
-            link.answer(|| self.cpu.tlb.flush_writes());
+            self.cpu.answer_others();
         }
+        let vcpus = self.cpu.shared.vcpus();
+        self.cpu.tlb.share(vcpus);
         self.cpu.refresh();
         self.cpu.attach_io(io);
         let exit = self.run_until_exit();
@@ -263,7 +286,7 @@ impl Vcpu for Runner {
     }
 
     fn save(&mut self) -> Box<CpuState> {
-        self.cpu.state.clone()
+        Box::new((*self.cpu.state).clone())
     }
 
     fn load(&mut self, state: &CpuState) -> Result<(), Error> {
@@ -274,6 +297,7 @@ impl Vcpu for Runner {
         self.cpu.tlb.select(0);
         self.cpu.pending_debug = 0;
         self.cpu.sti_shadow_at = state.rip;
+        self.cpu.interrupt_waits = true; // or not: looking costs nothing
         self.cpu.refresh();
         self.cpu.select_address_space();
         Ok(())

@@ -1,14 +1,20 @@
-//! What the vCPUs of one VM owe each other: forgetting write translations of pages that become code.
+//! What the vCPUs of one VM owe each other about pages that hold code.
 //!
 //! A vCPU that is about to read code from a page for the first time must know that no other vCPU still writes there by
-//! its fast path, which would not move the page's version. So it asks all others to flush, and waits until each has, or
-//! is seen outside guest code (it flushes when it comes back).
+//! its fast path, which would not move the page's version. And one that has overwritten code must know that no other
+//! still runs what was made of it. So it tells all others which page it is about, and waits until each has answered, or
+//! is seen outside guest code (it answers when it comes back).
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use engine::{Signal, Signals};
-use memory::GuestRam;
+use memory::{Gpa, GuestRam};
+
+/// Stands for all pages in what [`Link::answer`] hands out.
+pub(crate) const EVERY_PAGE: Gpa = Gpa(u64::MAX);
+/// Pages remembered one by one.
+const MOST_PAGES: usize = 1024;
 
 /// One VM's engine-wide state.
 pub(crate) struct Shared {
@@ -25,6 +31,7 @@ pub(crate) struct Link {
     requested: AtomicU64,
     done: AtomicU64,
     in_guest: AtomicBool,
+    pages: Mutex<Vec<Gpa>>,
 }
 
 impl Shared {
@@ -39,18 +46,24 @@ impl Shared {
             requested: AtomicU64::new(0),
             done: AtomicU64::new(0),
             in_guest: AtomicBool::new(false),
+            pages: Mutex::default(),
         });
         self.links.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&link));
         link
     }
 
-    /// Makes every vCPU but `own` forget its write translations; `serve` is called while waiting, to answer the same
-    /// request from others.
-    pub(crate) fn flush_writers(&self, own: &Arc<Link>, mut serve: impl FnMut()) {
+    /// How many vCPUs there are.
+    pub(crate) fn vcpus(&self) -> usize {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// Makes every vCPU but `own` forget how it writes to the page of `gpa`, and what it made of stale code there; `serve`
+    /// is called while waiting, to answer others' requests of the same kind.
+    pub(crate) fn tell_others(&self, own: &Arc<Link>, gpa: Gpa, mut serve: impl FnMut()) {
         let others: Vec<(Arc<Link>, u64)> = {
             let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
             let others = links.iter().filter(|link| !Arc::ptr_eq(link, own));
-            others.map(|link| (Arc::clone(link), link.requested.fetch_add(1, Ordering::SeqCst) + 1)).collect()
+            others.map(|link| (Arc::clone(link), link.request(gpa))).collect()
         };
         for (link, _) in &others {
             if link.in_guest.load(Ordering::SeqCst) {
@@ -69,11 +82,24 @@ impl Shared {
 }
 
 impl Link {
-    /// The vCPU enters guest code. True where it must flush its write translations first.
+    /// Asks for an answer about a page. Returns the number of the request.
+    fn request(&self, gpa: Gpa) -> u64 {
+        let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        match pages.as_slice() {
+            [EVERY_PAGE] => {}
+            // A vCPU that sleeps for long need not know them one by one.
+            many if many.len() >= MOST_PAGES => *pages = vec![EVERY_PAGE],
+            _ => pages.push(gpa),
+        }
+        drop(pages);
+        self.requested.fetch_add(1, Ordering::SeqCst) + 1
+    }
+
+    /// The vCPU enters guest code. True where it must answer first.
     #[must_use]
     pub(crate) fn enter(&self) -> bool {
         self.in_guest.store(true, Ordering::SeqCst);
-        self.flush_requested()
+        self.asked()
     }
 
     /// The vCPU leaves guest code.
@@ -81,15 +107,15 @@ impl Link {
         self.in_guest.store(false, Ordering::SeqCst);
     }
 
-    /// True where a flush is asked for and not yet done.
-    pub(crate) fn flush_requested(&self) -> bool {
+    /// True where an answer is owed.
+    pub(crate) fn asked(&self) -> bool {
         self.requested.load(Ordering::SeqCst) != self.done.load(Ordering::SeqCst)
     }
 
-    /// Flushes by `flush`, then says so.
-    pub(crate) fn answer(&self, flush: impl FnOnce()) {
+    /// Answers: `forget` is called with the pages it is about, then others may go on.
+    pub(crate) fn answer(&self, forget: impl FnOnce(Vec<Gpa>)) {
         let requested = self.requested.load(Ordering::SeqCst);
-        flush();
+        forget(std::mem::take(&mut *self.pages.lock().unwrap_or_else(PoisonError::into_inner)));
         self.done.store(requested, Ordering::SeqCst);
     }
 }
@@ -97,18 +123,18 @@ impl Link {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use memory::Gpa;
 
     #[test]
     fn a_sleeping_vcpu_is_not_waited_for_but_flushes_when_it_comes_back() {
         let shared = Shared::new(GuestRam::new(&[(Gpa(0), 0x1000)]).unwrap());
         let (one, two) = (shared.link(Arc::default()), shared.link(Arc::default()));
         assert!(!one.enter());
-        shared.flush_writers(&one, || {});
+        shared.tell_others(&one, Gpa(0x5000), || {});
         assert!(two.enter());
-        let mut flushed = false;
-        two.answer(|| flushed = true);
-        assert!(flushed && !two.flush_requested());
+        let mut pages = Vec::new();
+        two.answer(|asked| pages = asked);
+        assert_eq!(pages, [Gpa(0x5000)]);
+        assert!(!two.asked());
     }
 
     #[test]
@@ -119,10 +145,10 @@ mod tests {
         let other = Arc::clone(&two);
         let thread = std::thread::spawn(move || {
             other.signal.wait(Signals::ENGINE, None);
-            other.answer(|| {});
+            other.answer(|_| {});
         });
-        shared.flush_writers(&one, || {});
-        assert!(!two.flush_requested());
+        shared.tell_others(&one, Gpa(0), || {});
+        assert!(!two.asked());
         thread.join().unwrap();
     }
 }

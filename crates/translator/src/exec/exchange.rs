@@ -181,9 +181,7 @@ fn cmpxchg16b_slow(cpu: &mut Cpu, segment: u8, address: u64, expected: u128, new
     if let Some(host) = cpu.shared.ram.host_page(gpa) {
         // SAFETY: an aligned operand lies within the page `host_page` vouches for; else as in `cmpxchg16b`.
         let found = unsafe { compare_exchange_16(host.as_ptr(), expected, new) };
-        if cpu.shared.ram.note_write(gpa, 16) {
-            cpu.recheck = true;
-        }
+        cpu.note_code_write(gpa, 16);
         return Ok(found);
     }
     // A device: nothing is atomic there.

@@ -9,7 +9,7 @@ use memory::{Gpa, Gva};
 
 use crate::cpu::{Cpu, vector};
 use crate::mmu::walk::Translation;
-use crate::mmu::{Access, DataMode, Rights, canonical};
+use crate::mmu::{Access, DataMode, Fill, Rights, canonical};
 use crate::op::{Done, LOCK, Leave, Mem, Op};
 use crate::width::Width;
 
@@ -227,18 +227,61 @@ impl Cpu {
         if mode == DataMode::Slow {
             return;
         }
-        let Place::Ram { host, code, .. } = self.place(translation) else { return };
+        let Some(region) = self.shared.ram.region(translation.gpa) else { return self.tlb.missed(mode) };
+        let offset = translation.gpa.0 - region.start.0;
+        let addend = |base: std::ptr::NonNull<u8>| (base.as_ptr() as u64).wrapping_add(offset).wrapping_sub(address);
+        // A write-only page does not exist: what may be written may be read. Pages that hold code are written to with
+        // care only.
+        let readable = access == Access::Read || translation.writable_now;
+        let writable = translation.writable_now && region.code().admit_writer(offset, self.config.id.0);
+        let base = if translation.executable { region.alias_base() } else { region.host_base() };
+        let fill = Fill {
+            address,
+            read: readable.then(|| addend(base)),
+            write: writable.then(|| addend(region.host_base())),
+            global: translation.global,
+        };
+        if let Some(bytes) = translation.large {
+            self.tlb.note_large(address, bytes);
+        }
+        if writable {
+            self.written.note(translation.gpa, address);
+        }
+        self.tlb.fill(mode, fill);
         self.config.ledger.work(engine::ledger::Work::TlbFill, 1);
-        if let Some((start, bytes)) = translation.large {
-            self.tlb.note_large(start, bytes);
+    }
+
+    /// Resolves a miss of translated code. False where the interpreter has to make the access: a device, a page that holds
+    /// code, breakpoints.
+    pub(crate) fn resolve_miss(&mut self, address: u64, access: Access) -> Result<bool, Leave> {
+        // How long it is, is not known here: what may end beyond is for the interpreter to judge.
+        if !canonical(address) || !canonical(address.wrapping_add(63)) {
+            return Ok(false);
         }
-        if access == Access::Read || translation.writable_now {
-            // A write-only page does not exist: what may be written may be read.
-            self.tlb.fill_read(mode, address, host);
+        let mode = self.data_mode;
+        let translation = self.translate(Gva(address), access, Rights::Current)?;
+        self.fill(address, access, Rights::Current, &translation);
+        let hit = match access {
+            Access::Write => self.tlb.lookup_write(mode, address, 1),
+            _ => self.tlb.lookup_read(mode, address, 1),
+        };
+        Ok(hit.is_some())
+    }
+
+    /// The host address minus the linear address of code at `linear` as a read entry has it, which is made where the page
+    /// may be read.
+    pub(crate) fn vouch_for_code(&mut self, linear: u64, gpa: Gpa) -> Option<u64> {
+        let region = self.shared.ram.region(gpa)?;
+        let addend = (region.alias_base().as_ptr() as u64).wrapping_add(gpa.0 - region.start.0).wrapping_sub(linear);
+        let present = self.tlb.lookup_read(self.data_mode, linear, 1).map(|host| (host as u64).wrapping_sub(linear));
+        if present != Some(addend) {
+            let before = self.exception;
+            match self.translate(Gva(linear), Access::Read, Rights::Current) {
+                Ok(translation) => self.fill(linear, Access::Read, Rights::Current, &translation),
+                Err(_) => self.exception = before,
+            }
         }
-        if translation.writable_now && !code {
-            self.tlb.fill_write(mode, address, host);
-        }
+        Some(addend)
     }
 
     fn read_place(&mut self, place: &Place, buffer: &mut [u8]) {
@@ -282,10 +325,13 @@ impl Cpu {
         }
     }
 
-    fn note_code_write(&mut self, gpa: Gpa, bytes: u64) {
+    /// Notes a write that did not go through a write entry.
+    pub(crate) fn note_code_write(&mut self, gpa: Gpa, bytes: u64) {
         if self.shared.ram.note_write(gpa, bytes) {
             // It may have been this very block.
             self.recheck = true;
+            self.stale.push(gpa);
+            self.tell_others(gpa);
         }
     }
 

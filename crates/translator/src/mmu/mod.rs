@@ -10,9 +10,13 @@
 
 mod access;
 mod address;
+mod table;
 mod tlb;
 mod walk;
+mod written;
 
 pub(crate) use address::canonical;
-pub(crate) use tlb::{DataMode, Tlb};
+pub(crate) use table::index as table_index;
+pub(crate) use tlb::{DataMode, Fill, Tlb};
 pub(crate) use walk::{Access, Rights};
+pub(crate) use written::{Where, Written};

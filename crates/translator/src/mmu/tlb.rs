@@ -1,10 +1,24 @@
-//! The soft TLB: direct-mapped tables from linear pages to host pages.
+//! The soft TLB of one vCPU.
 //!
-//! An entry's tag is the page's address with a *context* in its low 12 bits. A context stands for one PCID since its
-//! last flush, so flushing a PCID costs a new number, not a sweep. There is a table per kind of access and per privilege;
-//! an entry exists only where that kind of access needs no further check.
+//! ```text
+//!   PCID ─> slot ─┬─ Supervisor     ─┬─ read   table
+//!                 ├─ User            └─ write  table
+//!                 └─ SupervisorAny
+//!   code: hashed, tagged by context; for finding translated and decoded blocks
+//! ```
+//!
+//! A few PCIDs have a *slot* at a time; each slot has a view per privilege, each view a flat [`Table`] for reads and one for
+//! writes. An entry exists only where that kind of access needs no further check. Flushing clears what has been filled
+//! in since the last flush; global pages stay, as the architecture lets them. Views come to be when first used.
+//!
+//! Read entries of pages that may be executed carry the address of RAM's second mapping. So one comparison tells
+//! translated code that a page still leads where it led, and may still be executed.
 
-/// Which rules an access follows; indexes the data tables.
+use std::collections::HashSet;
+
+use crate::mmu::table::Table;
+
+/// Which rules an access follows; indexes the views.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DataMode {
     /// CPL 0..2, and implicit system accesses; with CR4.SMAP, user pages are refused.
@@ -13,184 +27,312 @@ pub(crate) enum DataMode {
     User = 1,
     /// CPL 0..2 with CR4.SMAP and RFLAGS.AC: user pages are allowed.
     SupervisorAny = 2,
-    /// Never filled: every access is looked at (breakpoints, alignment checks).
+    /// No view at all: every access is looked at (breakpoints, alignment checks).
     Slow = 3,
 }
 
-/// Entries per table.
-const ENTRIES: usize = 1024;
-/// A context no entry ever has.
+const VIEWS: usize = 3;
+/// Most slots of one vCPU: Linux uses six PCIDs, and zero.
+const MOST_SLOTS: usize = 7;
+/// Slots of all vCPUs of a VM together: each may be 3 TiB of address space, of which there are 128.
+const SLOTS_OF_VM: usize = 34;
+/// Entries of a code table.
+const CODE_ENTRIES: usize = 1024;
+/// A context no code entry ever has.
 const NO_CONTEXT: u64 = 0xfff;
 
-/// One translation.
-#[derive(Clone, Copy)]
-pub(crate) struct Entry {
-    tag: u64,
-    /// Host address minus linear address.
-    addend: u64,
+/// The tables of one privilege.
+struct View {
+    read: Table,
+    write: Table,
 }
 
-/// One translation of code, with the guest-physical page for finding decoded blocks.
+/// What is cached for one PCID.
+struct Slot {
+    pcid: u16,
+    used: u64,
+    views: [Option<View>; VIEWS],
+}
+
+/// One translation of code, with the guest-physical page for finding blocks.
 #[derive(Clone, Copy)]
-pub(crate) struct CodeEntry {
+struct CodeEntry {
     tag: u64,
+    /// Host address minus linear address.
     addend: u64,
     page: u64,
 }
 
-const EMPTY: Entry = Entry { tag: NO_CONTEXT, addend: 0 };
 const EMPTY_CODE: CodeEntry = CodeEntry { tag: NO_CONTEXT, addend: 0, page: 0 };
 
-type Table = Box<[Entry; ENTRIES]>;
+/// A translation to fill in.
+#[derive(Clone, Copy)]
+pub(crate) struct Fill {
+    /// A linear address in the page.
+    pub address: u64,
+    /// For reading: host address minus linear address.
+    pub read: Option<u64>,
+    /// For writing: the same.
+    pub write: Option<u64>,
+    /// It survives flushes of its PCID.
+    pub global: bool,
+}
 
 /// The tables of one vCPU.
 pub(crate) struct Tlb {
-    read: [Table; 4],
-    write: [Table; 4],
-    code: [Box<[CodeEntry; ENTRIES]>; 2],
+    slots: Vec<Slot>,
+    current: usize,
+    most_slots: usize,
+    clock: u64,
+    /// 2 MiB pieces of large pages that have entries: INVLPG anywhere in one forgets all of it.
+    large: HashSet<u64>,
+    /// There are 1 GiB pages among them: INVLPG inside a large page forgets everything.
+    huge: bool,
+    code: [Box<[CodeEntry; CODE_ENTRIES]>; 2],
     context: u64,
     next_context: u64,
-    /// Context of each PCID, 0 where it has none.
+    /// Code context of each PCID, 0 where it has none.
     by_pcid: Box<[u16; 4096]>,
     pcid: u16,
-    /// Hull of the large pages that have 4 KiB pieces here: INVLPG inside it flushes everything.
-    large: std::ops::Range<u64>,
     /// Flushes since the last time somebody asked.
     pub flushes: u64,
+    /// Moves whenever a translation of the current address space may have gone or changed.
+    pub generation: u64,
+    /// Moves whenever a global or upper translation may have gone: what is known about the kernel's code.
+    pub upper_generation: u64,
 }
 
-fn index(address: u64) -> usize {
-    (address >> 12) as usize % ENTRIES
+/// The addresses generated code finds the tables of a view by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Centers {
+    pub read: u64,
+    pub write: u64,
+}
+
+fn code_index(address: u64) -> usize {
+    (address >> 12) as usize % CODE_ENTRIES
 }
 
 impl Tlb {
     pub(crate) fn new() -> Self {
         let mut tlb = Self {
-            read: std::array::from_fn(|_| Box::new([EMPTY; ENTRIES])),
-            write: std::array::from_fn(|_| Box::new([EMPTY; ENTRIES])),
-            code: std::array::from_fn(|_| Box::new([EMPTY_CODE; ENTRIES])),
+            slots: Vec::new(),
+            current: 0,
+            most_slots: 1,
+            clock: 0,
+            large: HashSet::new(),
+            huge: false,
+            code: std::array::from_fn(|_| Box::new([EMPTY_CODE; CODE_ENTRIES])),
             context: 0,
             next_context: 1,
             by_pcid: Box::new([0; 4096]),
             pcid: 0,
-            large: 0..0,
             flushes: 0,
+            generation: 0,
+            upper_generation: 0,
         };
         tlb.select(0);
         tlb
     }
 
+    /// Says how many vCPUs share the process's address space.
+    pub(crate) fn share(&mut self, vcpus: usize) {
+        self.most_slots = (SLOTS_OF_VM / vcpus.max(1)).clamp(1, MOST_SLOTS);
+    }
+
     /// The host address of `size` bytes at `address` for reading.
     #[inline(always)]
     pub(crate) fn lookup_read(&self, mode: DataMode, address: u64, size: u64) -> Option<*mut u8> {
-        self.hit(&self.read[mode as usize][index(address)], address, size)
+        hit(self.view(mode)?.read.get(address), address, size)
     }
 
     /// The host address of `size` bytes at `address` for writing.
     #[inline(always)]
     pub(crate) fn lookup_write(&self, mode: DataMode, address: u64, size: u64) -> Option<*mut u8> {
-        self.hit(&self.write[mode as usize][index(address)], address, size)
+        hit(self.view(mode)?.write.get(address), address, size)
     }
 
     #[inline(always)]
-    fn hit(&self, entry: &Entry, address: u64, size: u64) -> Option<*mut u8> {
-        let in_page = address & 0xfff;
-        (entry.tag == (address ^ in_page | self.context) && in_page <= 0x1000 - size)
-            .then(|| address.wrapping_add(entry.addend) as *mut u8)
+    fn view(&self, mode: DataMode) -> Option<&View> {
+        self.slots[self.current].views.get(mode as usize)?.as_ref()
+    }
+
+    /// The tables of a view of the current address space; `None` where the mode has none or the host refuses more
+    /// address space.
+    pub(crate) fn centers(&mut self, mode: DataMode) -> Option<Centers> {
+        let view = self.make_view(mode)?;
+        Some(Centers { read: view.read.center(), write: view.write.center() })
+    }
+
+    fn make_view(&mut self, mode: DataMode) -> Option<&mut View> {
+        let view = self.slots[self.current].views.get_mut(mode as usize)?;
+        if view.is_none() {
+            let lower_only = mode == DataMode::User;
+            let tables = Table::new(lower_only).and_then(|read| Ok(View { read, write: Table::new(lower_only)? }));
+            match tables {
+                Ok(made) => *view = Some(made),
+                Err(error) => tracing::debug!(%error, "no address space for a translation table"),
+            }
+        }
+        view.as_mut()
+    }
+
+    /// Fills in a translation.
+    pub(crate) fn fill(&mut self, mode: DataMode, fill: Fill) {
+        let Some(view) = self.make_view(mode) else { return };
+        if let Some(addend) = fill.read {
+            view.read.set(fill.address, addend, fill.global);
+        }
+        if let Some(addend) = fill.write {
+            view.write.set(fill.address, addend, fill.global);
+        }
+    }
+
+    /// Notes a probe that found nothing where there is nothing.
+    pub(crate) fn missed(&mut self, mode: DataMode) {
+        if let Some(view) = self.make_view(mode) {
+            view.read.missed();
+            view.write.missed();
+        }
     }
 
     /// The host address of the code at `address`, and its guest-physical address.
     #[inline(always)]
     pub(crate) fn lookup_code(&self, user: bool, address: u64) -> Option<(*const u8, u64)> {
-        let entry = &self.code[usize::from(user)][index(address)];
+        let entry = &self.code[usize::from(user)][code_index(address)];
         (entry.tag == (address & !0xfff) | self.context)
             .then(|| (address.wrapping_add(entry.addend) as *const u8, entry.page | address & 0xfff))
     }
 
-    pub(crate) fn fill_read(&mut self, mode: DataMode, address: u64, host: *mut u8) {
-        let entry = self.entry(address, host);
-        self.read[mode as usize][index(address)] = entry;
-    }
-
-    pub(crate) fn fill_write(&mut self, mode: DataMode, address: u64, host: *mut u8) {
-        let entry = self.entry(address, host);
-        self.write[mode as usize][index(address)] = entry;
-    }
-
-    pub(crate) fn fill_code(&mut self, user: bool, address: u64, host: *mut u8, gpa: u64) {
-        let Entry { tag, addend } = self.entry(address, host);
-        self.code[usize::from(user)][index(address)] = CodeEntry { tag, addend, page: gpa & !0xfff };
-    }
-
     /// `host` is the address of the byte at `address`.
-    fn entry(&self, address: u64, host: *mut u8) -> Entry {
-        Entry { tag: (address & !0xfff) | self.context, addend: (host as u64).wrapping_sub(address) }
+    pub(crate) fn fill_code(&mut self, user: bool, address: u64, host: *mut u8, gpa: u64) {
+        let addend = (host as u64).wrapping_sub(address);
+        let entry = CodeEntry { tag: (address & !0xfff) | self.context, addend, page: gpa & !0xfff };
+        self.code[usize::from(user)][code_index(address)] = entry;
     }
 
-    /// Notes that pieces of a large page at `start` are about to be filled in.
-    pub(crate) fn note_large(&mut self, start: u64, bytes: u64) {
-        let end = start.saturating_add(bytes);
-        self.large =
-            if self.large.is_empty() { start..end } else { self.large.start.min(start)..self.large.end.max(end) };
+    /// Notes that a piece at `address` of a large page of `bytes` is about to be filled in.
+    pub(crate) fn note_large(&mut self, address: u64, bytes: u64) {
+        self.large.insert(address >> 21);
+        self.huge |= bytes > 1 << 22;
     }
 
     /// Makes `pcid` the current one, keeping what is cached for it.
     pub(crate) fn select(&mut self, pcid: u16) {
+        self.generation += 1;
+        self.clock += 1;
         self.pcid = pcid & 0xfff;
         if self.by_pcid[self.pcid as usize] == 0 {
             self.renew(self.pcid);
         }
         self.context = self.by_pcid[self.pcid as usize].into();
+        self.current = match self.slots.iter().position(|slot| slot.pcid == self.pcid) {
+            Some(at) => at,
+            None => self.take_slot(),
+        };
+        self.slots[self.current].used = self.clock;
     }
 
-    /// Forgets everything cached for `pcid`.
+    /// A slot for the current PCID: a new one, or that of the PCID not used for longest.
+    fn take_slot(&mut self) -> usize {
+        if self.slots.len() < self.most_slots {
+            self.slots.push(Slot { pcid: self.pcid, used: 0, views: Default::default() });
+            return self.slots.len() - 1;
+        }
+        let oldest = (0..self.slots.len()).min_by_key(|&at| self.slots[at].used).unwrap_or(0);
+        self.slots[oldest].clear(false);
+        self.slots[oldest].pcid = self.pcid;
+        oldest
+    }
+
+    /// Forgets everything cached for `pcid`, global pages apart.
     pub(crate) fn flush_pcid(&mut self, pcid: u16) {
         self.flushes += 1;
-        if pcid & 0xfff == self.pcid {
-            self.renew(self.pcid);
-            self.context = self.by_pcid[self.pcid as usize].into();
+        self.generation += 1;
+        let pcid = pcid & 0xfff;
+        for slot in self.slots.iter_mut().filter(|slot| slot.pcid == pcid) {
+            slot.clear(false);
+        }
+        if pcid == self.pcid {
+            self.renew(pcid);
+            self.context = self.by_pcid[pcid as usize].into();
         } else {
-            self.by_pcid[(pcid & 0xfff) as usize] = 0;
+            self.by_pcid[pcid as usize] = 0;
         }
     }
 
     /// Forgets everything.
     pub(crate) fn flush_all(&mut self) {
         self.flushes += 1;
+        self.generation += 1;
+        self.upper_generation += 1;
+        for slot in &mut self.slots {
+            slot.clear(true);
+        }
+        self.large.clear();
+        self.huge = false;
         self.by_pcid.fill(0);
-        self.large = 0..0;
         self.renew(self.pcid);
         self.context = self.by_pcid[self.pcid as usize].into();
     }
 
-    /// Forgets the page at `address` in every context (INVLPG must reach global pages in all of them).
+    /// Forgets the page at `address` in every address space (INVLPG must reach global pages in all of them).
     pub(crate) fn flush_page(&mut self, address: u64) {
-        if self.large.contains(&address) {
+        let large = self.large.contains(&(address >> 21));
+        if large && self.huge {
             return self.flush_all();
         }
-        let slot = index(address);
-        for table in self.read.iter_mut().chain(&mut self.write) {
-            table[slot] = EMPTY;
+        self.generation += 1;
+        if address >> 63 != 0 {
+            self.upper_generation += 1;
+        }
+        for view in self.views() {
+            if large {
+                // Nothing about a large page that is not in it: its other half, if it has 4 MiB, is in `large` too.
+                view.read.clear_range(address & !0x1f_ffff, 1 << 21);
+                view.write.clear_range(address & !0x1f_ffff, 1 << 21);
+                view.read.clear_range((address ^ 1 << 21) & !0x1f_ffff, 1 << 21);
+                view.write.clear_range((address ^ 1 << 21) & !0x1f_ffff, 1 << 21);
+            } else {
+                view.read.clear_page(address);
+                view.write.clear_page(address);
+            }
+        }
+        if large {
+            self.large.remove(&(address >> 21));
+            self.large.remove(&((address ^ 1 << 21) >> 21));
         }
         for table in &mut self.code {
-            table[slot] = EMPTY_CODE;
+            if large {
+                table.fill(EMPTY_CODE);
+            } else {
+                table[code_index(address)] = EMPTY_CODE;
+            }
         }
+    }
+
+    fn views(&mut self) -> impl Iterator<Item = &mut View> {
+        self.slots.iter_mut().flat_map(|slot| slot.views.iter_mut().flatten())
     }
 
     /// Forgets all that is cached for writing.
     pub(crate) fn flush_writes(&mut self) {
-        for table in &mut self.write {
-            table.fill(EMPTY);
+        for view in self.views() {
+            view.write.clear(true);
         }
     }
 
-    /// Gives `pcid` a context nothing is cached for.
+    /// Forgets what is cached for writing to the page at `address`, in every address space.
+    pub(crate) fn flush_write_page(&mut self, address: u64) {
+        for view in self.views() {
+            view.write.clear_page(address);
+        }
+    }
+
+    /// Gives `pcid` a code context nothing is cached for.
     fn renew(&mut self, pcid: u16) {
         if self.next_context == NO_CONTEXT {
             // All numbers have been used: sweep once, begin again.
-            for table in self.read.iter_mut().chain(&mut self.write) {
-                table.fill(EMPTY);
-            }
             for table in &mut self.code {
                 table.fill(EMPTY_CODE);
             }
@@ -202,23 +344,43 @@ impl Tlb {
     }
 }
 
+impl Slot {
+    fn clear(&mut self, global: bool) {
+        for view in self.views.iter_mut().flatten() {
+            view.read.clear(global);
+            view.write.clear(global);
+        }
+    }
+}
+
+#[inline(always)]
+fn hit(addend: u64, address: u64, size: u64) -> Option<*mut u8> {
+    let inside = address & 0xfff <= 0x1000 - size;
+    (addend != 0 && inside && super::canonical(address)).then(|| address.wrapping_add(addend) as *mut u8)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     const MODE: DataMode = DataMode::User;
 
+    fn fill(tlb: &mut Tlb, address: u64, global: bool) {
+        tlb.fill(MODE, Fill { address, read: Some(0x7000), write: None, global });
+    }
+
     fn filled(tlb: &Tlb, address: u64) -> bool {
         tlb.lookup_read(MODE, address, 1).is_some()
     }
 
     #[test]
-    fn contexts_keep_pcids_apart_and_remember_them() {
+    fn slots_keep_pcids_apart_and_remember_them() {
         let mut tlb = Tlb::new();
-        let mut page = [0_u8; 4096];
+        tlb.share(1);
         tlb.select(1);
-        tlb.fill_read(MODE, 0x5000, page.as_mut_ptr());
+        fill(&mut tlb, 0x5000, false);
         assert!(filled(&tlb, 0x5fff));
+        assert!(!filled(&tlb, 0x1_0000_0000_5fff), "not canonical");
         assert!(tlb.lookup_read(MODE, 0x5fff, 2).is_none(), "crosses the page");
         assert!(tlb.lookup_write(MODE, 0x5000, 1).is_none());
         tlb.select(2);
@@ -230,24 +392,50 @@ mod tests {
     }
 
     #[test]
-    fn running_out_of_contexts_forgets_everything() {
+    fn more_pcids_than_slots_lose_the_oldest() {
+        let mut tlb = Tlb::new();
+        tlb.share(1);
+        for pcid in 1..=MOST_SLOTS as u16 + 1 {
+            tlb.select(pcid);
+            assert!(!filled(&tlb, 0x5000));
+            fill(&mut tlb, 0x5000, false);
+        }
+        tlb.select(MOST_SLOTS as u16 + 1);
+        assert!(filled(&tlb, 0x5000));
+        tlb.select(1);
+        assert!(!filled(&tlb, 0x5000));
+    }
+
+    #[test]
+    fn running_out_of_code_contexts_forgets_everything() {
         let mut tlb = Tlb::new();
         let mut page = [0_u8; 4096];
         for _ in 0..10_000 {
-            tlb.fill_read(MODE, 0x5000, page.as_mut_ptr());
-            assert!(filled(&tlb, 0x5000));
+            tlb.fill_code(false, 0x5000, page.as_mut_ptr(), 0);
+            assert!(tlb.lookup_code(false, 0x5000).is_some());
             tlb.flush_all();
-            assert!(!filled(&tlb, 0x5000));
+            assert!(tlb.lookup_code(false, 0x5000).is_none());
         }
     }
 
     #[test]
     fn invlpg_inside_a_large_page_forgets_its_pieces() {
         let mut tlb = Tlb::new();
-        let mut page = [0_u8; 4096];
-        tlb.note_large(0x20_0000, 0x20_0000);
-        tlb.fill_read(MODE, 0x20_5000, page.as_mut_ptr());
+        tlb.note_large(0x20_5000, 0x20_0000);
+        fill(&mut tlb, 0x20_5000, true);
+        fill(&mut tlb, 0x60_5000, true);
         tlb.flush_page(0x20_0000);
         assert!(!filled(&tlb, 0x20_5000));
+        assert!(filled(&tlb, 0x60_5000));
+    }
+
+    #[test]
+    fn global_pages_survive_their_pcids_flush() {
+        let mut tlb = Tlb::new();
+        fill(&mut tlb, 0x5000, true);
+        tlb.flush_pcid(0);
+        assert!(filled(&tlb, 0x5000));
+        tlb.flush_all();
+        assert!(!filled(&tlb, 0x5000));
     }
 }

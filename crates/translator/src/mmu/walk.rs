@@ -31,8 +31,12 @@ pub(crate) struct Translation {
     pub gpa: Gpa,
     /// A write needs no further walk: the page is writable and its dirty bit is set.
     pub writable_now: bool,
-    /// Start and size of the large page it lies in.
-    pub large: Option<(u64, u64)>,
+    /// An instruction fetch for the same program would be allowed.
+    pub executable: bool,
+    /// The translation holds in every address space until it is flushed by name.
+    pub global: bool,
+    /// Size of the large page it lies in.
+    pub large: Option<u64>,
 }
 
 const PRESENT: u64 = 1 << 0;
@@ -41,6 +45,7 @@ const USER: u64 = 1 << 2;
 const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
+const GLOBAL: u64 = 1 << 8;
 const NO_EXECUTE: u64 = 1 << 63;
 
 /// Page-fault error code bits (SDM vol. 3A, 4.7).
@@ -91,7 +96,8 @@ impl Cpu {
     pub(crate) fn translate(&mut self, address: Gva, access: Access, rights: Rights) -> Result<Translation, Leave> {
         let user = rights == Rights::Current && self.mode.cpl == 3;
         if self.state.cr0 & cr0::PG == 0 {
-            return Ok(Translation { gpa: Gpa(address.0 & 0xffff_ffff), writable_now: true, large: None });
+            let gpa = Gpa(address.0 & 0xffff_ffff);
+            return Ok(Translation { gpa, writable_now: true, executable: true, global: false, large: None });
         }
         let mut code = if access == Access::Write { CODE_WRITE } else { 0 };
         if user {
@@ -107,11 +113,13 @@ impl Cpu {
         }
         let dirty = self.set_used(&leaf, access == Access::Write);
         let offset = address.0 & ((1 << leaf.shift) - 1);
-        let large = (leaf.shift > 12).then(|| (address.0 & !((1_u64 << leaf.shift) - 1), 1_u64 << leaf.shift));
+        let last = leaf.entries[leaf.count - 1].1;
         Ok(Translation {
             gpa: Gpa(leaf.page | offset),
             writable_now: dirty && self.permitted(&leaf, Access::Write, user, rights),
-            large,
+            executable: self.permitted(&leaf, Access::Execute, user, rights),
+            global: last & GLOBAL != 0 && self.state.cr4 & cr4::PGE != 0,
+            large: (leaf.shift > 12).then(|| 1 << leaf.shift),
         })
     }
 

@@ -13,9 +13,10 @@
 //! | `ib`, `iw`, `iv`, `iq` | an immediate: 8 bits, 16, operand size up to 32, operand size |
 //! | `moffs`, `cb`, `cv` | an absolute address, branch displacements |
 
-use iced_x86::Instruction;
+use engine::state::rflags::{STATUS, ZF};
+use iced_x86::{Instruction, Mnemonic};
 
-use super::case::{Case, Code};
+use super::case::Code;
 
 /// A class of instructions.
 pub(super) struct Class {
@@ -147,9 +148,17 @@ const VECTORS: &[&str] = &[
     "v1.66 ef /r", "v1 77", "v2.66 18 /r:m", "v2.66 00 /r", "v3.66 0f /r ib", "v3.66 06 /r ib", "v1.66 d7 /r:r",
 ];
 
-/// Flags of an instruction that are not compared: undefined by the manuals, and on processors without a simple rule.
-///
-/// None so far: what the manuals leave undefined, the interpreter does as AMD's Zen does.
-pub(super) fn undefined_flags(_instruction: &Instruction, _case: &Case) -> u64 {
-    0
+/// Flags of an instruction that are not compared: undefined by the manuals, and not the same on all processors. All else
+/// that the manuals leave undefined, the interpreter does as AMD's Zen does.
+pub(super) fn undefined_flags(instruction: &Instruction) -> u64 {
+    match instruction.mnemonic() {
+        // Some keep them, some clear them.
+        Mnemonic::Bsf | Mnemonic::Bsr => STATUS & !ZF,
+        _ => 0,
+    }
+}
+
+/// True where processors differ in which of two operands that both fault they report.
+pub(super) fn reports_either_fault(instruction: &Instruction) -> bool {
+    matches!(instruction.mnemonic(), Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd | Mnemonic::Cmpsq)
 }

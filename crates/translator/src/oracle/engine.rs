@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use engine::cpu_model::{DEFAULT, HostCpu, lookup};
 use engine::state::{Segment, cr0, cr4, efer};
-use engine::{CpuIo, HypercallArgs, MsrRefused, VcpuConfig, VcpuId};
+use engine::{CpuIo, HypercallArgs, MsrRefused, Signals, VcpuConfig, VcpuId};
+use iced_x86::{Decoder, DecoderOptions};
 use memory::{Gpa, GuestRam};
 
 use super::case::{
     ARENA, ARENA_BYTES, CODE, CODE_BYTES, Case, Code, DATA_LIMIT_16, NO_VECTOR, Outcome, READ_ONLY, XSAVE_BYTES,
 };
 use crate::cpu::{Cpu, vector};
+use crate::jit::{Jit, Ran};
 use crate::op::Leave;
 use crate::shared::Shared;
 
@@ -25,6 +27,7 @@ const NO_EXECUTE: u64 = 1 << 63;
 
 pub(super) struct Guest {
     cpu: Cpu,
+    jit: Option<Jit>,
     ram: GuestRam,
     _io: Box<Nothing>,
 }
@@ -41,7 +44,7 @@ impl Guest {
             ledger: Arc::default(),
             tsc: Arc::default(),
         };
-        let mut cpu = Cpu::new(Arc::new(Shared::new(ram.clone())), config);
+        let mut cpu = Cpu::new(Arc::new(Shared::new(ram.clone())), config).unwrap();
         let state = &mut *cpu.state;
         state.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::PG;
         state.cr3 = TABLES;
@@ -50,11 +53,26 @@ impl Guest {
         state.xcr0 = 7;
         let mut io = Box::new(Nothing);
         cpu.attach_io(&mut *io);
-        Self { cpu, ram, _io: io }
+        let jit = Jit::new(&mut cpu, 4 << 20);
+        Self { cpu, jit, ram, _io: io }
     }
 
-    /// Runs one case to its end or its fault.
-    pub(super) fn run(&mut self, case: &Case, outcome: &mut Outcome) {
+    /// Runs one case to its end or its fault in the interpreter.
+    pub(super) fn interpret(&mut self, case: &Case, outcome: &mut Outcome) {
+        self.run(case, outcome, |guest, _| execute(&mut guest.cpu));
+    }
+
+    /// The same, translated.
+    pub(super) fn translate(&mut self, case: &Case, outcome: &mut Outcome) {
+        self.run(case, outcome, Self::execute_translated);
+    }
+
+    /// True where cases can be translated here.
+    pub(super) fn translates(&self) -> bool {
+        self.jit.is_some()
+    }
+
+    fn run(&mut self, case: &Case, outcome: &mut Outcome, execute: impl FnOnce(&mut Self, &Case) -> Result<(), ()>) {
         let mut code = [0xcc; CODE_BYTES];
         let at = case.place();
         code[at..at + case.length].copy_from_slice(case.bytes());
@@ -70,7 +88,9 @@ impl Guest {
         }
         outcome.fault = NO_VECTOR;
         (outcome.error, outcome.address) = (0, 0);
-        match execute(cpu) {
+        let done = execute(self, case);
+        let cpu = &mut self.cpu;
+        match done {
             Ok(()) => {}
             Err(()) => {
                 outcome.fault = cpu.exception.vector.into();
@@ -85,6 +105,32 @@ impl Guest {
             outcome.xsave.0.copy_from_slice(&cpu.state.xsave.0[..XSAVE_BYTES]);
         }
         self.ram.read(Gpa(ARENA_FRAMES), &mut outcome.memory).unwrap();
+    }
+}
+
+impl Guest {
+    /// The run loop's part for one instruction that is followed by INT3, as is all it may lead to.
+    fn execute_translated(&mut self, case: &Case) -> Result<(), ()> {
+        let Some(jit) = self.jit.as_mut().filter(|_| Jit::can_run(&self.cpu)) else { return execute(&mut self.cpu) };
+        // An instruction that jumps to itself would do so for ever; translated code looks for signals there.
+        let target = Decoder::with_ip(64, case.bytes(), case.rip, DecoderOptions::AMD).decode().near_branch_target();
+        self.cpu.config.signal.take(Signals::ENGINE);
+        if target == case.rip {
+            self.cpu.config.signal.raise(Signals::ENGINE);
+        }
+        loop {
+            self.cpu.recheck = false;
+            let count = self.cpu.state.gpr[1];
+            match jit.run(&mut self.cpu) {
+                // Of what comes after it.
+                Ran::Raised if self.cpu.state.rip != case.rip => return Ok(()),
+                Ran::Raised => return Err(()),
+                Ran::One | Ran::Unable => return execute(&mut self.cpu),
+                // A string instruction that is not done yet.
+                Ran::Look if self.cpu.state.rip == case.rip && self.cpu.state.gpr[1] != count => {}
+                Ran::Look => return Ok(()),
+            }
+        }
     }
 }
 

@@ -19,7 +19,7 @@ mod random;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use case::{Case, Outcome};
+use case::{Case, Code, Outcome};
 use classes::{CLASSES, Class};
 use engine::Guest;
 use native::{BATCH, Native};
@@ -31,6 +31,13 @@ const CASES: u64 = 12_000;
 const SEED: u64 = 1;
 /// Failures printed in full.
 const SHOWN: usize = 12;
+
+/// Whose outcome is compared with the processor's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tier {
+    Interpreter,
+    Translator,
+}
 
 /// What the environment asks for: `CORDIAL_ORACLE_{CASES,SEED,MINUTES,CLASS}`.
 struct Wish {
@@ -86,14 +93,21 @@ fn run(name: &str) {
         }
         for (index, instruction) in instructions.iter().enumerate() {
             let slot = &native.slots()[index];
-            guest.run(&slot.case, &mut ours);
-            if let Some(difference) = compare::compare(instruction, &slot.case, &slot.outcome, &ours) {
-                let place = format!("class {name}, seed {}, case {}", wish.seed, number + index as u64);
-                let entry = failures.entry(format!("{:?} {}", instruction.code(), difference.what)).or_default();
-                if entry.0 == 0 {
-                    entry.1 = format!("{place}\n{}", difference.report);
+            for tier in [Tier::Interpreter, Tier::Translator] {
+                match tier {
+                    Tier::Interpreter => guest.interpret(&slot.case, &mut ours),
+                    Tier::Translator if slot.case.code != Code::Bits64 || !guest.translates() => continue,
+                    Tier::Translator => guest.translate(&slot.case, &mut ours),
                 }
-                entry.0 += 1;
+                if let Some(difference) = compare::compare(tier, instruction, &slot.case, &slot.outcome, &ours) {
+                    let place = format!("{tier:?}, class {name}, seed {}, case {}", wish.seed, number + index as u64);
+                    let what = format!("{tier:?} {:?} {}", instruction.code(), difference.what);
+                    let entry = failures.entry(what).or_default();
+                    if entry.0 == 0 {
+                        entry.1 = format!("{place}\n{}", difference.report);
+                    }
+                    entry.0 += 1;
+                }
             }
         }
         number += count as u64;

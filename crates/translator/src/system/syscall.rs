@@ -143,8 +143,8 @@ fn swapgs(cpu: &mut Cpu, _op: &Op) -> Done {
         return Err(cpu.ud());
     }
     cpu.require_cpl0()?;
-    let gs = &mut cpu.state.segments[seg::GS];
-    std::mem::swap(&mut gs.base, &mut cpu.state.kernel_gs_base);
+    let state = &mut *cpu.state;
+    std::mem::swap(&mut state.segments[seg::GS].base, &mut state.kernel_gs_base);
     Ok(())
 }
 

@@ -25,6 +25,20 @@ use iced_x86::{
 
 use crate::vector::registers::TO_HIGH;
 
+/// True where the memory operand must lie on a multiple of its size (SDM vol. 1, 10.4.1.1 and 14.9).
+pub(crate) fn needs_alignment(instruction: &Instruction) -> bool {
+    use Mnemonic::*;
+    let mnemonic = instruction.mnemonic();
+    if instruction.encoding() == EncodingKind::VEX {
+        return matches!(mnemonic, Vmovntdqa | Vmovntdq | Vmovntpd | Vmovntps | Vmovaps | Vmovapd | Vmovdqa);
+    }
+    let exempt = matches!(
+        mnemonic,
+        Pcmpestri | Pcmpestri64 | Pcmpestrm | Pcmpestrm64 | Pcmpistri | Pcmpistrm | Movups | Movupd | Movdqu | Lddqu
+    );
+    instruction.memory_size().size() == 16 && !exempt
+}
+
 /// What a stub gets. It must not be moved or outlived by what its pointers name while the stub runs.
 #[repr(C)]
 pub(super) struct Frame {
@@ -193,27 +207,9 @@ impl Recipe {
         }
     }
 
-    /// True where the memory operand must lie on a multiple of its size (SDM vol. 1, 10.4.1.1 and 14.9).
+    /// See [`needs_alignment`].
     pub(super) fn aligned(&self) -> bool {
-        use Mnemonic::*;
-        let mnemonic = self.instruction.mnemonic();
-        if self.instruction.encoding() == EncodingKind::VEX {
-            return matches!(mnemonic, Vmovntdqa | Vmovntdq | Vmovntpd | Vmovntps | Vmovaps | Vmovapd | Vmovdqa);
-        }
-        let exempt = matches!(
-            mnemonic,
-            Pcmpestri
-                | Pcmpestri64
-                | Pcmpestrm
-                | Pcmpestrm64
-                | Pcmpistri
-                | Pcmpistrm
-                | Movups
-                | Movupd
-                | Movdqu
-                | Lddqu
-        );
-        self.bytes == 16 && !exempt
+        needs_alignment(&self.instruction)
     }
 
     /// True for the VEX encoding, which clears what it does not write of a vector register.

@@ -14,7 +14,6 @@
 //! `registers` says where the state is, `gate` when an instruction may run at all, `offered` what the CPU model has.
 //! Deliberately absent (#UD): what no model offers, that is AVX-512, AMX, XOP, FMA4, 3DNow!, SSE4A, XSAVES.
 
-mod arena;
 mod emit;
 mod gate;
 mod masked;
@@ -36,6 +35,8 @@ use crate::cpu::Cpu;
 use crate::decode::raise_ud;
 use crate::op::{Handler, Op};
 
+pub(crate) use emit::needs_alignment;
+pub(crate) use offered::{is_ours, offered};
 pub(crate) use registers::adopt;
 
 /// The handler for a vector or floating-point instruction, where this is one. `bytes` start at the instruction.

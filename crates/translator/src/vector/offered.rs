@@ -6,7 +6,7 @@ use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind};
 use crate::system::features::Features;
 
 /// True for x87 and vector instructions, and those that manage their state.
-pub(super) fn is_ours(instruction: &Instruction) -> bool {
+pub(crate) fn is_ours(instruction: &Instruction) -> bool {
     use Mnemonic::*;
     let vector = |position: u32| {
         instruction.op_kind(position) == OpKind::Register && {
@@ -65,7 +65,7 @@ pub(super) fn is_ours(instruction: &Instruction) -> bool {
 }
 
 /// True where the CPU model has everything that the instruction asks for.
-pub(super) fn offered(instruction: &Instruction, features: &Features) -> bool {
+pub(crate) fn offered(instruction: &Instruction, features: &Features) -> bool {
     instruction.cpuid_features().iter().all(|&feature| wanted(feature).is_some_and(|feature| features.has(feature)))
 }
 

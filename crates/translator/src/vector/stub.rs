@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 
 use iced_x86::{Instruction, InstructionInfoFactory, OpKind};
 
-use crate::vector::arena::Arena;
+use crate::arena::Arena;
 use crate::vector::emit::{Frame, General, Memory, Recipe};
 
 /// Address space for all stubs there can be; a test adds them up.

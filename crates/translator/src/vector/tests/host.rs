@@ -12,7 +12,7 @@ use iced_x86::code_asm::{
     AsmRegister64, CodeAssembler, dword_ptr, eax, edx, get_gpr64, qword_ptr, r12, r13, r14, r15, rbp, rbx, rdi, rsp,
 };
 
-use super::super::arena::Arena;
+use crate::arena::Arena;
 
 /// Registers before and after.
 #[repr(C, align(64))]

@@ -9,8 +9,8 @@ use std::ptr::NonNull;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-/// A growing piece of code of bounded size. Nothing is ever taken out.
-pub(super) struct Arena {
+/// A growing piece of code of bounded size.
+pub(crate) struct Arena {
     write: NonNull<u8>,
     run: NonNull<u8>,
     bytes: usize,
@@ -25,7 +25,7 @@ const ALIGN: usize = 32;
 
 impl Arena {
     /// Room for `bytes` of code; costs memory only as it fills.
-    pub(super) fn new(bytes: usize) -> io::Result<Self> {
+    pub(crate) fn new(bytes: usize) -> io::Result<Self> {
         let file = memfd_create("stubs", MemfdFlags::CLOEXEC)?;
         ftruncate(&file, bytes as u64)?;
         let map = |protection| {
@@ -41,8 +41,37 @@ impl Arena {
         Ok(Self { write, run, bytes, used: 0 })
     }
 
-    /// Adds code and returns where it runs; `None` where it does not fit any more. It stays there as long as the arena.
-    pub(super) fn add(&mut self, code: &[u8]) -> Option<NonNull<u8>> {
+    /// Where the next piece added will run.
+    pub(crate) fn next(&self) -> u64 {
+        self.run.as_ptr() as u64 + self.used.next_multiple_of(ALIGN) as u64
+    }
+
+    /// Bytes used.
+    pub(crate) fn used(&self) -> usize {
+        self.used
+    }
+
+    /// The addresses code runs at.
+    pub(crate) fn range(&self) -> std::ops::Range<u64> {
+        let start = self.run.as_ptr() as u64;
+        start..start + self.bytes as u64
+    }
+
+    /// Replaces bytes of code that runs at `at`. Nobody may be running them.
+    pub(crate) fn patch(&mut self, at: u64, bytes: &[u8]) {
+        let offset = at.wrapping_sub(self.run.as_ptr() as u64) as usize;
+        assert!(offset < self.used && bytes.len() <= self.used - offset, "patch outside the code");
+        // SAFETY: within the mapping, as just checked.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.write.as_ptr().add(offset), bytes.len()) };
+    }
+
+    /// Takes out everything but the first `keep` bytes. Nobody may run what goes.
+    pub(crate) fn truncate(&mut self, keep: usize) {
+        self.used = self.used.min(keep);
+    }
+
+    /// Adds code and returns where it runs; `None` where it does not fit any more.
+    pub(crate) fn add(&mut self, code: &[u8]) -> Option<NonNull<u8>> {
         let start = self.used.next_multiple_of(ALIGN);
         if code.len() > self.bytes - start.min(self.bytes) {
             return None;

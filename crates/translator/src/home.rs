@@ -1,0 +1,162 @@
+//! Where a vCPU's state lives: one mapping in the lowest 2 GiB, so that generated code names every field by an absolute
+//! 32-bit address and needs no register for it.
+//!
+//! ```text
+//!   CpuState | Hot | landing tables (where indirect branches go, by target address; one a privilege)
+//! ```
+
+use std::io;
+use std::mem::offset_of;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+
+use engine::{CpuState, Error};
+
+/// Entries of a landing table.
+pub(crate) const LANDINGS: usize = 1 << 16;
+
+/// What generated code and the monitor tell each other.
+#[repr(C)]
+pub(crate) struct Hot {
+    /// Status flags while the monitor runs: bits 15:8 as LAHF gives them, bit 0 OF.
+    pub flags: u64,
+    /// Stack pointer of generated code: the shadow return stack.
+    pub shadow: u64,
+    /// Stack pointer of the monitor while generated code runs.
+    pub host_stack: u64,
+    /// Where to enter.
+    pub entry: u64,
+    /// Center of the current read table, as its register holds it.
+    pub read: u64,
+    /// Center of the current write table.
+    pub write: u64,
+    /// The `Cpu`, for callbacks.
+    pub context: u64,
+    /// 1: vector and x87 registers are in [`CpuState::xsave`]; 0: in the processor.
+    pub vectors_away: u64,
+    /// Why generated code was left.
+    pub exit: u64,
+    /// What belongs to it.
+    pub value: u64,
+    /// The address an access that missed was for.
+    pub address: u64,
+    /// Where the signal word is.
+    pub signal: u64,
+    /// Host instruction that faulted.
+    pub fault: u64,
+    /// Room for a register.
+    pub scratch: u64,
+    /// MXCSR of the monitor.
+    pub mxcsr: u64,
+}
+
+#[repr(C)]
+struct Layout {
+    state: CpuState,
+    hot: Hot,
+    landings: [[u64; LANDINGS]; 2],
+}
+
+/// The mapping.
+pub(crate) struct Home {
+    at: NonNull<Layout>,
+}
+
+// SAFETY: the mapping belongs to this value alone.
+unsafe impl Send for Home {}
+
+impl Home {
+    /// A home for `state`.
+    pub(crate) fn new(state: CpuState) -> Result<Self, Error> {
+        let refused = || Error::Host { what: "memory for a virtual processor", source: io::Error::last_os_error() };
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let map = |flags| {
+            // SAFETY: a new mapping at an address the kernel chooses.
+            let at = unsafe { libc::mmap(std::ptr::null_mut(), size_of::<Layout>(), protection, flags, -1, 0) };
+            (at != libc::MAP_FAILED).then_some(at)
+        };
+        let at = map(flags | libc::MAP_32BIT).or_else(|| map(flags)).ok_or_else(refused)?;
+        let at = NonNull::new(at.cast::<Layout>()).ok_or_else(refused)?;
+        // SAFETY: the mapping is zero and as large and aligned as `Layout`; the other fields are integers.
+        unsafe { (&raw mut (*at.as_ptr()).state).write(state) };
+        let mut home = Self { at };
+        home.hot_mut().vectors_away = 1;
+        home.hot_mut().mxcsr = 0x1f80;
+        Ok(home)
+    }
+
+    /// The address generated code calls the mapping's start by; `None` where that takes more than 31 bits.
+    pub(crate) fn low(&self) -> Option<i32> {
+        let start = i32::try_from(self.at.as_ptr() as usize).ok()?;
+        i32::try_from(self.at.as_ptr() as usize + size_of::<Layout>()).ok().map(|_| start)
+    }
+
+    /// What generated code and the monitor tell each other.
+    pub(crate) fn hot(&self) -> &Hot {
+        // SAFETY: initialised in `new`; generated code writes to it only while it runs on this thread.
+        unsafe { &(*self.at.as_ptr()).hot }
+    }
+
+    pub(crate) fn hot_mut(&mut self) -> &mut Hot {
+        // SAFETY: as above.
+        unsafe { &mut (*self.at.as_ptr()).hot }
+    }
+
+    /// The landing table of a privilege: `user` is 1 for CPL 3, else 0.
+    pub(crate) fn landings(&mut self, user: usize) -> &mut [u64; LANDINGS] {
+        // SAFETY: as above.
+        unsafe { &mut (*self.at.as_ptr()).landings[user & 1] }
+    }
+}
+
+/// Offsets from [`Home::low`].
+pub(crate) mod offset {
+    use super::{CpuState, Hot, LANDINGS, Layout, offset_of};
+
+    pub(crate) const STATE: i32 = offset_of!(Layout, state) as i32;
+    pub(crate) const GPR: i32 = STATE + offset_of!(CpuState, gpr) as i32;
+    pub(crate) const RIP: i32 = STATE + offset_of!(CpuState, rip) as i32;
+    pub(crate) const RFLAGS: i32 = STATE + offset_of!(CpuState, rflags) as i32;
+    pub(crate) const SEGMENTS: i32 = STATE + offset_of!(CpuState, segments) as i32;
+    pub(crate) const XSAVE: i32 = STATE + offset_of!(CpuState, xsave) as i32;
+    pub(crate) const HOT: i32 = offset_of!(Layout, hot) as i32;
+
+    macro_rules! hot {
+        ($($name:ident $field:ident;)*) => {
+            $(pub(crate) const $name: i32 = HOT + offset_of!(Hot, $field) as i32;)*
+        };
+    }
+    hot! {
+        FLAGS flags; SHADOW shadow; HOST_STACK host_stack; ENTRY entry; READ read; WRITE write; CONTEXT context;
+        VECTORS_AWAY vectors_away; EXIT exit; VALUE value; ADDRESS address; SIGNAL signal; SCRATCH scratch; MXCSR mxcsr;
+    }
+
+    /// The landing table of a privilege.
+    pub(crate) const fn landings(user: bool) -> i32 {
+        offset_of!(Layout, landings) as i32 + if user { (LANDINGS * 8) as i32 } else { 0 }
+    }
+}
+
+impl Deref for Home {
+    type Target = CpuState;
+
+    fn deref(&self) -> &CpuState {
+        // SAFETY: initialised in `new`; generated code writes to it only while it runs on this thread.
+        unsafe { &self.at.as_ref().state }
+    }
+}
+
+impl DerefMut for Home {
+    fn deref_mut(&mut self) -> &mut CpuState {
+        // SAFETY: as above, and `self` is borrowed exclusively.
+        unsafe { &mut self.at.as_mut().state }
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        // SAFETY: this value's own mapping; `CpuState` owns nothing.
+        unsafe { libc::munmap(self.at.as_ptr().cast(), size_of::<Layout>()) };
+    }
+}

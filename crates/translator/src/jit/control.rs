@@ -1,0 +1,272 @@
+//! The stack, calls, returns and jumps.
+//!
+//! ```text
+//!   CALL: guest return address onto the guest's stack, host CALL to the target ─> shadow stack
+//!   RET:  guest return address from the guest's stack to T2, host RET ─> behind the CALL, which compares T2
+//! ```
+//!
+//! RSP is a multiple of 8 wherever translated code runs, so no access of 8 bytes at a multiple of 8 from it crosses a page.
+
+use iced_x86::{Code, Instruction, OpKind};
+
+use super::asm::{At, Label};
+use super::emit::{Access, Address, Emit, HOST, T1, T2, T3};
+use super::same::Source;
+use super::thunk;
+use crate::home::offset;
+
+const RSP: usize = 4;
+const RBP: usize = 5;
+
+/// The host register of the guest's RSP.
+const STACK: u8 = match HOST[RSP] {
+    Some(host) => host,
+    None => panic!("RSP is pinned"),
+};
+
+impl Emit<'_> {
+    fn stack_access(write: bool, live: bool) -> Access {
+        Access { bytes: 8, write, aligned: true, refused: false, anywhere: false, live }
+    }
+
+    /// Room for a push: T2 is the new RSP, which the caller makes it. Returns where to write.
+    fn push_room(&mut self, live: bool, again: Label) -> At {
+        self.asm.lea(T2, At::Base(STACK, -8));
+        self.check(Address::In(T2), Self::stack_access(true, live), again)
+    }
+
+    pub(super) fn push_register(&mut self, source: &Source<'_>) -> Option<()> {
+        let again = self.asm.bound();
+        let at = self.push_room(source.live, again);
+        let value = self.value(source.instruction.op0_register().number(), T3);
+        self.asm.store(at, value);
+        self.asm.mov(STACK, T2);
+        Some(())
+    }
+
+    pub(super) fn push_constant(&mut self, source: &Source<'_>) -> Option<()> {
+        let again = self.asm.bound();
+        let at = self.push_room(source.live, again);
+        self.asm.store_constant(at, source.instruction.immediate(0) as i32);
+        self.asm.mov(STACK, T2);
+        Some(())
+    }
+
+    pub(super) fn push_memory(&mut self, source: &Source<'_>) -> Option<()> {
+        if source.instruction.op0_kind() == OpKind::Register {
+            return self.push_register(source); // the same, encoded otherwise
+        }
+        let again = self.asm.bound();
+        let from = self.memory(source, again)?;
+        self.asm.load(T3, from);
+        self.between_checks();
+        let room = self.push_room(source.live, again);
+        self.asm.store(room, T3);
+        self.asm.mov(STACK, T2);
+        Some(())
+    }
+
+    /// T3 must outlive a second check, which is why its cold code may not use it: it is aligned.
+    fn between_checks(&mut self) {
+        self.between();
+    }
+
+    pub(super) fn pop_register(&mut self, source: &Source<'_>) -> Option<()> {
+        let number = source.instruction.op0_register().number();
+        let again = self.asm.bound();
+        let at = self.check(Address::In(STACK), Self::stack_access(false, source.live), again);
+        let to = HOST[number].unwrap_or(T3);
+        if number == RSP {
+            self.asm.load(STACK, at);
+            return Some(());
+        }
+        self.asm.load(to, at);
+        self.set(number, to);
+        self.asm.lea(STACK, At::Base(STACK, 8));
+        Some(())
+    }
+
+    pub(super) fn leave_frame(&mut self, source: &Source<'_>) -> Option<()> {
+        let frame = HOST[RBP]?;
+        let again = self.asm.bound();
+        let access = Access { aligned: false, ..Self::stack_access(false, source.live) };
+        let at = self.check(Address::In(frame), access, again);
+        self.asm.load(T3, at);
+        self.asm.lea(STACK, At::Base(frame, 8));
+        self.asm.mov(frame, T3);
+        Some(())
+    }
+
+    /// Pushes the address after a CALL. T3 is kept.
+    fn push_return(&mut self, next: u64, live: bool, again: Label) {
+        let at = self.push_room(live, again);
+        match i32::try_from(next as i64) {
+            Ok(short) => self.asm.store_constant(at, short),
+            Err(_) => {
+                // T2 is needed as the new RSP first.
+                self.asm.lea(T1, at);
+                self.asm.mov(STACK, T2);
+                self.asm.constant(T2, next);
+                self.asm.store(At::Base(T1, 0), T2);
+                return;
+            }
+        }
+        self.asm.mov(STACK, T2);
+    }
+
+    /// A direct CALL: returns where its displacement is, for the caller to link.
+    pub(super) fn call_direct(&mut self, source: &Source<'_>, target: Label, user: bool) -> usize {
+        let next = source.instruction.next_ip();
+        let again = self.asm.bound();
+        self.push_return(next, source.live, again);
+        let at = self.asm.len() + 1;
+        self.asm.call(target);
+        self.returned(next, user);
+        at
+    }
+
+    /// Where a host RET arrives: goes on where T2 is the address after the CALL.
+    fn returned(&mut self, next: u64, user: bool) {
+        let right = self.asm.label();
+        self.difference(T2, next);
+        self.asm.jrcxz(right);
+        self.asm.jmp_to(self.thunks().mismatch[usize::from(user)]);
+        self.asm.bind(right);
+        self.vectors = false;
+    }
+
+    /// T1 becomes zero where `register` holds `value`; flags stay.
+    pub(super) fn difference(&mut self, register: u8, value: u64) {
+        let negative = value.wrapping_neg();
+        match i32::try_from(negative as i64) {
+            Ok(short) => self.asm.lea(T1, At::Base(register, short)),
+            Err(_) => {
+                self.asm.constant(T1, negative);
+                self.asm.lea(T1, At::Index(T1, register, 0, 0));
+            }
+        }
+    }
+
+    /// Where an indirect branch leads, in `to`.
+    fn target(&mut self, source: &Source<'_>, again: Label, to: u8) -> Option<()> {
+        if source.instruction.op0_kind() == OpKind::Register {
+            let value = self.value(source.instruction.op0_register().number(), to);
+            if value != to {
+                self.asm.mov(to, value);
+            }
+        } else {
+            let at = self.memory(source, again)?;
+            self.asm.load(to, at);
+        }
+        Some(())
+    }
+
+    /// Notes which instruction an indirect branch comes from, for one that leads to a non-canonical address.
+    fn note_site(&mut self, undo: i64) {
+        let site = self.site(undo);
+        self.asm.store_constant(self.field(offset::ADDRESS), site as i32);
+    }
+
+    pub(super) fn jump_indirect(&mut self, source: &Source<'_>, user: bool, poll: Label) -> Option<()> {
+        let again = self.asm.bound();
+        self.poll(poll);
+        self.target(source, again, T2)?;
+        self.note_site(0);
+        self.land(user);
+        Some(())
+    }
+
+    fn land(&mut self, user: bool) {
+        let low = self.low();
+        thunk::land(&mut self.asm, low, user);
+    }
+
+    pub(super) fn call_indirect(&mut self, source: &Source<'_>, user: bool, poll: Label) -> Option<()> {
+        let next = source.instruction.next_ip();
+        let again = self.asm.bound();
+        self.poll(poll);
+        self.target(source, again, T3)?;
+        self.between();
+        self.push_return(next, source.live, again);
+        self.asm.mov(T2, T3);
+        self.note_site(8);
+        // Over the landing jump, so that the host's return address is that of what follows it.
+        let (land, after) = (self.asm.label(), self.asm.label());
+        self.asm.call(land);
+        self.asm.jmp_short(after);
+        self.asm.bind(land);
+        self.land(user);
+        self.asm.bind(after);
+        self.returned(next, user);
+        Some(())
+    }
+
+    pub(super) fn ret(&mut self, source: &Source<'_>) -> Option<()> {
+        let release = match source.instruction.code() {
+            Code::Retnq_imm16 => i32::from(source.instruction.immediate16()),
+            _ => 0,
+        };
+        if release % 8 != 0 {
+            return None;
+        }
+        let again = self.asm.bound();
+        let at = self.check(Address::In(STACK), Self::stack_access(false, source.live), again);
+        self.asm.load(T2, at);
+        self.asm.lea(STACK, At::Base(STACK, 8 + release));
+        self.note_site(i64::from(-8 - release));
+        self.asm.ret();
+        Some(())
+    }
+
+    /// Calls the interpreter's handler for an instruction.
+    pub(super) fn interpret(&mut self, op: u64) {
+        self.asm.constant(T2, op);
+        self.asm.call_to(self.thunks().op);
+        self.vectors = false;
+    }
+
+    /// A conditional jump on the flags to a label. Returns where its displacement is.
+    pub(super) fn jump_if(&mut self, instruction: &Instruction, target: Label) -> usize {
+        let at = self.asm.len() + 2;
+        self.asm.jcc(condition_of(instruction), target);
+        at
+    }
+
+    /// The opposite, over what follows.
+    pub(super) fn jump_unless(&mut self, instruction: &Instruction, target: Label) {
+        self.asm.jcc_short(condition_of(instruction) ^ 1, target);
+    }
+
+    /// Compares where a page leads now with where it led, by its read entry; T1 becomes zero where that is the same. T2 is
+    /// lost; flags stay.
+    pub(super) fn compare_mapping(&mut self, address: u64, addend: u64) {
+        let index = crate::mmu::table_index(address);
+        self.asm.constant(T1, index as u64);
+        self.asm.load(T1, At::Index(super::emit::READ, T1, 3, -super::emit::BIAS));
+        self.asm.constant(T2, addend.wrapping_neg());
+        self.asm.lea(T1, At::Index(T1, T2, 0, 0));
+    }
+
+    /// RIP in the state becomes a constant.
+    pub(super) fn set_rip(&mut self, rip: u64) {
+        let at = self.field(offset::RIP);
+        match i32::try_from(rip as i64) {
+            Ok(short) => self.asm.store_constant(at, short),
+            Err(_) => {
+                self.asm.constant(T1, rip);
+                self.asm.store(at, T1);
+            }
+        }
+    }
+
+    /// A host instruction the processor runs as it is.
+    pub(super) fn copy(&mut self, source: &Source<'_>) {
+        self.asm.raw(&source.bytes[..source.instruction.len()]);
+    }
+}
+
+/// The low four bits of a Jcc's opcode.
+fn condition_of(instruction: &Instruction) -> u8 {
+    // The enumeration is in the opcodes' order, after `None`.
+    instruction.condition_code() as u8 - 1
+}

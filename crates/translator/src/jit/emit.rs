@@ -1,0 +1,462 @@
+//! Emission: guest registers, memory operands and their checks.
+//!
+//! ```text
+//!   guest  rax rcx rdx rbx rsp rbp rsi rdi r12 r13 | r8 r9 r10 r11 r14 r15
+//!   host   rax r9  rdx rbx r8  rbp rsi rdi r12 r13 | in memory
+//!
+//!   rcx, r11, r10   temporaries: addend, effective address, operand
+//!   r15             center of the read table, plus 28: its low six bits are a shift count
+//!   r14             center of the write table
+//!   rsp             the shadow return stack
+//! ```
+//!
+//! An access finds the page's addend by `rorx 48; sarx 28` of its address, which cannot leave the table whatever the address
+//! is. An addend of zero is a miss. A non-canonical address reaches the entry of its canonical twin, but the sum is then
+//! not canonical either, and the host's processor refuses it.
+
+use iced_x86::{Instruction, Register};
+
+use super::asm::{Asm, At, Label, reg};
+use super::thunk::Thunks;
+use crate::home::offset;
+
+/// Addend, count, scratch.
+pub(super) const T1: u8 = reg::RCX;
+/// Effective address.
+pub(super) const T2: u8 = reg::R11;
+/// Operand.
+pub(super) const T3: u8 = reg::R10;
+/// Read table.
+pub(super) const READ: u8 = reg::R15;
+/// Write table.
+pub(super) const WRITE: u8 = reg::R14;
+/// What the read table's register is more than the table's center.
+pub(super) const BIAS: i32 = 28;
+
+const RSP: usize = 4;
+
+/// The host register that holds a guest register, where one does.
+pub(super) const HOST: [Option<u8>; 16] = [
+    Some(reg::RAX),
+    Some(reg::R9),
+    Some(reg::RDX),
+    Some(reg::RBX),
+    Some(reg::R8),
+    Some(reg::RBP),
+    Some(reg::RSI),
+    Some(reg::RDI),
+    None,
+    None,
+    None,
+    None,
+    Some(reg::R12),
+    Some(reg::R13),
+    None,
+    None,
+];
+
+/// Condition codes as Jcc encodes them.
+pub(super) mod condition {
+    pub(crate) const ZERO: u8 = 4;
+    pub(crate) const NOT_ZERO: u8 = 5;
+    pub(crate) const BELOW_OR_EQUAL: u8 = 6;
+    pub(crate) const ABOVE: u8 = 7;
+}
+
+/// What an access is like.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Access {
+    pub bytes: u32,
+    pub write: bool,
+    /// It cannot cross a page, or the processor refuses it where it does.
+    pub aligned: bool,
+    /// The processor refuses it where it is not aligned, before it looks at the page.
+    pub refused: bool,
+    /// It is not worth hoping that it is aligned.
+    pub anywhere: bool,
+    /// Status flags must survive the check.
+    pub live: bool,
+}
+
+/// A guest address.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Address {
+    /// In a host register.
+    In(u8),
+    /// A constant that 32 bits say, sign-extended.
+    Constant(i32),
+}
+
+/// Code for later, out of the way.
+enum Cold {
+    /// The access at `again` missed.
+    Miss { here: Label, again: Label, address: Address, access: Access, site: u32 },
+    /// An access may cross a page; it goes on at `back` where it does not.
+    Unaligned { here: Label, back: Label, address: u8, access: Access, site: u32 },
+    /// An exit: number of an [`super::Exit`].
+    Exit { here: Label, exit: u32, poll: bool },
+    /// The instruction is the interpreter's.
+    Site { here: Label, site: u32 },
+}
+
+/// Where a piece of code may be left.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Site {
+    /// Address of the guest instruction.
+    pub rip: u64,
+    /// What RSP has to be moved by to undo what has been done of it.
+    pub undo: i64,
+}
+
+/// The emitter of one block.
+pub(super) struct Emit<'a> {
+    pub asm: Asm,
+    low: i32,
+    thunks: &'a Thunks,
+    sites: &'a mut Vec<Site>,
+    colds: Vec<Cold>,
+    /// Short jumps that still need a place to land, and where they go on to.
+    pending: Vec<(Label, Label)>,
+    oldest: usize,
+    /// Address of the instruction being translated.
+    pub rip: u64,
+    /// Vector registers are known to be in the processor.
+    pub vectors: bool,
+}
+
+impl<'a> Emit<'a> {
+    pub(super) fn new(at: u64, low: i32, thunks: &'a Thunks, sites: &'a mut Vec<Site>) -> Self {
+        let asm = Asm::new(at);
+        Self { asm, low, thunks, sites, colds: Vec::new(), pending: Vec::new(), oldest: 0, rip: 0, vectors: false }
+    }
+
+    pub(super) fn thunks(&self) -> &'a Thunks {
+        self.thunks
+    }
+
+    /// Where the vCPU's home starts.
+    pub(super) fn low(&self) -> i32 {
+        self.low
+    }
+
+    /// A field of the vCPU's home.
+    pub(super) fn field(&self, offset: i32) -> At {
+        At::Absolute(self.low + offset)
+    }
+
+    /// Where a guest register is while it is in no host register.
+    pub(super) fn slot(&self, number: usize) -> At {
+        self.field(offset::GPR + 8 * number as i32)
+    }
+
+    /// A guest register's value in some host register: its own, or `temporary`.
+    pub(super) fn value(&mut self, number: usize, temporary: u8) -> u8 {
+        match HOST[number] {
+            Some(host) => host,
+            None => {
+                self.asm.load(temporary, self.slot(number));
+                temporary
+            }
+        }
+    }
+
+    /// Sets a guest register.
+    pub(super) fn set(&mut self, number: usize, from: u8) {
+        match HOST[number] {
+            Some(host) if host == from => {}
+            Some(host) => self.asm.mov(host, from),
+            None => self.asm.store(self.slot(number), from),
+        }
+    }
+
+    pub(super) fn site(&mut self, undo: i64) -> u32 {
+        self.sites.push(Site { rip: self.rip, undo });
+        self.sites.len() as u32 - 1
+    }
+
+    /// The address of a memory operand; T2, and T1 where two registers of it are in memory.
+    pub(super) fn address(&mut self, instruction: &Instruction) -> Address {
+        let segment = match instruction.memory_segment() {
+            Register::FS => Some(4),
+            Register::GS => Some(5),
+            _ => None,
+        };
+        let address = self.offset(instruction);
+        let Some(segment) = segment else { return address };
+        let base = self.segment_base(segment);
+        match address {
+            Address::Constant(value) => {
+                self.asm.load(T2, base);
+                if value != 0 {
+                    self.asm.lea(T2, At::Base(T2, value));
+                }
+            }
+            Address::In(register) => {
+                self.asm.load(T1, base);
+                self.asm.lea(T2, At::Index(register, T1, 0, 0));
+            }
+        }
+        Address::In(T2)
+    }
+
+    fn segment_base(&self, number: usize) -> At {
+        let base = std::mem::offset_of!(engine::state::Segment, base);
+        self.field(offset::SEGMENTS + (number * size_of::<engine::state::Segment>() + base) as i32)
+    }
+
+    /// The offset part of an address: what LEA computes.
+    pub(super) fn offset(&mut self, instruction: &Instruction) -> Address {
+        let narrow = instruction.memory_base().is_gpr32()
+            || instruction.memory_index().is_gpr32()
+            || instruction.memory_base() == Register::EIP
+            || instruction.memory_displ_size() == 4
+                && instruction.memory_base() == Register::None
+                && instruction.memory_index() == Register::None;
+        let displacement = instruction.memory_displacement64();
+        let general = |register: Register| register.is_gpr().then(|| register.number());
+        let (base, index) = (general(instruction.memory_base()), general(instruction.memory_index()));
+        if instruction.is_ip_rel_memory_operand() || base.is_none() && index.is_none() {
+            let value = if narrow { displacement & 0xffff_ffff } else { displacement };
+            return match i32::try_from(value as i64) {
+                Ok(value) => Address::Constant(value),
+                Err(_) => {
+                    self.asm.constant(T2, value);
+                    Address::In(T2)
+                }
+            };
+        }
+        let scale = instruction.memory_index_scale().trailing_zeros() as u8;
+        let displacement = displacement as i32;
+        let base = base.map(|number| self.value(number, T2));
+        let index = index.map(|number| self.value(number, T1));
+        let at = match (base, index) {
+            (Some(base), None) if displacement == 0 && !narrow => return Address::In(base),
+            (Some(base), None) => At::Base(base, displacement),
+            (Some(base), Some(index)) => At::Index(base, index, scale, displacement),
+            (None, Some(index)) => At::Scaled(index, scale, displacement),
+            (None, None) => unreachable!("handled above"),
+        };
+        if narrow {
+            self.asm.lea_32(T2, at)
+        } else {
+            self.asm.lea(T2, at)
+        }
+        Address::In(T2)
+    }
+
+    /// Checks an access; T1 then holds the addend. `again` is where the instruction's translation starts: it must be
+    /// possible to go through it once more. Returns where the operand is.
+    pub(super) fn check(&mut self, address: Address, access: Access, again: Label) -> At {
+        let site = self.site(0);
+        let miss = self.asm.label();
+        self.colds.push(Cold::Miss { here: miss, again, address, access, site });
+        let register = match address {
+            Address::Constant(value) => {
+                let index = i64::from(value) >> 12;
+                let (table, bias) = if access.write { (WRITE, 0) } else { (READ, BIAS) };
+                self.asm.load(T1, At::Base(table, (index * 8) as i32 - bias));
+                self.missing(access.live, miss);
+                return At::Base(T1, value);
+            }
+            Address::In(register) => register,
+        };
+        let crosses = !access.aligned && access.bytes > 1;
+        if crosses && access.live {
+            // PEXT keeps flags: the low bits alone.
+            let (unaligned, back) = (self.asm.label(), self.asm.label());
+            self.asm.constant(T1, u64::from(access.bytes.next_power_of_two() - 1));
+            self.asm.extract(T1, register, T1);
+            self.asm.jrcxz(back);
+            self.asm.jmp(unaligned);
+            self.asm.bind(back);
+            self.colds.push(Cold::Unaligned { here: unaligned, back, address: register, access, site });
+        }
+        self.asm.rotate_right(T1, register, 48);
+        self.asm.shift_right_signed(T1, T1, READ);
+        if access.write {
+            self.asm.load(T1, At::Index(WRITE, T1, 3, 0));
+        } else {
+            self.asm.load(T1, At::Index(READ, T1, 3, -BIAS));
+        }
+        self.missing(access.live, miss);
+        if crosses && !access.live {
+            self.crossing(register, access, site);
+        }
+        At::Index(register, T1, 0, 0)
+    }
+
+    /// Goes to `miss` where T1 is zero.
+    fn missing(&mut self, live: bool, miss: Label) {
+        if live {
+            let near = self.asm.label();
+            if self.pending.is_empty() {
+                self.oldest = self.asm.len();
+            }
+            self.pending.push((near, miss));
+            self.asm.jrcxz(near);
+        } else {
+            self.asm.test(T1, T1);
+            self.asm.jcc(condition::ZERO, miss);
+        }
+    }
+
+    /// Leaves where an access may cross a page; flags are lost.
+    fn crossing(&mut self, register: u8, access: Access, site: u32) {
+        if access.bytes.is_power_of_two() && !access.anywhere && access.bytes <= 128 {
+            let (unaligned, back) = (self.asm.label(), self.asm.label());
+            self.asm.test_byte(register, (access.bytes - 1) as u8);
+            self.asm.jcc(condition::NOT_ZERO, unaligned);
+            self.asm.bind(back);
+            self.colds.push(Cold::Unaligned { here: unaligned, back, address: register, access, site });
+        } else {
+            let crosses = self.asm.label();
+            self.compare_page_end(T3, register, access.bytes);
+            self.asm.jcc(condition::ABOVE, crosses);
+            self.colds.push(Cold::Site { here: crosses, site });
+        }
+    }
+
+    /// "Above" where `bytes` at an address cross its page's end.
+    fn compare_page_end(&mut self, temporary: u8, address: u8, bytes: u32) {
+        self.asm.mov_32(temporary, address);
+        self.asm.and_32(temporary, 0xfff);
+        self.asm.compare_32(temporary, 0x1000 - bytes as i32);
+    }
+
+    /// Makes sure that the guest's vector registers are in the processor.
+    pub(super) fn need_vectors(&mut self) {
+        if !std::mem::replace(&mut self.vectors, true) {
+            let here = self.asm.label();
+            self.asm.load_32(T1, self.field(offset::VECTORS_AWAY));
+            self.asm.jrcxz(here);
+            self.asm.call_to(self.thunks.vectors);
+            self.asm.bind(here);
+        }
+    }
+
+    /// A label that leads to an exit; with `poll`, to the monitor and not to a block.
+    pub(super) fn exit(&mut self, exit: u32, poll: bool) -> Label {
+        let here = self.asm.label();
+        self.colds.push(Cold::Exit { here, exit, poll });
+        here
+    }
+
+    /// Leaves to the monitor where it has been asked for; keeps flags. `out` is where to.
+    pub(super) fn poll(&mut self, out: Label) {
+        let on = self.asm.label();
+        self.asm.load(T1, self.field(offset::SIGNAL));
+        self.asm.load_32(T1, At::Base(T1, 0));
+        self.asm.jrcxz(on);
+        self.asm.jmp(out);
+        self.asm.bind(on);
+    }
+
+    /// Leaves for the instruction after this one, to the monitor, where RSP is not a multiple of 8: translated code takes
+    /// that for granted. Keeps flags.
+    pub(super) fn check_stack_pointer(&mut self, out: Label) {
+        let on = self.asm.label();
+        let pointer = self.value(RSP, T2);
+        self.asm.constant(T1, 7);
+        self.asm.extract(T1, pointer, T1);
+        self.asm.jrcxz(on);
+        self.asm.jmp(out);
+        self.asm.bind(on);
+    }
+
+    /// Between two instructions: gives short jumps a place to land before it is too far.
+    pub(super) fn between(&mut self) {
+        if !self.pending.is_empty() && self.asm.len() - self.oldest > 40 {
+            let over = self.asm.label();
+            self.asm.jmp_short(over);
+            self.island();
+            self.asm.bind(over);
+        }
+    }
+
+    fn island(&mut self) {
+        for (near, far) in std::mem::take(&mut self.pending) {
+            self.asm.bind(near);
+            self.asm.jmp(far);
+        }
+    }
+
+    /// Ends the block: what was put off. The code before does not run on into it.
+    pub(super) fn finish(mut self) -> Option<Vec<u8>> {
+        self.island();
+        for cold in std::mem::take(&mut self.colds) {
+            self.cold(cold);
+        }
+        self.asm.finish()
+    }
+
+    fn cold(&mut self, cold: Cold) {
+        match cold {
+            Cold::Miss { here, again, address, access, site } => {
+                self.asm.bind(here);
+                match address {
+                    Address::In(T2) => {}
+                    Address::In(register) => self.asm.mov(T2, register),
+                    Address::Constant(value) => self.asm.constant(T2, value as i64 as u64),
+                }
+                if access.refused {
+                    let aligned = self.asm.label();
+                    self.asm.constant(T1, u64::from(access.bytes - 1));
+                    self.asm.extract(T1, T2, T1);
+                    self.asm.jrcxz(aligned);
+                    self.leave_at(site);
+                    self.asm.bind(aligned);
+                }
+                self.asm.constant(T1, site.into());
+                self.asm.call_to(if access.write { self.thunks.miss_write } else { self.thunks.miss_read });
+                self.asm.jmp(again);
+            }
+            Cold::Unaligned { here, back, address, access, site } if access.live => {
+                self.asm.bind(here);
+                let crosses = self.asm.label();
+                self.save_flags(T3);
+                self.compare_page_end(T1, address, access.bytes);
+                self.asm.jcc(condition::ABOVE, crosses);
+                self.restore_flags(T3);
+                self.asm.jmp(back);
+                self.asm.bind(crosses);
+                self.restore_flags(T3);
+                self.leave_at(site);
+            }
+            Cold::Unaligned { here, back, address, access, site } => {
+                self.asm.bind(here);
+                self.compare_page_end(T3, address, access.bytes);
+                self.asm.jcc(condition::BELOW_OR_EQUAL, back);
+                self.leave_at(site);
+            }
+            Cold::Exit { here, exit, poll } => {
+                self.asm.bind(here);
+                self.asm.constant(T1, exit.into());
+                self.asm.jmp_to(if poll { self.thunks.poll } else { self.thunks.chain });
+            }
+            Cold::Site { here, site } => {
+                self.asm.bind(here);
+                self.leave_at(site);
+            }
+        }
+    }
+
+    fn leave_at(&mut self, site: u32) {
+        self.asm.constant(T1, site.into());
+        self.asm.jmp_to(self.thunks.site);
+    }
+
+    /// Saves the status flags in a register.
+    fn save_flags(&mut self, to: u8) {
+        self.asm.store(self.field(offset::SCRATCH), reg::RAX);
+        self.asm.raw(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
+        self.asm.mov_32(to, reg::RAX);
+        self.asm.load(reg::RAX, self.field(offset::SCRATCH));
+    }
+
+    fn restore_flags(&mut self, from: u8) {
+        self.asm.store(self.field(offset::SCRATCH), reg::RAX);
+        self.asm.mov_32(reg::RAX, from);
+        self.asm.raw(&[0x04, 0x7f, 0x9e]); // add al, 127; sahf
+        self.asm.load(reg::RAX, self.field(offset::SCRATCH));
+    }
+}

@@ -1,0 +1,150 @@
+//! Forgetting blocks: when code is overwritten, when the kernel's pages move, when the code cache is full.
+
+use memory::{Gpa, Gva};
+
+use super::{Jit, Seen, USER, mode_of};
+use crate::cpu::Cpu;
+use crate::mmu::{Access, Rights};
+use crate::shared::EVERY_PAGE;
+
+impl Jit {
+    /// Looks at all that may have changed since translated code last ran.
+    pub(super) fn catch_up(&mut self, cpu: &mut Cpu) {
+        for gpa in std::mem::take(&mut cpu.stale) {
+            if gpa == EVERY_PAGE { self.forget_stale() } else { self.forget_if_stale(gpa) }
+        }
+        let mode = mode_of(cpu);
+        let now = Seen {
+            generation: cpu.tlb.generation,
+            upper_generation: cpu.tlb.upper_generation,
+            code_writes: cpu.shared.ram.code_writes(),
+            units: mode & !USER,
+            user: mode & USER != 0,
+        };
+        let before = std::mem::replace(&mut self.seen, now);
+        if now.code_writes != before.code_writes {
+            self.forget_stale(); // a device, perhaps
+        }
+        if now.upper_generation != before.upper_generation {
+            self.look_up_again(cpu, true);
+        } else if now.generation != before.generation {
+            self.look_up_again(cpu, false);
+        }
+        if now.generation != before.generation {
+            // What user code returns to may not be there any more.
+            self.pointers[1] = self.shadows[1].begin();
+        }
+        if now.units != before.units {
+            self.forget_landings(cpu);
+        }
+        if before.user && !now.user {
+            self.pointers[0] = self.shadows[0].begin();
+        }
+    }
+
+    /// Forgets the blocks of all pages whose code has been overwritten.
+    fn forget_stale(&mut self) {
+        let stale: Vec<u64> =
+            self.pages.iter().filter(|(_, page)| !page.version.is_current()).map(|(page, _)| page << 12).collect();
+        for gpa in stale {
+            self.forget_page(gpa);
+        }
+    }
+
+    fn forget_if_stale(&mut self, gpa: Gpa) {
+        if self.pages.get(&(gpa.0 >> 12)).is_some_and(|page| !page.version.is_current()) {
+            self.forget_page(gpa.0);
+        }
+    }
+
+    /// Forgets the blocks of a page.
+    pub(super) fn forget_page(&mut self, gpa: u64) {
+        if let Some(page) = self.pages.remove(&(gpa >> 12)) {
+            for block in page.blocks {
+                self.forget_block(block);
+            }
+        }
+    }
+
+    /// Makes whatever leads to a block leave instead.
+    pub(super) fn forget_block(&mut self, block: u32) {
+        let (key, start, alive) = {
+            let block = &mut self.blocks[block as usize];
+            (block.key, block.start, std::mem::replace(&mut block.alive, false))
+        };
+        if !alive {
+            return;
+        }
+        self.by_key.remove(&key);
+        match self.leave_for(key.rip) {
+            Some(target) => {
+                let mut jump = [0xe9, 0, 0, 0, 0];
+                jump[1..].copy_from_slice(&(target.wrapping_sub(start + 5) as u32).to_le_bytes());
+                self.arena.patch(start, &jump);
+            }
+            // No room: nothing may be entered any more.
+            None => self.full = true,
+        }
+    }
+
+    /// Notes where an upper page with code leads.
+    pub(super) fn note_upper(&mut self, cpu: &mut Cpu, linear: u64, gpa: u64) {
+        if self.upper.contains_key(&(linear >> 12)) {
+            return;
+        }
+        let before = cpu.exception;
+        let global = cpu.translate(Gva(linear), Access::Execute, Rights::System).is_ok_and(|place| place.global);
+        cpu.exception = before;
+        self.upper.insert(linear >> 12, (gpa >> 12, global));
+    }
+
+    /// Looks up upper pages with code again, as if the flush had been followed by a fetch from each: all of them, or those
+    /// that are not global.
+    fn look_up_again(&mut self, cpu: &mut Cpu, all: bool) {
+        let before = cpu.exception;
+        let mut moved = Vec::new();
+        for (&page, place) in &mut self.upper {
+            if !all && place.1 {
+                continue;
+            }
+            match cpu.translate(Gva(page << 12), Access::Execute, Rights::System) {
+                Ok(translation) if translation.gpa.0 >> 12 == place.0 => place.1 = translation.global,
+                _ => moved.push((page, place.0)),
+            }
+        }
+        cpu.exception = before;
+        for (page, gpa) in moved {
+            self.upper.remove(&page);
+            let blocks = self.pages.get(&gpa).map(|page| page.blocks.clone()).unwrap_or_default();
+            for block in blocks {
+                let known = &self.blocks[block as usize];
+                if known.key.rip >> 12 == page || known.second.is_some_and(|second| second.linear >> 12 == page) {
+                    self.forget_block(block);
+                }
+            }
+        }
+    }
+
+    /// Makes every indirect branch look for its target anew.
+    pub(super) fn forget_landings(&mut self, cpu: &mut Cpu) {
+        for user in [0, 1] {
+            cpu.state.landings(user).fill(self.thunks.land);
+            self.pointers[user] = self.shadows[user].begin();
+        }
+    }
+
+    /// Empties the code cache.
+    pub(super) fn forget_everything(&mut self, cpu: &mut Cpu) {
+        self.arena.truncate(self.floor);
+        self.blocks.clear();
+        self.by_key.clear();
+        self.exits.clear();
+        self.sites.clear();
+        self.marks.clear();
+        self.ops.clear();
+        self.pages.clear();
+        self.upper.clear();
+        self.full = false;
+        self.forget_landings(cpu);
+    }
+}

@@ -1,0 +1,203 @@
+//! Finding blocks, and making one lead to the next.
+
+use engine::ledger::Work;
+use memory::{Gpa, Gva};
+
+use super::asm::Asm;
+use super::emit::{Emit, T2};
+use super::{Block, Jit, Key, Page, Ran, mode_of, thunk};
+use crate::block::Version;
+use crate::cpu::Cpu;
+use crate::mmu::{Access, Rights};
+use crate::op::Leave;
+
+impl Jit {
+    /// The block at RIP, translated where it is not yet.
+    pub(super) fn find(&mut self, cpu: &mut Cpu) -> Result<u32, Ran> {
+        let place = cpu.code_place().map_err(|_| Ran::Raised)?;
+        let key = Key { gpa: place.gpa, rip: cpu.state.rip, mode: mode_of(cpu) };
+        if let Some(&block) = self.by_key.get(&key)
+            && self.leads_on(cpu, block)?
+        {
+            return Ok(block);
+        }
+        Self::count(cpu, Work::Decode);
+        let mut emptied = false;
+        loop {
+            let bytes = match self.fetch(cpu, &place) {
+                Ok(bytes) => bytes,
+                Err(Leave::Raised) => return Err(Ran::Raised),
+                Err(_) => return Err(Ran::Unable),
+            };
+            if let Some(block) = self.make(cpu, key, &bytes)? {
+                return Ok(block);
+            }
+            if std::mem::replace(&mut emptied, true) {
+                return Err(Ran::Unable);
+            }
+            self.forget_everything(cpu);
+        }
+    }
+
+    /// Translates a block and keeps it. `None`: the code cache is full.
+    fn make(&mut self, cpu: &mut Cpu, key: Key, bytes: &super::translate::Bytes) -> Result<Option<u32>, Ran> {
+        let sites = self.sites.len();
+        let Some(translation) = self.translate(cpu, key, bytes) else {
+            self.sites.truncate(sites);
+            return Err(Ran::Unable);
+        };
+        if !bytes.are_current() {
+            return Err(Ran::Look); // overwritten meanwhile: once more
+        }
+        let start = self.arena.next();
+        let length = translation.code.len() as u64;
+        if self.arena.add(&translation.code).is_none() {
+            return Ok(None);
+        }
+        let first = self.marks.len() as u32;
+        self.marks.extend(translation.marks);
+        self.exits.extend(translation.exits);
+        self.ops.extend(translation.ops);
+        let block = self.blocks.len() as u32;
+        self.blocks.push(Block {
+            key,
+            start,
+            end: start + length,
+            marks: first..self.marks.len() as u32,
+            second: bytes.second,
+            landing: 0,
+            verified: 0,
+            alive: true,
+        });
+        self.by_key.insert(key, block);
+        self.page(key.gpa).blocks.push(block);
+        if key.is_upper() {
+            self.note_upper(cpu, key.rip, key.gpa);
+        }
+        if let Some(second) = bytes.second {
+            self.page(second.gpa.0).blocks.push(block);
+            if key.is_upper() {
+                self.note_upper(cpu, second.linear, second.gpa.0);
+            }
+        }
+        Ok(Some(block))
+    }
+
+    fn page(&mut self, gpa: u64) -> &mut Page {
+        self.pages.entry(gpa >> 12).or_insert_with(|| Page { version: Version::NEVER, blocks: Vec::new() })
+    }
+
+    /// Declares bytes of a page to be code about to be read.
+    pub(super) fn mark_page(&mut self, cpu: &mut Cpu, gpa: u64, bytes: u64) -> Version {
+        let version = cpu.mark_code(gpa, bytes);
+        if self.pages.get(&(gpa >> 12)).is_some_and(|page| !page.version.is_current()) {
+            self.forget_page(gpa);
+        }
+        self.pages.entry(gpa >> 12).or_insert_with(|| Page { version, blocks: Vec::new() });
+        version
+    }
+
+    /// A block across two pages is good only while the second leads where it led. An error: an exception, or that this
+    /// cannot be vouched for.
+    fn leads_on(&mut self, cpu: &mut Cpu, block: u32) -> Result<bool, Ran> {
+        let (key, Some(second)) = (self.blocks[block as usize].key, self.blocks[block as usize].second) else {
+            return Ok(true);
+        };
+        let translation =
+            cpu.translate(Gva(second.linear), Access::Execute, Rights::Current).map_err(|_| Ran::Raised)?;
+        if translation.gpa.0 >> 12 != second.gpa.0 >> 12 {
+            self.forget_block(block);
+            return Ok(false);
+        }
+        if key.is_upper() {
+            return Ok(true);
+        }
+        let addend = cpu.vouch_for_code(second.linear, second.gpa);
+        let present = cpu.tlb.lookup_read(cpu.data_mode, second.linear, 1);
+        let vouched = present.map(|host| (host as u64).wrapping_sub(second.linear)) == addend;
+        if vouched { Ok(true) } else { Err(Ran::Unable) }
+    }
+
+    /// Makes an exit lead to a block directly.
+    pub(super) fn link(&mut self, cpu: &mut Cpu, exit: u32, block: u32) {
+        let exit = self.exits[exit as usize];
+        let key = self.blocks[block as usize].key;
+        let Some(at) = exit.at else { return };
+        let target = if exit.page == key.rip >> 12 || key.is_upper() {
+            self.blocks[block as usize].start
+        } else {
+            self.make_landing(cpu, block);
+            match self.blocks[block as usize].verified {
+                0 => return,
+                verified => verified,
+            }
+        };
+        let distance = target.wrapping_sub(at + 4) as u32;
+        self.arena.patch(at, &distance.to_le_bytes());
+    }
+
+    /// Makes indirect branches to a block's address find it.
+    pub(super) fn land(&mut self, cpu: &mut Cpu, block: u32) {
+        self.make_landing(cpu, block);
+        let Block { key, landing, .. } = self.blocks[block as usize];
+        if landing != 0 {
+            cpu.state.landings(key.is_user().into())[thunk::landing_of(key.rip)] = landing;
+        }
+    }
+
+    /// Code before a block that makes sure that it is the right one: by address for indirect branches, and for lower
+    /// addresses by where the page leads.
+    fn make_landing(&mut self, cpu: &mut Cpu, block: u32) {
+        let Block { key, start, landing, .. } = self.blocks[block as usize];
+        // A flush of the soft TLB takes the entry that is compared; this brings it back.
+        let addend = if key.is_upper() { Some(0) } else { cpu.vouch_for_code(key.rip, Gpa(key.gpa)) };
+        let Some(addend) = addend else { return };
+        if landing != 0 {
+            return;
+        }
+        let mut emit = Emit::new(self.arena.next(), self.low, &self.thunks, &mut self.sites);
+        let right = emit.asm.label();
+        emit.difference(T2, key.rip);
+        emit.asm.jrcxz(right);
+        emit.asm.jmp_to(self.thunks.land);
+        emit.asm.bind(right);
+        let verified = emit.asm.address_of(right);
+        if !key.is_upper() {
+            let same = emit.asm.label();
+            emit.compare_mapping(key.rip, addend);
+            emit.asm.jrcxz(same);
+            emit.asm.constant(T2, key.rip);
+            emit.asm.jmp_to(self.thunks.land);
+            emit.asm.bind(same);
+        }
+        emit.asm.jmp_to(start);
+        let Some(code) = emit.finish() else { return };
+        if let Some(at) = self.arena.add(&code) {
+            let block = &mut self.blocks[block as usize];
+            block.landing = at.as_ptr() as u64;
+            block.verified = verified;
+        }
+    }
+
+    /// An indirect branch to an address that cannot be: the interpreter is to run it again and raise what is due.
+    pub(super) fn refuse_landing(&mut self, cpu: &mut Cpu, target: u64) -> Option<Ran> {
+        if crate::mmu::canonical(target) {
+            return None;
+        }
+        let site = self.sites[cpu.state.hot().address as usize];
+        cpu.state.rip = site.rip;
+        cpu.state.gpr[4] = cpu.state.gpr[4].wrapping_add_signed(site.undo);
+        Some(Ran::One)
+    }
+
+    /// A piece of code that leaves for an instruction pointer.
+    pub(super) fn leave_for(&mut self, target: u64) -> Option<u64> {
+        let exit = self.exits.len() as u64;
+        self.exits.push(super::Exit { target, at: None, page: 0 });
+        let mut asm = Asm::new(self.arena.next());
+        asm.constant(super::emit::T1, exit);
+        asm.jmp_to(self.thunks.chain);
+        let code = asm.finish()?;
+        self.arena.add(&code).map(|at| at.as_ptr() as u64)
+    }
+}

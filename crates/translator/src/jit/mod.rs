@@ -1,0 +1,419 @@
+//! The translator: guest code becomes host code.
+//!
+//! ```text
+//!   run ─find─> block ──enter──> code ──> code ──> ... ──exit──┬─ chain, land: find the next block, link it, enter
+//!         │                       ▲                            └─ poll, fault, callback's word: back to the loop
+//!         └─translate─> emit ─────┘
+//! ```
+//!
+//! Guest and host have the same instruction set, so most instructions are translated to themselves, with memory operands
+//! checked and some registers renamed; flags and vector registers are the host's. What is rare calls the interpreter's
+//! handler, and what faults runs again in the interpreter, which knows how to raise it.
+//!
+//! A block is good for one guest-physical place, one address and one mode. Upper addresses (the kernel's) are taken to lead
+//! where they led until a flush, when all are looked up again; lower ones are compared with the page's read entry wherever
+//! a block is entered from another page.
+
+mod asm;
+mod callback;
+mod control;
+mod emit;
+mod encoding;
+mod fault;
+mod invalidate;
+mod link;
+mod live;
+mod same;
+mod template;
+mod thunk;
+mod translate;
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+use engine::ledger::Work;
+use engine::state::{cr0, cr4, rflags};
+
+use crate::arena::Arena;
+use crate::block::Version;
+use crate::cpu::Cpu;
+use crate::home::Hot;
+use crate::mmu::DataMode;
+use crate::op::Op;
+use emit::Site;
+use fault::{Active, Shadow};
+use template::{Templates, Unit};
+use thunk::{Thunks, exit};
+
+pub(crate) use callback::After;
+
+/// Bytes of code kept, where nobody says otherwise.
+pub(crate) const CODE_CACHE: usize = 64 << 20;
+/// Least that is worth having.
+const LEAST_CACHE: usize = 64 << 10;
+
+/// What a block was translated from and for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Key {
+    /// Guest-physical address.
+    gpa: u64,
+    /// Instruction pointer.
+    rip: u64,
+    /// See the constants.
+    mode: u8,
+}
+
+const USER: u8 = 1 << 0;
+const X87: u8 = 1 << 1;
+const SSE: u8 = 1 << 2;
+const AVX: u8 = 1 << 3;
+
+impl Key {
+    /// CPL 3.
+    fn is_user(self) -> bool {
+        self.mode & USER != 0
+    }
+
+    /// An upper address.
+    fn is_upper(self) -> bool {
+        self.rip >> 63 != 0
+    }
+
+    /// Control registers let such instructions run.
+    fn allows(self, unit: Unit) -> bool {
+        let needs = match unit {
+            Unit::General => 0,
+            Unit::X87 => X87,
+            Unit::Sse => SSE,
+            Unit::Both => SSE | X87,
+            Unit::Avx => AVX,
+        };
+        self.mode & needs == needs
+    }
+}
+
+/// The modes of code: privilege and what may be used.
+fn mode_of(cpu: &Cpu) -> u8 {
+    let (cr0, cr4) = (cpu.state.cr0, cpu.state.cr4);
+    let mut mode = 0;
+    if cpu.mode.cpl == 3 {
+        mode |= USER;
+    }
+    if cr0 & (cr0::EM | cr0::TS) == 0 {
+        if cr0 & cr0::NE != 0 {
+            mode |= X87;
+        }
+        if cr4 & cr4::OSFXSR != 0 {
+            mode |= SSE;
+        }
+    }
+    if cr0 & cr0::TS == 0 && cr4 & cr4::OSXSAVE != 0 && cpu.state.xcr0 & 6 == 6 {
+        mode |= AVX;
+    }
+    mode
+}
+
+/// Where a block may be left for another.
+#[derive(Clone, Copy, Debug)]
+struct Exit {
+    /// Instruction pointer.
+    target: u64,
+    /// Where the displacement is that leads there, if it is to be linked.
+    at: Option<u64>,
+    /// Page of the instruction pointer that it leaves from.
+    page: u64,
+}
+
+/// Where the translation of an instruction begins, from the start of its block.
+#[derive(Clone, Copy, Debug)]
+struct Mark {
+    host: u16,
+    guest: u16,
+}
+
+/// A translated block.
+struct Block {
+    key: Key,
+    /// Where it runs.
+    start: u64,
+    end: u64,
+    marks: std::ops::Range<u32>,
+    /// Its one instruction lies across two pages.
+    second: Option<translate::Second>,
+    /// What indirect branches enter, and what branches from other pages do; 0 until needed.
+    landing: u64,
+    verified: u64,
+    alive: bool,
+}
+
+/// What has been translated from one page.
+struct Page {
+    version: Version,
+    blocks: Vec<u32>,
+}
+
+/// What a run of translated code came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ran {
+    /// There may be something to look at.
+    Look,
+    /// An exception is to be delivered.
+    Raised,
+    /// The interpreter is to run one instruction.
+    One,
+    /// This cannot be translated.
+    Unable,
+}
+
+/// A hasher for keys that are numbers already.
+#[derive(Default)]
+pub(super) struct Mix(u64);
+
+impl Hasher for Mix {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(byte.into());
+        }
+    }
+    fn write_u8(&mut self, value: u8) {
+        self.write_u64(value.into());
+    }
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 ^= self.0 >> 29;
+    }
+}
+
+type Map<K, V> = HashMap<K, V, BuildHasherDefault<Mix>>;
+
+/// What was so when translated code last ran.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Seen {
+    generation: u64,
+    upper_generation: u64,
+    code_writes: u64,
+    units: u8,
+    user: bool,
+}
+
+/// The translator of one vCPU.
+pub(crate) struct Jit {
+    low: i32,
+    arena: Arena,
+    thunks: Thunks,
+    /// Bytes of the arena that are thunks.
+    floor: usize,
+    templates: Templates,
+    blocks: Vec<Block>,
+    by_key: Map<Key, u32>,
+    exits: Vec<Exit>,
+    sites: Vec<Site>,
+    marks: Vec<Mark>,
+    /// Operations that translated code has the addresses of.
+    ops: Vec<Box<Op>>,
+    pages: Map<u64, Page>,
+    /// Where upper pages with code lead, and whether in all address spaces.
+    upper: Map<u64, (u64, bool)>,
+    shadows: [Shadow; 2],
+    /// Stack pointers on the shadow stacks.
+    pointers: [u64; 2],
+    active: Box<Active>,
+    seen: Seen,
+    /// The code cache has no room even to forget: it is to be emptied.
+    full: bool,
+}
+
+// SAFETY: the pointer in `active` is to the vCPU's home, which moves between threads together with this.
+unsafe impl Send for Jit {}
+
+impl Jit {
+    /// A translator for a vCPU; `None` where the host lacks what it takes, with the reason in the log.
+    pub(crate) fn new(cpu: &mut Cpu, cache: usize) -> Option<Self> {
+        let low = cpu.state.low().or_else(|| Self::unusable("no memory below 2 GiB is free"))?;
+        if !(is_x86_feature_detected!("bmi2") && is_x86_feature_detected!("xsave")) {
+            return Self::unusable("the processor lacks BMI2 or XSAVE");
+        }
+        let made =
+            || -> std::io::Result<_> { Ok((Arena::new(cache.max(LEAST_CACHE))?, [Shadow::new()?, Shadow::new()?])) };
+        let (mut arena, shadows) = made().map_err(|error| Self::unusable::<()>(&error.to_string())).ok()?;
+        let begins = [shadows[0].begin(), shadows[1].begin()];
+        let avx = if is_x86_feature_detected!("avx") { 4 } else { 0 };
+        let plan = thunk::Plan {
+            low,
+            components: 3 | avx,
+            on_miss: callback::on_miss as *const () as u64,
+            on_op: callback::on_op as *const () as u64,
+            shadows: begins,
+        };
+        let (code, thunks) = thunk::build(arena.next(), &plan)?;
+        arena.add(&code)?;
+        for (shadow, mismatch) in shadows.iter().zip(thunks.mismatch) {
+            shadow.set_bottom(mismatch);
+        }
+        let active = Box::new(Active {
+            code: arena.range(),
+            thunk: thunks.fault,
+            hot: std::ptr::from_mut::<Hot>(cpu.state.hot_mut()),
+            shadows: [(shadows[0].guard(), begins[0]), (shadows[1].guard(), begins[1])],
+        });
+        fault::install();
+        let mut jit = Self {
+            low,
+            floor: arena.used(),
+            arena,
+            thunks,
+            templates: Templates::new(),
+            blocks: Vec::new(),
+            by_key: Map::default(),
+            exits: Vec::new(),
+            sites: Vec::new(),
+            marks: Vec::new(),
+            ops: Vec::new(),
+            pages: Map::default(),
+            upper: Map::default(),
+            shadows,
+            pointers: begins,
+            active,
+            seen: Seen::default(),
+            full: false,
+        };
+        jit.forget_landings(cpu);
+        Some(jit)
+    }
+
+    fn unusable<T>(why: &str) -> Option<T> {
+        tracing::warn!("guest code is interpreted, not translated: {why}");
+        None
+    }
+
+    /// True where the vCPU is in a mode that translated code is made for.
+    pub(crate) fn can_run(cpu: &Cpu) -> bool {
+        let stack_aligned = cpu.state.gpr[4].is_multiple_of(8);
+        let paged = cpu.state.cr0 & cr0::PG != 0;
+        cpu.mode.is_64()
+            && paged
+            && stack_aligned
+            && cpu.data_mode != DataMode::Slow
+            && cpu.state.rflags & rflags::TF == 0
+    }
+
+    /// Runs translated code from RIP on, until there is something for the loop to do.
+    pub(crate) fn run(&mut self, cpu: &mut Cpu) -> Ran {
+        self.catch_up(cpu);
+        if self.full {
+            self.forget_everything(cpu);
+        }
+        let mut entry = match self.find(cpu) {
+            Ok(block) => self.blocks[block as usize].start,
+            Err(ran) => return ran,
+        };
+        loop {
+            if !self.enter(cpu, entry) {
+                return Ran::Unable;
+            }
+            let (why, value) = (cpu.state.hot().exit, cpu.state.hot().value);
+            match why {
+                exit::CHAIN => cpu.state.rip = self.exits[value as usize].target,
+                exit::LAND => {
+                    if let Some(ran) = self.refuse_landing(cpu, value) {
+                        return ran;
+                    }
+                    cpu.state.rip = value;
+                }
+                _ => return self.left(cpu, why, value),
+            }
+            if !cpu.config.signal.pending().is_empty() {
+                return Ran::Look;
+            }
+            if !Self::can_run(cpu) {
+                return Ran::Unable;
+            }
+            let block = match self.find(cpu) {
+                Ok(block) => block,
+                Err(ran) => return ran,
+            };
+            if why == exit::CHAIN {
+                self.link(cpu, value as u32, block);
+            } else {
+                self.land(cpu, block);
+            }
+            entry = self.blocks[block as usize].start;
+        }
+    }
+
+    /// What an exit comes to that ends the run.
+    fn left(&mut self, cpu: &mut Cpu, why: u64, value: u64) -> Ran {
+        match why {
+            exit::POLL => {
+                cpu.state.rip = self.exits[value as usize].target;
+                Ran::Look
+            }
+            exit::SITE => {
+                cpu.state.rip = self.sites[value as usize].rip;
+                Ran::One
+            }
+            exit::FAULT => {
+                cpu.state.rip = self.guest_address(cpu.state.hot().fault);
+                Ran::One
+            }
+            _ => match std::mem::take(&mut cpu.after) {
+                After::Look => Ran::Look,
+                After::Raised => Ran::Raised,
+                After::MissRaised => {
+                    cpu.state.rip = self.sites[value as usize].rip;
+                    Ran::Raised
+                }
+                After::MissOne => {
+                    cpu.state.rip = self.sites[value as usize].rip;
+                    Ran::One
+                }
+            },
+        }
+    }
+
+    /// Enters translated code. False where the host gives no address space for its tables.
+    fn enter(&mut self, cpu: &mut Cpu, entry: u64) -> bool {
+        let Some(centers) = cpu.tlb.centers(cpu.data_mode) else { return false };
+        let context = std::ptr::from_mut::<Cpu>(cpu) as u64;
+        let signal = std::ptr::from_ref(cpu.config.signal.word()) as u64;
+        let user = usize::from(cpu.mode.cpl == 3);
+        let status = cpu.flags.status();
+        let hot = cpu.state.hot_mut();
+        (hot.read, hot.write) = (centers.read + thunk::READ_BIAS, centers.write);
+        (hot.context, hot.signal) = (context, signal);
+        hot.flags = callback::to_hot(status);
+        hot.shadow = self.pointers[user];
+        cpu.seen_generation = cpu.tlb.generation;
+        fault::enter(&raw const *self.active);
+        // SAFETY: the thunk is such a function. Translated code touches guest RAM through entries of the soft TLB, the
+        // vCPU's home, the shadow stacks, and `cpu` through the callbacks, which alone use it until this returns.
+        unsafe {
+            let enter = std::mem::transmute::<u64, unsafe extern "sysv64" fn(u64)>(self.thunks.enter);
+            enter(entry);
+        }
+        fault::leave();
+        let hot = cpu.state.hot();
+        self.pointers[user] = hot.shadow;
+        let status = callback::from_hot(hot.flags);
+        cpu.flags.set_status(status);
+        true
+    }
+
+    /// The guest instruction whose translation is at a host address.
+    fn guest_address(&self, host: u64) -> u64 {
+        let block = self.blocks.partition_point(|block| block.start <= host).saturating_sub(1);
+        let Some(block) = self.blocks.get(block) else { return 0 };
+        let marks = &self.marks[block.marks.start as usize..block.marks.end as usize];
+        let offset = host.wrapping_sub(block.start);
+        let mark = marks.partition_point(|mark| u64::from(mark.host) <= offset).saturating_sub(1);
+        block.key.rip.wrapping_add(marks.get(mark).map_or(0, |mark| mark.guest.into()))
+    }
+
+    /// Counts what the engine did.
+    fn count(cpu: &Cpu, work: Work) {
+        cpu.config.ledger.work(work, 1);
+    }
+}

@@ -1,0 +1,356 @@
+//! Instructions that are translated to themselves: operands move, everything else stays.
+
+use iced_x86::{ConstantOffsets, Instruction, OpKind, Register};
+
+use super::asm::{At, Label, Place, reg};
+use super::emit::{Access, Address, Emit, HOST, T1, T2, T3};
+use super::encoding::{Encoding, Operands};
+use super::template::{Field, Template};
+
+const RCX: usize = 1;
+const RSP: u8 = 4;
+
+/// One instruction on its way.
+pub(super) struct Source<'a> {
+    pub instruction: Instruction,
+    pub template: Template,
+    /// Its bytes.
+    pub bytes: &'a [u8],
+    pub constants: ConstantOffsets,
+    /// Status flags are needed after the checks of its memory operand.
+    pub live: bool,
+}
+
+impl Source<'_> {
+    fn immediate(&self) -> &[u8] {
+        // An immediate is last; so is what says a fourth register.
+        let length = self.instruction.len();
+        let constants = &self.constants;
+        let after = if constants.has_immediate() {
+            constants.immediate_offset()
+        } else if has_register_byte(&self.instruction) {
+            length - 1
+        } else {
+            length
+        };
+        &self.bytes[after..length]
+    }
+}
+
+/// VEX instructions with four register operands name one of them in the last byte (/is4).
+fn has_register_byte(instruction: &Instruction) -> bool {
+    use iced_x86::OpCodeOperandKind::{xmm_is4, xmm_is5, ymm_is4, ymm_is5};
+    let form = instruction.op_code();
+    (0..form.op_count()).any(|position| matches!(form.op_kind(position), xmm_is4 | xmm_is5 | ymm_is4 | ymm_is5))
+}
+
+/// True where a memory operand cannot cross a page, given that RSP is a multiple of 8.
+pub(super) fn on_stack(instruction: &Instruction, bytes: u32) -> bool {
+    instruction.memory_base() == Register::RSP
+        && instruction.memory_index() == Register::None
+        && instruction.memory_displacement64() as u32 % 8 + bytes <= 8
+        && !matches!(instruction.memory_segment(), Register::FS | Register::GS)
+}
+
+impl Emit<'_> {
+    /// Checks the memory operand of an instruction. `None`: it is a constant address across two pages.
+    pub(super) fn memory(&mut self, source: &Source<'_>, again: Label) -> Option<At> {
+        let bytes = source.instruction.memory_size().size() as u32;
+        if bytes == 0 || !(source.template.loads || source.template.stores) {
+            return None;
+        }
+        let address = self.address(&source.instruction);
+        if let Address::Constant(value) = address
+            && (value & 0xfff) as u32 + bytes > 0x1000
+        {
+            return None;
+        }
+        let access = Access {
+            bytes,
+            write: source.template.stores,
+            aligned: source.template.aligned || on_stack(&source.instruction, bytes),
+            refused: source.template.aligned,
+            anywhere: bytes >= 16,
+            live: source.live,
+        };
+        Some(self.check(address, access, again))
+    }
+
+    /// Translates an instruction to itself. `None`: this cannot be done.
+    pub(super) fn same(&mut self, source: &Source<'_>) -> Option<()> {
+        let encoding = Encoding::parse(source.bytes)?;
+        let template = &source.template;
+        if !encoding.direct && reaches_beyond(&source.instruction) {
+            return None;
+        }
+        if self.any_high(source, &encoding) {
+            return self.high_bytes(source, &encoding);
+        }
+        let again = self.asm.bound();
+        let mut place = None;
+        if !encoding.direct {
+            let at = self.memory(source, again)?;
+            let crowded = template.reads_rcx || template.writes_rcx || spilled(template.second, encoding.second);
+            place = Some(if crowded { self.fold(at) } else { at });
+        }
+        let reg = self.operand(template.reg, encoding.reg, T3);
+        let second = self.operand(template.second, encoding.second, T1);
+        let place = match place {
+            Some(at) => Place::Mem(at),
+            None => Place::Reg(self.operand(template.rm, encoding.rm, T2)),
+        };
+        if template.reads_rcx || template.writes_rcx {
+            let value = self.value(RCX, T1);
+            self.asm.mov(T1, value);
+        }
+        let mut byte_registers = [0; 2];
+        self.byte_registers(source, reg, place, &mut byte_registers);
+        encoding.emit(&mut self.asm, Operands { reg, place, second }, &byte_registers, source.immediate());
+        if template.writes_rcx {
+            self.set(RCX, T1);
+        }
+        // In this order: where MULX has one destination twice, it is the high half that stays.
+        self.put(template.second, encoding.second, second);
+        self.put(template.reg, encoding.reg, reg);
+        if let Place::Reg(rm) = place {
+            self.put(template.rm, encoding.rm, rm);
+        }
+        Some(())
+    }
+
+    /// Puts an operand's host address into T2, which frees T1.
+    fn fold(&mut self, at: At) -> At {
+        self.asm.lea(T2, at);
+        At::Base(T2, 0)
+    }
+
+    /// The host register for an operand; what is no general-purpose register stays what it is.
+    fn operand(&mut self, field: Field, number: u8, temporary: u8) -> u8 {
+        if !field.general {
+            return number;
+        }
+        match HOST[usize::from(number)] {
+            Some(host) => host,
+            None => {
+                if !field.replaced {
+                    self.asm.load(temporary, self.slot(number.into()));
+                }
+                temporary
+            }
+        }
+    }
+
+    /// Stores what was written to a temporary.
+    fn put(&mut self, field: Field, number: u8, host: u8) {
+        if field.general && field.written {
+            self.set(number.into(), host);
+        }
+    }
+
+    /// The host registers that are byte operands.
+    fn byte_registers(&self, source: &Source<'_>, reg: u8, place: Place, found: &mut [u8; 2]) {
+        if source.template.reg.general && byte_operand(&source.instruction) {
+            found[0] = reg;
+        }
+        if let Place::Reg(rm) = place
+            && source.template.rm.general
+            && byte_operand(&source.instruction)
+        {
+            found[1] = rm;
+        }
+    }
+
+    fn any_high(&self, source: &Source<'_>, encoding: &Encoding) -> bool {
+        let template = &source.template;
+        high_register(&source.instruction)
+            && (template.reg.general && encoding.is_high(encoding.reg)
+                || encoding.direct && template.rm.general && encoding.is_high(encoding.rm))
+    }
+
+    /// An instruction with AH, CH, DH or BH: no operand may need a REX prefix, so guest RCX moves to RCX.
+    fn high_bytes(&mut self, source: &Source<'_>, encoding: &Encoding) -> Option<()> {
+        let template = &source.template;
+        let of_rcx = |field: Field, number: u8| field.general && matches!(number, 1 | 5);
+        let uses_rcx = of_rcx(template.reg, encoding.reg) || encoding.direct && of_rcx(template.rm, encoding.rm);
+        let wide = |field: Field, number: u8| field.general && !matches!(number, 0..=7);
+        if wide(template.reg, encoding.reg)
+            || encoding.direct && wide(template.rm, encoding.rm)
+            || template.reads_rcx
+            || !encoding.direct && uses_rcx
+            || wide_stack_pointer(&source.instruction)
+        {
+            return None;
+        }
+        let again = self.asm.bound();
+        let place = if encoding.direct {
+            if uses_rcx {
+                let value = self.value(RCX, T1);
+                self.asm.mov(T1, value);
+            }
+            Place::Reg(encoding.rm)
+        } else {
+            let at = self.memory(source, again)?;
+            self.asm.lea(T1, at);
+            Place::Mem(At::Base(T1, 0))
+        };
+        encoding.emit(&mut self.asm, Operands { reg: encoding.reg, place, second: 0 }, &[], source.immediate());
+        if uses_rcx {
+            self.set(RCX, T1);
+        }
+        Some(())
+    }
+
+    /// LEA.
+    pub(super) fn load_address(&mut self, source: &Source<'_>) -> Option<()> {
+        let encoding = Encoding::parse(source.bytes)?;
+        let number = usize::from(encoding.reg);
+        let size = source.instruction.op0_register().size();
+        if size == 2 {
+            return None;
+        }
+        let address = self.offset(&source.instruction);
+        let to = HOST[number].unwrap_or(T2);
+        match address {
+            Address::Constant(value) => {
+                let value = value as i64 as u64;
+                self.asm.constant(to, if size == 4 { value & 0xffff_ffff } else { value });
+            }
+            Address::In(from) if size == 4 => self.asm.mov_32(to, from),
+            Address::In(from) if from == to => {}
+            Address::In(from) => self.asm.mov(to, from),
+        }
+        if HOST[number].is_none() {
+            self.set(number, to);
+        }
+        Some(())
+    }
+
+    /// MOV r, imm.
+    pub(super) fn move_constant(&mut self, source: &Source<'_>) -> Option<()> {
+        let register = source.instruction.op0_register();
+        let number = register.full_register().number();
+        let value = source.instruction.immediate(1);
+        match register.size() {
+            4 | 8 => {
+                let value = if register.size() == 4 { value & 0xffff_ffff } else { value };
+                match HOST[number] {
+                    Some(host) => self.asm.constant(host, value),
+                    None => match i32::try_from(value as i64) {
+                        Ok(short) => self.asm.store_constant(self.slot(number), short),
+                        Err(_) => {
+                            self.asm.constant(T2, value);
+                            self.set(number, T2);
+                        }
+                    },
+                }
+            }
+            2 => {
+                let host = self.value(number, T2);
+                self.asm.op(0x66, 0, &[0xc7], 0, Place::Reg(host));
+                self.asm.raw(&(value as u16).to_le_bytes());
+                self.set(number, host);
+            }
+            _ if matches!(register, Register::CH) => return None,
+            _ if matches!(register, Register::AH | Register::DH | Register::BH) => {
+                self.asm.raw(&[0xb4 + number as u8, value as u8]);
+            }
+            _ => {
+                let host = self.value(number, T2);
+                self.asm.op(0, 0x40, &[0xc6], 0, Place::Reg(host));
+                self.asm.byte(value as u8);
+                self.set(number, host);
+            }
+        }
+        Some(())
+    }
+
+    /// MOV between the accumulator and an absolute address.
+    pub(super) fn move_absolute(&mut self, source: &Source<'_>) -> Option<()> {
+        let again = self.asm.bound();
+        let at = self.memory(source, again)?;
+        let bytes = source.instruction.memory_size().size();
+        let prefix = if bytes == 2 { 0x66 } else { 0 };
+        let wide = if bytes == 8 { 8 } else { 0 };
+        let opcode = (if source.template.stores { 0x88 } else { 0x8a }) | u8::from(bytes > 1);
+        self.asm.op(prefix, wide, &[opcode], reg::RAX, Place::Mem(at));
+        Some(())
+    }
+
+    /// XCHG of the accumulator with a register.
+    pub(super) fn exchange_accumulator(&mut self, source: &Source<'_>) -> Option<()> {
+        let other = source.instruction.op0_register();
+        let other = if other.full_register() == Register::RAX { source.instruction.op1_register() } else { other };
+        let number = other.full_register().number();
+        let host = self.value(number, T2);
+        let (prefix, wide) = (if other.size() == 2 { 0x66 } else { 0 }, if other.size() == 8 { 8 } else { 0 });
+        self.asm.op(prefix, wide, &[0x87], host, Place::Reg(reg::RAX));
+        self.set(number, host);
+        Some(())
+    }
+
+    /// BSWAP.
+    pub(super) fn swap_bytes(&mut self, source: &Source<'_>) -> Option<()> {
+        let register = source.instruction.op0_register();
+        let number = register.full_register().number();
+        let host = self.value(number, T2);
+        let rex = 0x40 | if register.size() == 8 { 8 } else { 0 } | host >> 3;
+        if rex != 0x40 {
+            self.asm.byte(rex);
+        }
+        self.asm.raw(&[0x0f, 0xc8 | host & 7]);
+        self.set(number, host);
+        Some(())
+    }
+}
+
+fn spilled(field: Field, number: u8) -> bool {
+    field.general && HOST[usize::from(number)].is_none()
+}
+
+fn byte_operand(instruction: &Instruction) -> bool {
+    (0..instruction.op_count()).any(|position| {
+        instruction.op_kind(position) == OpKind::Register && instruction.op_register(position).is_gpr8()
+    })
+}
+
+fn high_register(instruction: &Instruction) -> bool {
+    (0..instruction.op_count()).any(|position| {
+        instruction.op_kind(position) == OpKind::Register
+            && matches!(instruction.op_register(position), Register::AH | Register::CH | Register::DH | Register::BH)
+    })
+}
+
+/// A bit test whose register operand moves its memory operand.
+fn reaches_beyond(instruction: &Instruction) -> bool {
+    use iced_x86::Mnemonic::{Bt, Btc, Btr, Bts};
+    matches!(instruction.mnemonic(), Bt | Bts | Btr | Btc) && instruction.op1_kind() == OpKind::Register
+}
+
+/// RSP or ESP is an operand (of MOVZX and the like: their first operand is wider).
+fn wide_stack_pointer(instruction: &Instruction) -> bool {
+    (0..instruction.op_count()).any(|position| {
+        instruction.op_kind(position) == OpKind::Register
+            && !instruction.op_register(position).is_gpr8()
+            && instruction.op_register(position).full_register() == Register::RSP
+    })
+}
+
+/// True where an instruction that writes RSP certainly leaves it a multiple of 8.
+pub(super) fn keeps_alignment(instruction: &Instruction) -> bool {
+    use iced_x86::Mnemonic::{Add, And, Sub};
+    instruction.op0_register() == Register::RSP
+        && instruction.op1_kind() != OpKind::Register
+        && instruction.op1_kind() != OpKind::Memory
+        && matches!(instruction.mnemonic(), Add | And | Sub)
+        && instruction.immediate(1).is_multiple_of(8)
+}
+
+/// True where a general-purpose register operand that is written is RSP or a part of it.
+pub(super) fn writes_stack_pointer(source: &Source<'_>) -> bool {
+    let template = &source.template;
+    let Some(encoding) = Encoding::parse(source.bytes) else { return false };
+    let of_stack = |field: Field, number: u8| field.general && field.written && number == RSP;
+    of_stack(template.reg, encoding.reg)
+        || encoding.direct && of_stack(template.rm, encoding.rm)
+        || of_stack(template.second, encoding.second)
+}

@@ -1,0 +1,400 @@
+//! From guest bytes to a translated block.
+//!
+//! ```text
+//!   decode ─> Source per instruction ─> flags needed after each ─> emit ─> code cache
+//! ```
+
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
+use memory::{Gpa, Gva, PAGE_SIZE};
+
+use super::asm::Label;
+use super::emit::{Emit, T1};
+use super::same::{Source, keeps_alignment, writes_stack_pointer};
+use super::template::{Kind, Unit, disturbs_stack_pointer};
+use super::{Exit, Jit, Key, Mark, live};
+use crate::block::Version;
+use crate::cpu::Cpu;
+use crate::decode::CodePlace;
+use crate::mmu::{Access, Rights};
+use crate::op::{Leave, Op};
+
+/// Most instructions in a block.
+const MOST: usize = 48;
+/// Most bytes read for a block.
+const WINDOW: usize = 256;
+/// Longest instruction.
+const LONGEST: usize = 15;
+/// Instructions looked at to find out whether a jump's target needs the flags.
+const PEEK: usize = 6;
+
+/// A block's bytes, and where they are from.
+pub(super) struct Bytes {
+    bytes: Vec<u8>,
+    /// The versions of the pages they were read from.
+    versions: [Version; 2],
+    /// The page of what lies across the first page's end.
+    pub second: Option<Second>,
+}
+
+impl Bytes {
+    /// True where they have not been overwritten since.
+    pub(super) fn are_current(&self) -> bool {
+        self.versions.iter().all(|version| version.is_current())
+    }
+}
+
+/// The second page of an instruction across two.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Second {
+    pub linear: u64,
+    pub gpa: Gpa,
+}
+
+/// A translated block, not yet in the code cache.
+pub(super) struct Translation {
+    pub code: Vec<u8>,
+    pub exits: Vec<Exit>,
+    pub marks: Vec<Mark>,
+    pub ops: Vec<Box<Op>>,
+}
+
+impl Jit {
+    /// Reads the bytes of the block at `place`, having declared them to be code.
+    pub(super) fn fetch(&mut self, cpu: &mut Cpu, place: &CodePlace) -> Result<Bytes, Leave> {
+        let left = (PAGE_SIZE - place.gpa % PAGE_SIZE) as usize;
+        let version = self.mark_page(cpu, place.gpa, left.min(WINDOW) as u64);
+        let mut versions = [version; 2];
+        let mut bytes = vec![0; left.min(WINDOW)];
+        // SAFETY: `place.host` is good up to the end of its page.
+        unsafe { std::ptr::copy_nonoverlapping(place.host, bytes.as_mut_ptr(), bytes.len()) };
+        let mut second = None;
+        if left < LONGEST {
+            let mut decoder = Decoder::with_ip(64, &bytes, 0, DecoderOptions::AMD);
+            if decoder.decode().is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
+                let linear = place.linear.wrapping_add(left as u64);
+                let gpa = cpu.translate(Gva(linear), Access::Execute, Rights::Current)?.gpa;
+                let Some(host) = cpu.shared.ram.host_page(gpa) else { return Err(cpu.ud()) };
+                versions[1] = self.mark_page(cpu, gpa.0, LONGEST as u64);
+                let start = bytes.len();
+                bytes.resize(LONGEST, 0);
+                // SAFETY: `host` starts a page.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(host.as_ptr(), bytes[start..].as_mut_ptr(), LONGEST - start);
+                }
+                second = Some(Second { linear, gpa });
+            }
+        }
+        Ok(Bytes { bytes, versions, second })
+    }
+
+    /// Translates a block to run at the end of the code cache. `None`: it cannot be done.
+    pub(super) fn translate(&mut self, cpu: &mut Cpu, key: Key, bytes: &Bytes) -> Option<Translation> {
+        let across = bytes.second.is_some();
+        let mut sources = self.decode(cpu, key, &bytes.bytes, if across { 1 } else { MOST });
+        let last = sources.last()?;
+        let next = last.instruction.next_ip();
+        let mut live = match last.template.kind {
+            Kind::Jump => self.needs_flags(cpu, key, last.instruction.near_branch_target()),
+            Kind::Interpret
+            | Kind::Call
+            | Kind::CallIndirect
+            | Kind::JumpIndirect
+            | Kind::Return
+            | Kind::InterpretLast => live::ALL,
+            _ => self.needs_flags(cpu, key, next),
+        };
+        for source in sources.iter_mut().rev() {
+            let instruction = &source.instruction;
+            match source.template.kind {
+                Kind::Interpret | Kind::InterpretLast => live = live::ALL,
+                Kind::JumpIf => {
+                    live |= live::reads(instruction) | self.needs_flags(cpu, key, instruction.near_branch_target())
+                }
+                _ => live = live & !live::replaces(instruction) | live::reads(instruction),
+            }
+            source.live = live != 0;
+        }
+        let at = self.arena.next();
+        let mut block = Block {
+            emit: Emit::new(at, self.low, &self.thunks, &mut self.sites),
+            key,
+            first_exit: self.exits.len() as u32,
+            exits: Vec::new(),
+            marks: Vec::new(),
+            ops: Vec::new(),
+            start: None,
+        };
+        let start = block.emit.asm.bound();
+        block.start = Some(start);
+        if let Some(second) = bytes.second
+            && !key.is_upper()
+        {
+            block.second_page(cpu, second)?;
+        }
+        let mut ended = false;
+        for source in &sources {
+            block.emit.rip = source.instruction.ip();
+            block.mark();
+            ended = block.instruction(cpu, source);
+            block.emit.between();
+        }
+        if !ended {
+            let out = block.exit_to(next, 1);
+            block.emit.asm.jmp(out);
+        }
+        let Block { emit, exits, marks, ops, .. } = block;
+        Some(Translation { code: emit.finish()?, exits, marks, ops })
+    }
+
+    fn decode<'b>(&mut self, cpu: &mut Cpu, key: Key, bytes: &'b [u8], most: usize) -> Vec<Source<'b>> {
+        let mut decoder = Decoder::with_ip(64, bytes, key.rip, DecoderOptions::AMD);
+        let mut sources: Vec<Source<'b>> = Vec::with_capacity(16);
+        while sources.len() < most && decoder.position() < bytes.len() {
+            let at = decoder.position();
+            let instruction = decoder.decode();
+            if instruction.is_invalid() && !sources.is_empty() {
+                break; // a block of its own: what is invalid, or cut off
+            }
+            let constants = decoder.get_constant_offsets(&instruction);
+            let mut template = self.templates.get(&instruction, &cpu.features);
+            if !key.allows(template.unit) {
+                template.kind = Kind::Interpret;
+            }
+            if template.kind == Kind::Interpret && (instruction.is_invalid() || disturbs_stack_pointer(&instruction)) {
+                template.kind = Kind::InterpretLast;
+            }
+            sources.push(Source { instruction, template, bytes: &bytes[at..], constants, live: true });
+            let ends =
+                !matches!(template.kind, Kind::JumpIf) && instruction.flow_control() != iced_x86::FlowControl::Next;
+            if ends || template.kind == Kind::InterpretLast {
+                break;
+            }
+        }
+        sources
+    }
+
+    /// Which flags the code at `target` may read before it replaces them. Only the same page is looked at.
+    fn needs_flags(&mut self, cpu: &mut Cpu, key: Key, target: u64) -> u32 {
+        if (target ^ key.rip) >> 12 != 0 {
+            return live::ALL;
+        }
+        let gpa = key.gpa & !0xfff | target & 0xfff;
+        let left = (PAGE_SIZE - gpa % PAGE_SIZE).min(64) as usize;
+        let Some(host) = cpu.shared.ram.host_page(Gpa(gpa)) else { return live::ALL };
+        self.mark_page(cpu, gpa, left as u64);
+        let mut bytes = [0; 64];
+        // SAFETY: good up to the end of the page.
+        unsafe { std::ptr::copy_nonoverlapping(host.as_ptr(), bytes.as_mut_ptr(), left) };
+        let mut decoder = Decoder::with_ip(64, &bytes[..left], target, DecoderOptions::AMD);
+        let mut open = live::ALL;
+        for _ in 0..PEEK {
+            let instruction = decoder.decode();
+            if instruction.is_invalid() || live::reads(&instruction) & open != 0 {
+                return live::ALL;
+            }
+            open &= !live::replaces(&instruction);
+            if open == 0 {
+                return 0;
+            }
+            let kind = self.templates.get(&instruction, &cpu.features).kind;
+            let plain = instruction.flow_control() == iced_x86::FlowControl::Next;
+            if !plain || matches!(kind, Kind::Interpret | Kind::InterpretLast) {
+                return live::ALL;
+            }
+        }
+        live::ALL
+    }
+}
+
+/// A block being emitted.
+struct Block<'a> {
+    emit: Emit<'a>,
+    key: Key,
+    first_exit: u32,
+    exits: Vec<Exit>,
+    marks: Vec<Mark>,
+    ops: Vec<Box<Op>>,
+    start: Option<Label>,
+}
+
+impl Block<'_> {
+    /// Notes where the translation of an instruction begins.
+    fn mark(&mut self) {
+        let guest = self.emit.rip.wrapping_sub(self.key.rip) as u16;
+        self.marks.push(Mark { host: self.emit.asm.len() as u16, guest });
+    }
+
+    /// An exit to the block at `target`. The displacement that leads to it is `ahead` bytes from here.
+    fn exit_to(&mut self, target: u64, ahead: usize) -> Label {
+        let at = self.emit.asm.here() + ahead as u64;
+        self.exits.push(Exit { target, at: Some(at), page: self.key.rip >> 12 });
+        let exit = self.first_exit + self.exits.len() as u32 - 1;
+        self.emit.exit(exit, false)
+    }
+
+    /// An exit to the monitor, to go on at `target`.
+    fn look_at(&mut self, target: u64) -> Label {
+        self.exits.push(Exit { target, at: None, page: 0 });
+        let exit = self.first_exit + self.exits.len() as u32 - 1;
+        self.emit.exit(exit, true)
+    }
+
+    /// Translates one instruction. True where the block ends with it.
+    fn instruction(&mut self, cpu: &mut Cpu, source: &Source<'_>) -> bool {
+        if source.template.unit != Unit::General
+            && !matches!(source.template.kind, Kind::Interpret | Kind::InterpretLast)
+        {
+            self.emit.need_vectors();
+        }
+        let user = self.key.is_user();
+        let done = match source.template.kind {
+            Kind::Same => self.emit.same(source),
+            Kind::Copy => {
+                self.emit.copy(source);
+                Some(())
+            }
+            Kind::Nothing => Some(()),
+            Kind::Lea => self.emit.load_address(source),
+            Kind::MovConstant => self.emit.move_constant(source),
+            Kind::MovAbsolute => self.emit.move_absolute(source),
+            Kind::ExchangeAccumulator => self.emit.exchange_accumulator(source),
+            Kind::Bswap => self.emit.swap_bytes(source),
+            Kind::PushRegister => self.emit.push_register(source),
+            Kind::PushConstant => self.emit.push_constant(source),
+            Kind::PushMemory => self.emit.push_memory(source),
+            Kind::PopRegister => self.emit.pop_register(source),
+            Kind::Leave => self.emit.leave_frame(source),
+            Kind::Jump => {
+                self.jump(source);
+                return true;
+            }
+            Kind::JumpIf => {
+                self.jump_if(source);
+                return false;
+            }
+            Kind::Call => {
+                self.call(source);
+                return true;
+            }
+            Kind::CallIndirect => {
+                let poll = self.look_at(self.emit.rip);
+                self.emit.call_indirect(source, user, poll)
+            }
+            Kind::JumpIndirect => {
+                let poll = self.look_at(self.emit.rip);
+                self.emit.jump_indirect(source, user, poll)
+            }
+            Kind::Return => self.emit.ret(source),
+            Kind::Interpret | Kind::InterpretLast => None,
+        };
+        let kind = source.template.kind;
+        if done.is_none() {
+            return self.interpret(cpu, source);
+        }
+        match kind {
+            Kind::CallIndirect => {
+                let out = self.exit_to(source.instruction.next_ip(), 1);
+                self.emit.asm.jmp(out);
+                return true;
+            }
+            Kind::JumpIndirect | Kind::Return => return true,
+            _ => {}
+        }
+        let pops_stack_pointer =
+            kind == Kind::PopRegister && source.instruction.op0_register() == iced_x86::Register::RSP;
+        let moved = pops_stack_pointer
+            || kind == Kind::Leave
+            || matches!(kind, Kind::MovConstant | Kind::ExchangeAccumulator | Kind::Bswap)
+                && (0..source.instruction.op_count()).any(|position| {
+                    source.instruction.op_register(position).full_register() == iced_x86::Register::RSP
+                })
+            || matches!(kind, Kind::Same | Kind::Lea)
+                && writes_stack_pointer(source)
+                && !keeps_alignment(&source.instruction);
+        if moved {
+            let out = self.look_at(source.instruction.next_ip());
+            self.emit.check_stack_pointer(out);
+        }
+        false
+    }
+
+    /// The interpreter does it. True where the block ends with it.
+    fn interpret(&mut self, cpu: &mut Cpu, source: &Source<'_>) -> bool {
+        let instruction = &source.instruction;
+        let op = Box::new(cpu.op(instruction, source.bytes, instruction.ip(), u64::MAX));
+        let address = std::ptr::from_ref::<Op>(&op).expose_provenance() as u64;
+        self.ops.push(op);
+        self.emit.interpret(address);
+        let last =
+            source.template.kind != Kind::Interpret && self.ends(instruction) || disturbs_stack_pointer(instruction);
+        if last {
+            let look = self.emit.thunks().look;
+            self.emit.asm.jmp_to(look);
+        }
+        last
+    }
+
+    /// Where an instruction goes on is only known after it.
+    fn ends(&self, instruction: &Instruction) -> bool {
+        instruction.is_invalid() || instruction.flow_control() != iced_x86::FlowControl::Next
+    }
+
+    /// Goes to a target, with a look at the signal word where that is backwards.
+    fn jump(&mut self, source: &Source<'_>) {
+        let target = source.instruction.near_branch_target();
+        if target <= self.emit.rip {
+            let out = self.look_at(target);
+            self.emit.poll(out);
+        }
+        if target == self.key.rip
+            && let Some(start) = self.start
+        {
+            self.emit.asm.jmp(start);
+        } else {
+            let out = self.exit_to(target, 1);
+            self.emit.asm.jmp(out);
+        }
+    }
+
+    fn jump_if(&mut self, source: &Source<'_>) {
+        let target = source.instruction.near_branch_target();
+        if target <= self.emit.rip {
+            let over = self.emit.asm.label();
+            self.emit.jump_unless(&source.instruction, over);
+            self.jump(source);
+            self.emit.asm.bind(over);
+        } else {
+            let out = self.exit_to(target, 2);
+            self.emit.jump_if(&source.instruction, out);
+        }
+    }
+
+    fn call(&mut self, source: &Source<'_>) {
+        let target = source.instruction.near_branch_target();
+        if target <= self.emit.rip {
+            let out = self.look_at(self.emit.rip);
+            self.emit.poll(out);
+        }
+        // Where the displacement is, is known once it is there.
+        let out = self.exit_to(target, 0);
+        let exit = self.exits.len() - 1;
+        let base = self.emit.asm.here() - self.emit.asm.len() as u64;
+        let at = self.emit.call_direct(source, out, self.key.is_user());
+        self.exits[exit].at = Some(base + at as u64);
+        let next = self.exit_to(source.instruction.next_ip(), 1);
+        self.emit.asm.jmp(next);
+    }
+
+    /// Leaves where the second page of the block's one instruction leads elsewhere than it did.
+    fn second_page(&mut self, cpu: &mut Cpu, second: Second) -> Option<()> {
+        let addend = cpu.vouch_for_code(second.linear, second.gpa)?;
+        let right = self.emit.asm.label();
+        self.emit.compare_mapping(second.linear, addend);
+        self.emit.asm.jrcxz(right);
+        let look = self.look_at(self.key.rip);
+        self.emit.asm.jmp(look);
+        self.emit.asm.bind(right);
+        let _ = T1;
+        Some(())
+    }
+}

@@ -1,0 +1,197 @@
+//! One flat translation table: an entry for every page of the 48-bit linear address space, found by one index.
+//!
+//! The table is address space, not memory: 512 GiB of it, of which only the pages that hold entries cost anything. There
+//! is no tag and no conflict, so a probe is a shift and a load, for generated code as for the interpreter.
+
+use std::io;
+use std::ptr::NonNull;
+
+use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap_anonymous, mprotect, munmap};
+
+/// Entries of one half (of the canonical lower or upper addresses).
+const HALF: usize = 1 << 35;
+const HALF_BYTES: usize = HALF * 8;
+/// Logged entries after which a table is swept rather than remembered any longer.
+const MOST_LOGGED: usize = 1 << 16;
+/// Probes that found nothing after which the table's empty pages are given back to the host.
+const MOST_MISSES: u32 = 1 << 20;
+
+/// The index of a page: negative for upper addresses. Generated code computes the same (`rorx 48`, `sarx 28`), so that
+/// whatever the upper 16 bits of an address are, the index stays inside the table.
+pub(crate) const fn index(address: u64) -> i64 {
+    (address << 16) as i64 >> 28
+}
+
+/// Entries are host address minus linear address, a multiple of 4096; 0 is none.
+pub(crate) struct Table {
+    /// Entry of page 0.
+    center: NonNull<u64>,
+    /// Without the upper half: its entries cannot even be read.
+    lower_only: bool,
+    /// Indices filled since they were last cleared, global pages apart.
+    local: Vec<i64>,
+    global: Vec<i64>,
+    misses: u32,
+}
+
+// SAFETY: the mapping belongs to this value alone.
+unsafe impl Send for Table {}
+
+impl Table {
+    /// An empty table; with `lower_only` the entries of upper addresses are not there.
+    pub(crate) fn new(lower_only: bool) -> io::Result<Self> {
+        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
+        // SAFETY: a new mapping at an address the kernel chooses.
+        let base = unsafe { mmap_anonymous(std::ptr::null_mut(), 2 * HALF_BYTES, access, flags)? };
+        // SAFETY: one half further, inside the mapping.
+        let center = unsafe { base.cast::<u64>().add(HALF) };
+        let Some(center) = NonNull::new(center) else { return Err(io::Error::other("mapped at address zero")) };
+        let table = Self { center, lower_only, local: Vec::new(), global: Vec::new(), misses: 0 };
+        // SAFETY: the mapping just made. Huge pages would turn each sparse entry into 2 MiB of memory.
+        unsafe { madvise(base, 2 * HALF_BYTES, Advice::LinuxNoHugepage) }?;
+        if lower_only {
+            // SAFETY: as above.
+            unsafe { mprotect(base, HALF_BYTES, MprotectFlags::empty()) }?;
+        }
+        Ok(table)
+    }
+
+    /// The address of page 0's entry, for generated code.
+    pub(crate) fn center(&self) -> u64 {
+        self.center.as_ptr() as u64
+    }
+
+    /// The entry of a canonical address, or 0.
+    #[inline(always)]
+    pub(crate) fn get(&self, address: u64) -> u64 {
+        if self.lower_only && address >> 63 != 0 {
+            return 0;
+        }
+        // SAFETY: `index` is within the table, and its lower half is there.
+        unsafe { self.center.offset(index(address) as isize).read() }
+    }
+
+    /// Fills in the entry of a canonical address.
+    pub(crate) fn set(&mut self, address: u64, addend: u64, global: bool) {
+        if self.lower_only && address >> 63 != 0 {
+            return;
+        }
+        let at = index(address);
+        // SAFETY: as in `get`.
+        let slot = unsafe { self.center.offset(at as isize).as_mut() };
+        // A page that is global no longer must go with the local ones.
+        if *slot == 0 || !global {
+            let log = if global { &mut self.global } else { &mut self.local };
+            if log.len() >= MOST_LOGGED {
+                self.clear(true);
+                self.give_back();
+                return self.set(address, addend, global);
+            }
+            log.push(at);
+        }
+        *slot = addend;
+    }
+
+    /// Forgets one page.
+    pub(crate) fn clear_page(&mut self, address: u64) {
+        if self.get(address) != 0 {
+            // SAFETY: as in `get`, which found something there.
+            unsafe { self.center.offset(index(address) as isize).write(0) };
+        }
+    }
+
+    /// Forgets the pages of `bytes` (a multiple of 4096) at `address`.
+    pub(crate) fn clear_range(&mut self, address: u64, bytes: u64) {
+        for page in (0..bytes).step_by(0x1000) {
+            self.clear_page(address.wrapping_add(page));
+        }
+    }
+
+    /// Forgets everything; global pages only where asked to.
+    pub(crate) fn clear(&mut self, global: bool) {
+        for at in self.local.drain(..) {
+            // SAFETY: only indices inside the table are logged.
+            unsafe { self.center.offset(at as isize).write(0) };
+        }
+        if global {
+            for at in self.global.drain(..) {
+                // SAFETY: as above.
+                unsafe { self.center.offset(at as isize).write(0) };
+            }
+        }
+        if self.misses > MOST_MISSES && self.global.is_empty() {
+            self.give_back();
+        }
+    }
+
+    /// Counts a probe that found nothing: probing may have cost the host a page.
+    pub(crate) fn missed(&mut self) {
+        self.misses = self.misses.saturating_add(1);
+    }
+
+    /// Returns the table's memory to the host. It must be clear.
+    fn give_back(&mut self) {
+        self.misses = 0;
+        let (start, bytes) = if self.lower_only { (0, HALF_BYTES) } else { (HALF, 2 * HALF_BYTES) };
+        // SAFETY: this value's own mapping, whose entries are all zero, as they are afterwards.
+        let _ = unsafe { madvise(self.center.as_ptr().sub(start).cast(), bytes, Advice::LinuxDontNeed) };
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        // SAFETY: this value's own mapping; generated code that knows its address ends with the vCPU that owns both.
+        let _ = unsafe { munmap(self.center.as_ptr().sub(HALF).cast(), 2 * HALF_BYTES) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_halves_have_their_entries_and_flushes_keep_global_ones() {
+        let mut table = Table::new(false).unwrap();
+        for (address, global) in [(0, false), (0x7fff_ffff_f000, false), (0xffff_8000_0000_0000, true), (!0xfff, true)]
+        {
+            assert_eq!(table.get(address), 0);
+            table.set(address, 0x1000, global);
+            assert_eq!(table.get(address | 0xabc), 0x1000);
+        }
+        table.clear(false);
+        assert_eq!((table.get(0), table.get(0x7fff_ffff_f000)), (0, 0));
+        assert_eq!((table.get(0xffff_8000_0000_0000), table.get(!0xfff)), (0x1000, 0x1000));
+        table.clear_page(!0xfff);
+        table.clear(true);
+        assert_eq!(table.get(0xffff_8000_0000_0000), 0);
+    }
+
+    #[test]
+    fn a_table_of_the_lower_half_has_nothing_above() {
+        let mut table = Table::new(true).unwrap();
+        table.set(!0xfff, 0x1000, false);
+        assert_eq!(table.get(!0xfff), 0);
+        table.set(0x1000, 0x2000, false);
+        table.clear_range(0, 0x3000);
+        assert_eq!(table.get(0x1000), 0);
+    }
+
+    #[test]
+    fn a_page_that_stops_being_global_goes_with_the_local_ones() {
+        let mut table = Table::new(false).unwrap();
+        table.set(0x5000, 0x1000, true);
+        table.set(0x5000, 0x2000, false);
+        table.clear(false);
+        assert_eq!(table.get(0x5000), 0);
+    }
+
+    #[test]
+    fn endless_filling_stays_bounded() {
+        let mut table = Table::new(false).unwrap();
+        for page in 0..3 * MOST_LOGGED as u64 {
+            table.set(page << 30, 0x1000, false);
+            table.missed();
+        }
+        assert!(table.local.len() <= MOST_LOGGED);
+    }
+}
