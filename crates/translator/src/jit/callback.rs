@@ -60,10 +60,9 @@ pub(super) unsafe extern "sysv64" fn on_op(cpu: *mut Cpu, op: *const Op) -> u64 
     let done = (op.handler)(cpu, op);
     let status = cpu.flags.status();
     cpu.state.hot_mut().flags = to_hot(status);
+    let quiet = !cpu.recheck && cpu.stale.is_empty() && cpu.config.signal.pending().is_empty();
     match done {
-        Ok(()) if !cpu.recheck && cpu.stale.is_empty() && cpu.tlb.generation == cpu.seen_generation => {
-            return same_tables(cpu);
-        }
+        Ok(()) if quiet && cpu.tlb.generation == cpu.seen_generation => return same_tables(cpu),
         Ok(()) | Err(Leave::Boundary) => cpu.after = After::Look,
         Err(Leave::Again) => {
             cpu.state.rip = op.address(cpu.code_mask());

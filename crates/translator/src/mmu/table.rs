@@ -64,7 +64,7 @@ impl Table {
     /// The entry of a canonical address, or 0.
     #[inline(always)]
     pub(crate) fn get(&self, address: u64) -> u64 {
-        if self.lower_only && address >> 63 != 0 {
+        if self.lower_only && index(address) < 0 {
             return 0;
         }
         // SAFETY: `index` is within the table, and its lower half is there.
@@ -73,7 +73,7 @@ impl Table {
 
     /// Fills in the entry of a canonical address.
     pub(crate) fn set(&mut self, address: u64, addend: u64, global: bool) {
-        if self.lower_only && address >> 63 != 0 {
+        if self.lower_only && index(address) < 0 {
             return;
         }
         let at = index(address);
