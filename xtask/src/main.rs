@@ -24,7 +24,7 @@ Usage: cargo xtask COMMAND
   test [ARGS...]     all tests; ARGS go to the test runner
   fuzz [OPTION...]   random instructions on this processor and on the engine: --minutes N (of each class; default 10),
                      --cases N, --class NAME, --seed N
-  bench boot|cpu [OPTION...]
+  bench boot|cpu|programs [OPTION...]
                      Cordial beside QEMU's software engine and the processor itself; `bench` alone lists the options";
 
 fn main() -> ExitCode {

@@ -3,6 +3,7 @@
 //! ```text
 //!   bench [NAME...] ──> for each workload: itself again, as `--alone NAME`, with a time limit
 //!                             └─> set up ─> calibrate ─> rounds ─> one JSON line (Record)
+//!   bench --command NAME -- COMMAND... ──> the same with a command for a workload
 //! ```
 //!
 //! A process of its own for each workload: what one leaves in the heap or the page tables does not change the next,
@@ -12,6 +13,7 @@
 //! Neighbours: `cargo xtask bench cpu` builds and runs it in all places and compares the lines. It knows nothing of
 //! `init` or of where it runs.
 
+mod command;
 mod floats;
 mod kernel;
 mod measure;
@@ -25,12 +27,13 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{ChildStdout, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use measure::{Plan, Record, Workload};
+use measure::{Kind, Plan, Record, Workload};
 
 const USAGE: &str = "\
 Usage: bench [--rounds N] [--seconds S] [--limit S] [--list] [NAME...]
+       bench --command NAME [--output same|varies] [--rounds N] [--seconds S] [--limit S] -- COMMAND...
 
-Runs the named workloads, or all, and prints one JSON object a line for each.
+Runs the named workloads, or all, and prints one JSON object a line for each; or measures a command.
 
   --rounds N    measured rounds of each workload; default 3
   --seconds S   length of a round; default 0.1
@@ -51,9 +54,9 @@ fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let outcome = match words.first().map(String::as_str) {
         Some(NOTHING) => return ExitCode::SUCCESS,
-        Some(ALONE) => parse(&words[1..]).and_then(|(plan, names)| alone(&plan, &names)),
+        Some(ALONE) => parse(&words[1..]).and_then(|asked| alone(&asked)),
         Some("--list") => list(),
-        _ => parse(&words).and_then(|(plan, names)| all(&plan, &names)),
+        _ => parse(&words).and_then(|asked| all(&asked, &words)),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -64,28 +67,55 @@ fn main() -> ExitCode {
     }
 }
 
-fn parse(words: &[String]) -> Result<(Plan, Vec<Workload>), String> {
-    let (mut plan, mut chosen, all) = (Plan::default(), Vec::new(), workloads());
+/// What the command line says.
+#[derive(Debug, Default)]
+struct Asked {
+    plan: Plan,
+    chosen: Vec<Workload>,
+    /// Instead of workloads: a name, and program and arguments.
+    command: Option<(String, Vec<String>)>,
+    /// The command's output is not always the same.
+    varies: bool,
+}
+
+fn parse(words: &[String]) -> Result<Asked, String> {
+    let (mut asked, all) = (Asked::default(), workloads());
     let mut words = words.iter();
     while let Some(word) = words.next() {
+        if word == "--" {
+            let argv: Vec<String> = words.by_ref().cloned().collect();
+            let command = asked.command.as_mut().filter(|_| !argv.is_empty());
+            command.ok_or_else(|| format!("a command needs a name, and words behind --\n{USAGE}"))?.1 = argv;
+            break;
+        }
         if !word.starts_with("--") {
             let known = all.iter().find(|workload| workload.name == word);
-            chosen.push(*known.ok_or_else(|| format!("no workload is called {word}; `bench --list` names them"))?);
+            asked
+                .chosen
+                .push(*known.ok_or_else(|| format!("no workload is called {word}; `bench --list` names them"))?);
             continue;
         }
         let value = words.next().ok_or_else(|| format!("{word} needs a value\n{USAGE}"))?;
-        let number: f64 = value.parse().map_err(|_| format!("{word} {value}: not a number"))?;
-        if !(0.001..1e6).contains(&number) {
-            return Err(format!("{word} {value}: give a number from 0.001 to 1000000"));
-        }
+        let number = || match value.parse() {
+            Ok(number) if (0.001..1e6).contains(&number) => Ok(number),
+            _ => Err(format!("{word} {value}: not a number from 0.001 to 1000000")),
+        };
         match word.as_str() {
-            "--rounds" => plan.rounds = (number as usize).max(1),
-            "--seconds" => plan.round = Duration::from_secs_f64(number),
-            "--limit" => plan.limit = Duration::from_secs_f64(number),
+            "--rounds" => asked.plan.rounds = (number()? as usize).max(1),
+            "--seconds" => asked.plan.round = Duration::from_secs_f64(number()?),
+            "--limit" => asked.plan.limit = Duration::from_secs_f64(number()?),
+            "--command" => asked.command = Some((value.clone(), Vec::new())),
+            "--output" => asked.varies = value == "varies",
             _ => return Err(format!("unknown option {word}\n{USAGE}")),
         }
     }
-    Ok((plan, if chosen.is_empty() { all } else { chosen }))
+    if asked.command.as_ref().is_some_and(|(_, argv)| argv.is_empty()) {
+        return Err(format!("--command needs the command behind --\n{USAGE}"));
+    }
+    if asked.chosen.is_empty() {
+        asked.chosen = all;
+    }
+    Ok(asked)
 }
 
 fn list() -> Result<(), String> {
@@ -95,20 +125,33 @@ fn list() -> Result<(), String> {
 }
 
 /// Runs each in a process of its own.
-fn all(plan: &Plan, chosen: &[Workload]) -> Result<(), String> {
+fn all(asked: &Asked, words: &[String]) -> Result<(), String> {
     sys::pin_to_this_cpu().map_err(|error| format!("cannot stay on one processor: {error}"))?;
-    for workload in chosen {
-        let line = in_own_process(plan, workload).unwrap_or_else(|why| Record::failed(workload, &why).line());
-        let mut output = io::stdout().lock();
-        output.write_all(line.as_bytes()).and_then(|()| output.flush()).map_err(|error| format!("output: {error}"))?;
+    if let Some((name, _)) = &asked.command {
+        return one(&asked.plan, name, Kind::Program, words);
+    }
+    for workload in &asked.chosen {
+        let words = [asked.plan.words().as_slice(), &[workload.name.to_owned()]].concat();
+        one(&asked.plan, workload.name, workload.kind, &words)?;
     }
     Ok(())
 }
 
-/// The line that a process of its own printed for the workload, or why there is none.
-fn in_own_process(plan: &Plan, workload: &Workload) -> Result<String, String> {
+/// Prints the line that a process of its own makes of these words.
+fn one(plan: &Plan, name: &str, kind: Kind, words: &[String]) -> Result<(), String> {
+    let line = in_own_process(plan, words).unwrap_or_else(|why| Record::failed(name, kind, &why).line());
+    print(&line)
+}
+
+fn print(line: &str) -> Result<(), String> {
+    let mut output = io::stdout().lock();
+    output.write_all(line.as_bytes()).and_then(|()| output.flush()).map_err(|error| format!("output: {error}"))
+}
+
+/// The line that a process of its own printed, or why there is none.
+fn in_own_process(plan: &Plan, words: &[String]) -> Result<String, String> {
     let mut command = Command::new("/proc/self/exe");
-    command.args([ALONE, workload.name]).args(plan.words()).stdin(Stdio::null()).stdout(Stdio::piped());
+    command.arg(ALONE).args(words).stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = command.spawn().map_err(|error| format!("cannot start a process: {error}"))?;
     let line = child.stdout.take().map(|output| everything(output, plan.limit));
     if !matches!(line, Some(Ok(_))) {
@@ -140,11 +183,15 @@ fn everything(mut output: ChildStdout, limit: Duration) -> Result<String, String
 }
 
 /// Runs one workload in this process and prints its line.
-fn alone(plan: &Plan, chosen: &[Workload]) -> Result<(), String> {
-    let [workload] = chosen else { return Err(format!("{ALONE} takes one workload")) };
-    let record = measure::measure(workload, plan).unwrap_or_else(|error| Record::failed(workload, &error.to_string()));
-    let mut output = io::stdout().lock();
-    output.write_all(record.line().as_bytes()).and_then(|()| output.flush()).map_err(|error| format!("output: {error}"))
+fn alone(asked: &Asked) -> Result<(), String> {
+    let record = match (&asked.command, asked.chosen.as_slice()) {
+        (Some((name, argv)), _) => command::measure(name, argv, asked.varies, &asked.plan)
+            .unwrap_or_else(|error| Record::failed(name, Kind::Program, &error.to_string())),
+        (None, [workload]) => measure::measure(workload, &asked.plan)
+            .unwrap_or_else(|error| Record::failed(workload.name, workload.kind, &error.to_string())),
+        _ => return Err(format!("{ALONE} takes one workload")),
+    };
+    print(&record.line())
 }
 
 #[cfg(test)]
@@ -153,7 +200,8 @@ mod tests {
 
     #[test]
     fn every_workload_does_the_same_each_time() {
-        for workload in workloads() {
+        // Here, this program is the test: executing it is something else.
+        for workload in workloads().into_iter().filter(|workload| workload.name != "forkexec") {
             let mut unit = match (workload.start)() {
                 Ok(unit) => unit,
                 Err(error) => {
@@ -174,7 +222,9 @@ mod tests {
         names.dedup();
         assert_eq!(names.len(), workloads().len());
         let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
-        assert_eq!(parse(&words("--rounds 2 sort hash")).unwrap().1.len(), 2);
+        assert_eq!(parse(&words("--rounds 2 sort hash")).unwrap().chosen.len(), 2);
+        assert_eq!(parse(&words("--command x -- a --b")).unwrap().command.unwrap().1, ["a", "--b"]);
+        assert!(parse(&words("--command x")).unwrap_err().contains("behind --"));
         assert!(parse(&words("sorrt")).unwrap_err().contains("sorrt"));
         assert!(parse(&words("--seconds -1")).unwrap_err().contains("-1"));
     }

@@ -36,6 +36,8 @@ pub(crate) enum Kind {
     Float,
     /// System calls, faults, context switches.
     Kernel,
+    /// A whole program, from its start to its end.
+    Program,
 }
 
 /// How to measure.
@@ -64,8 +66,8 @@ impl Plan {
 /// The line about one workload.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Record {
-    name: &'static str,
-    kind: Option<Kind>,
+    pub(crate) name: String,
+    pub(crate) kind: Option<Kind>,
     /// Iterations a round.
     iterations: u64,
     /// Nanoseconds an iteration.
@@ -73,7 +75,7 @@ pub(crate) struct Record {
     median_ns: f64,
     rounds_ns: Vec<f64>,
     /// Of one unit's results: equal wherever the work was done right.
-    checksum: Option<String>,
+    pub(crate) checksum: Option<String>,
     /// `CLOCK_MONOTONIC` at the end: the reader can tell whether this clock runs like its own.
     clock_ns: u64,
     /// Why there are no figures.
@@ -82,9 +84,9 @@ pub(crate) struct Record {
 }
 
 impl Record {
-    pub(crate) fn failed(workload: &Workload, why: &str) -> Self {
+    pub(crate) fn failed(name: &str, kind: Kind, why: &str) -> Self {
         let clock_ns = sys::monotonic_ns();
-        Self { name: workload.name, kind: Some(workload.kind), error: Some(why.into()), clock_ns, ..Self::default() }
+        Self { name: name.into(), kind: Some(kind), error: Some(why.into()), clock_ns, ..Self::default() }
     }
 
     pub(crate) fn line(&self) -> String {
@@ -94,7 +96,12 @@ impl Record {
 
 /// Measures one workload.
 pub(crate) fn measure(workload: &Workload, plan: &Plan) -> io::Result<Record> {
-    let mut unit = (workload.start)()?;
+    let record = measure_unit((workload.start)()?, workload.batch, plan)?;
+    Ok(Record { name: workload.name.into(), kind: Some(workload.kind), ..record })
+}
+
+/// Measures a unit of `batch` iterations; the record has no name yet.
+pub(crate) fn measure_unit(mut unit: Unit, batch: u64, plan: &Plan) -> io::Result<Record> {
     // The first one warms up, too.
     let checksum = unit()?;
     let mut repeat = |count: u64| -> io::Result<Duration> {
@@ -107,7 +114,7 @@ pub(crate) fn measure(workload: &Workload, plan: &Plan) -> io::Result<Record> {
         Ok(Duration::from_nanos(sys::monotonic_ns() - started))
     };
     let units = calibrate(&mut repeat, plan.round)?;
-    let iterations = units * workload.batch;
+    let iterations = units * batch;
     let mut rounds_ns = Vec::new();
     for _ in 0..plan.rounds {
         rounds_ns.push(repeat(units)?.as_nanos() as f64 / iterations as f64);
@@ -115,15 +122,13 @@ pub(crate) fn measure(workload: &Workload, plan: &Plan) -> io::Result<Record> {
     let mut sorted = rounds_ns.clone();
     sorted.sort_by(f64::total_cmp);
     Ok(Record {
-        name: workload.name,
-        kind: Some(workload.kind),
         iterations,
         best_ns: sorted[0],
         median_ns: (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0,
         rounds_ns,
         checksum: Some(format!("{checksum:016x}")),
         clock_ns: sys::monotonic_ns(),
-        error: None,
+        ..Record::default()
     })
 }
 

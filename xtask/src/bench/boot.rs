@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::guest::{Place, Run};
 use super::report::{self, Spread, Table};
-use super::{Options, guest};
+use super::{MEMORY, Options, Setup, guest};
 
 const ROUNDS: usize = 5;
 
@@ -26,7 +26,7 @@ const MIB: f64 = 1_048_576.0;
 pub(super) fn run(options: &Options) -> Result<bool> {
     let root = super::root();
     let places = options.places(false);
-    let machine = super::machine(&root, options, &[])?;
+    let machine = super::machine(&root, options, &Setup { memory: MEMORY, ..Setup::default() })?;
     let rounds = options.rounds.unwrap_or(ROUNDS);
     let mut runs: Vec<(Place, Run)> = Vec::new();
     for round in 0..rounds {

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::guest::{Place, Run};
 use super::report::{self, Spread, Table, figure, geometric_mean};
-use super::{Options, guest};
+use super::{Kit, MEMORY, Options, PROGRAM, Setup, guest};
 
 const ROUNDS: usize = 3;
 const SECONDS: f64 = 0.1;
@@ -18,8 +18,6 @@ const INNER_ROUNDS: usize = 3;
 const CLOCK_TOLERANCE: f64 = 0.02;
 /// A shorter time says nothing about a clock: when a line arrives is not exact.
 const CLOCK_LEAST_MS: f64 = 3000.0;
-/// Where the program lies in a guest.
-const PROGRAM: &str = "/bin/bench";
 
 /// One line of the program; see guest/bench.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -90,51 +88,53 @@ impl Row {
 /// Measures, prints, writes.
 pub(super) fn run(options: &Options) -> Result<bool> {
     let root = super::root();
-    let places = options.places(true);
     let program = super::build_workloads(&root)?;
     let names = chosen(&super::output(std::process::Command::new(&program).arg("--list"))?, &options.only)?;
-    let machine = super::machine(&root, options, &[(&program, PROGRAM)])?;
+    let setup = Setup { memory: MEMORY, copies: &[(&program, PROGRAM)], disk: None };
+    let machine = super::machine(&root, options, &setup)?;
+    let seconds = options.seconds.unwrap_or(SECONDS).to_string();
+    let words = ["--rounds", &INNER_ROUNDS.to_string(), "--seconds", &seconds].map(str::to_owned);
+    let arguments = [words.as_slice(), &names].concat();
     let argv = |place: Place| -> Vec<String> {
         let program = if place == Place::Native { program.to_string_lossy().into_owned() } else { PROGRAM.into() };
-        let seconds = options.seconds.unwrap_or(SECONDS).to_string();
-        let words = ["--rounds", &INNER_ROUNDS.to_string(), "--seconds", &seconds].map(str::to_owned);
-        [vec![program], words.into(), names.clone()].concat()
+        [&[program], arguments.as_slice()].concat()
     };
-    let rounds = options.rounds.unwrap_or(ROUNDS);
+    compare(&Kit { root, machine, rounds: options.rounds.unwrap_or(ROUNDS), names, schema: "cpu" }, options, argv)
+}
+
+/// Runs `argv` of each place in turn, reads its records, prints the table, writes the document. True where Cordial's
+/// results are right and complete.
+pub(super) fn compare(kit: &Kit, options: &Options, argv: impl Fn(Place) -> Vec<String>) -> Result<bool> {
+    let Kit { root, machine, rounds, names, schema } = kit;
+    let places = options.places(true);
     let mut measured = Vec::new();
-    for round in 0..rounds {
+    for round in 0..*rounds {
         for place in super::in_turn(&places, round) {
-            let run = guest::run(place, &machine, &argv(place))?;
+            let run = guest::run(place, machine, &argv(place))?;
             let one = Measured::of(place, round, &run);
-            let seconds = one.end_ms / 1e3;
-            eprintln!(
-                "round {}/{rounds}, {place}: {} of {} workloads, {seconds:.1} s",
-                round + 1,
-                one.records.len(),
-                names.len()
-            );
+            let (done, all, seconds) = (one.records.len(), names.len(), one.end_ms / 1e3);
+            eprintln!("round {}/{rounds}, {place}: {done} of {all}, {seconds:.1} s", round + 1);
             one.failure.iter().for_each(|why| eprintln!("  failed: {why}"));
             measured.push(one);
         }
     }
-    let rows = rows(&names, &places, &measured);
+    let rows = rows(names, &places, &measured);
     let troubles = [troubles(&rows), clock_troubles(&measured, &places)].concat();
     let lines: String = troubles.iter().map(|trouble| format!("{}\n", trouble.text)).collect();
     report::show(&(table(&rows, &places).print() + &lines))?;
     if let Some(file) = &options.json {
-        let about = report::surroundings(&root, &machine, options);
+        let about = report::surroundings(root, machine, options);
         let summary: Vec<_> = rows.iter().map(summary).collect();
         let means: Vec<_> = groups(&rows).iter().map(|(group, rows)| means(group, rows)).collect();
-        let document = json!({
-            "schema": "cordial.bench.cpu/1", "about": about, "rows": summary, "means": means, "runs": measured,
-        });
+        let schema = format!("cordial.bench.{schema}/1");
+        let document = json!({ "schema": schema, "about": about, "rows": summary, "means": means, "runs": measured });
         report::write(file, &document)?;
     }
     Ok(!troubles.iter().any(|trouble| trouble.ours))
 }
 
 /// The workloads to run, of those that the program lists.
-fn chosen(list: &str, only: &[String]) -> Result<Vec<String>> {
+pub(super) fn chosen(list: &str, only: &[String]) -> Result<Vec<String>> {
     let all: Vec<String> = list.lines().filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect();
     for name in only {
         ensure!(all.contains(name), "--only {name}: there is no such workload; there are {}", all.join(", "));

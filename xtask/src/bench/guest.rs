@@ -62,6 +62,8 @@ pub(super) struct Machine {
     pub(super) command_line: String,
     /// MiB.
     pub(super) memory: u64,
+    /// An image that guests read.
+    pub(super) disk: Option<PathBuf>,
     /// What `cordial run` needs to make the same of it.
     pub(super) words: Vec<String>,
 }

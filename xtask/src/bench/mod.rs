@@ -5,6 +5,7 @@
 //!   guest    one run of one command in one place, timed from outside      (qemu, memory: parts of it)
 //!   boot     from the monitor's start to the first process
 //!   cpu      workloads that time themselves (guest/bench)
+//!   programs real programs of Debian's, timed by the same program
 //!   report   medians, tables, JSON
 //! ```
 //!
@@ -15,6 +16,7 @@ mod boot;
 mod cpu;
 mod guest;
 mod memory;
+mod programs;
 mod qemu;
 mod report;
 
@@ -28,21 +30,24 @@ use self::guest::{Machine, Place};
 use crate::{run, workspace};
 
 const USAGE: &str = "\
-Usage: cargo xtask bench boot|cpu [OPTION...]
+Usage: cargo xtask bench boot|cpu|programs [OPTION...]
 
-  boot   from the monitor's start to the guest's first process, and the monitor's memory
-  cpu    workloads in user and kernel mode, natively, in Cordial and in QEMU
+  boot      from the monitor's start to the guest's first process, and the monitor's memory
+  cpu       workloads in user and kernel mode, natively, in Cordial and in QEMU
+  programs  the same with programs of Debian 12 (needs mmdebstrap, once)
 
-  --rounds N        runs in each place, in alternation; default 5 (boot), 3 (cpu)
-  --only NAME,...   cpu: these workloads only
-  --seconds S       cpu: length of a measured round; default 0.1
+  --rounds N        runs in each place, in alternation; default 5 (boot), 3 (cpu), 2 (programs)
+  --only NAME,...   these workloads or programs only
+  --seconds S       length of a measured round; default 0.1 (cpu), 0.5 (programs)
   --no-qemu         leave QEMU out
   --cordial FILE    measure this program instead of building one
   --append WORDS    words for the end of the guests' kernel command line
   --json FILE       write all figures to a file";
 
-/// Guests' memory, MiB.
+/// Guests' memory where little is needed, MiB.
 const MEMORY: u64 = 512;
+/// Where guest/bench lies in a guest.
+const PROGRAM: &str = "/bin/bench";
 /// The target that the guest's programs are built for.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
@@ -107,6 +112,7 @@ pub(crate) fn run(words: &[&str]) -> Result<bool> {
     match words {
         ["boot", rest @ ..] => boot::run(&Options::parse(rest)?),
         ["cpu", rest @ ..] => cpu::run(&Options::parse(rest)?),
+        ["programs", rest @ ..] => programs::run(&Options::parse(rest)?),
         _ => bail!("say what to measure\n{USAGE}"),
     }
 }
@@ -140,6 +146,17 @@ fn build_cordial(root: &Path, options: &Options) -> Result<PathBuf> {
     Ok(root.join("target/release/cordial"))
 }
 
+/// What a comparison of workloads needs to know.
+struct Kit {
+    root: PathBuf,
+    machine: Machine,
+    rounds: usize,
+    /// The workloads, as their records name them.
+    names: Vec<String>,
+    /// The last part of the document's schema.
+    schema: &'static str,
+}
+
 /// What is read of `cordial run --dry-run`.
 #[derive(Deserialize)]
 struct Plan {
@@ -153,18 +170,31 @@ struct Initramfs {
     bytes: String,
 }
 
-/// The machine that all monitors are given, as `cordial` plans it, with these files in it.
-fn machine(root: &Path, options: &Options, copies: &[(&Path, &str)]) -> Result<Machine> {
+/// What a comparison's machine has.
+#[derive(Default)]
+struct Setup<'a> {
+    /// MiB.
+    memory: u64,
+    /// An image that guests read.
+    disk: Option<&'a Path>,
+    /// Files for the initramfs: where from, where to.
+    copies: &'a [(&'a Path, &'a str)],
+}
+
+/// The machine that all monitors are given, as `cordial` plans it.
+fn machine(root: &Path, options: &Options, setup: &Setup<'_>) -> Result<Machine> {
     let cordial = build_cordial(root, options)?;
     let initramfs = folder(root)?.join("initramfs");
     let copies: Vec<String> =
-        copies.iter().flat_map(|(from, to)| ["--copy".to_owned(), format!("{}:{to}", from.display())]).collect();
+        setup.copies.iter().flat_map(|(from, to)| ["--copy".to_owned(), format!("{}:{to}", from.display())]).collect();
     let mut image = Command::new(&cordial);
-    image.args(["image", "initramfs", "--yes", "--no-disks", "--kernel", "debian", "--output"]).arg(&initramfs);
+    image.args(["image", "initramfs", "--yes", "--kernel", "debian", "--output"]).arg(&initramfs);
+    image.args(setup.disk.is_none().then_some("--no-disks"));
     let kernel = PathBuf::from(output(image.args(&copies))?.trim_end());
 
     let mut words: Vec<String> = ["--cpus", "1", "--kernel", "debian", "--mem"].map(str::to_owned).into();
-    words.push(format!("{MEMORY}M"));
+    words.push(format!("{}M", setup.memory));
+    words.extend(setup.disk.iter().flat_map(|disk| ["--disk".to_owned(), format!("{}:ro", disk.display())]));
     words.extend(copies);
     words.extend(options.append.iter().flat_map(|append| ["--append".to_owned(), append.clone()]));
     let plan = output(Command::new(&cordial).args(["run", "--dry-run"]).args(&words).args(["--", "true"]))?;
@@ -172,7 +202,8 @@ fn machine(root: &Path, options: &Options, copies: &[(&Path, &str)]) -> Result<M
     let length = std::fs::metadata(&initramfs)?.len();
     let planned = &plan.initrd.bytes;
     ensure!(*planned == format!("{length} bytes"), "cordial run would use another initramfs: {planned}, not {length}");
-    Ok(Machine { cordial, kernel, initramfs, command_line: plan.command_line, memory: MEMORY, words })
+    let (memory, disk) = (setup.memory, setup.disk.map(Path::to_path_buf));
+    Ok(Machine { cordial, kernel, initramfs, command_line: plan.command_line, memory, disk, words })
 }
 
 /// Standard output of a command that succeeds.

@@ -29,10 +29,15 @@ pub(super) fn version() -> Option<String> {
 }
 
 /// The options that make the machine, for the record.
-pub(super) fn machine_words(memory: u64) -> Vec<String> {
+pub(super) fn machine_words(machine: &Machine) -> Vec<String> {
     let words = "-accel tcg -cpu max -smp 1 -nodefaults -display none -no-reboot -device virtio-serial-pci \
                  -object rng-random,id=entropy,filename=/dev/urandom -device virtio-rng-pci,rng=entropy";
-    words.split_whitespace().map(str::to_owned).chain(["-m".into(), format!("{memory}M")]).collect()
+    let mut words: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
+    words.extend(["-m".into(), format!("{}M", machine.memory)]);
+    if let Some(disk) = &machine.disk {
+        words.extend(["-drive".into(), format!("file={},format=raw,if=virtio,readonly=on", disk.display())]);
+    }
+    words
 }
 
 /// The host's half of the dialogue, until the command has ended.
@@ -76,7 +81,7 @@ impl Drop for Folder {
 pub(super) fn boot(machine: &Machine, argv: &[String], teller: &Teller) -> Result<(Running, Session)> {
     let folder = Folder::new()?;
     let mut command = Command::new(PROGRAM);
-    command.args(machine_words(machine.memory)).args(["-append", &machine.command_line]);
+    command.args(machine_words(machine)).args(["-append", &machine.command_line]);
     command.arg("-kernel").arg(&machine.kernel).arg("-initrd").arg(&machine.initramfs);
     command.args(["-chardev", "null,id=console", "-device", "virtconsole,chardev=console"]);
     let mut listeners = Vec::new();

@@ -104,7 +104,7 @@ pub(super) fn surroundings(root: &Path, machine: &Machine, options: &Options) ->
         "changed": git(&["status", "--porcelain"]).map(|text| !text.is_empty()),
         "given_program": options.cordial,
         "qemu": qemu::version(),
-        "qemu_options": qemu::machine_words(machine.memory),
+        "qemu_options": qemu::machine_words(machine),
         "processor": first("/proc/cpuinfo", "model name"),
         "processors": std::thread::available_parallelism().map_or(0, std::num::NonZero::get),
         "host_kernel": first("/proc/version", ""),
