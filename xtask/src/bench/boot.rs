@@ -25,6 +25,7 @@ const MIB: f64 = 1_048_576.0;
 /// Measures, prints, writes.
 pub(super) fn run(options: &Options) -> Result<bool> {
     let root = super::root();
+    report::warn_of_load();
     let places = options.places(false);
     let machine = super::machine(&root, options, &Setup { memory: MEMORY, ..Setup::default() })?;
     let rounds = options.rounds.unwrap_or(ROUNDS);

@@ -65,6 +65,8 @@ impl Measured {
 #[derive(Debug, Default, PartialEq)]
 struct Cell {
     ns: Option<f64>,
+    /// How far the runs' figures lie apart, as a part of `ns`.
+    spread: Option<f64>,
     /// Why there is no figure, or why it is worth nothing.
     trouble: Option<String>,
 }
@@ -82,6 +84,11 @@ impl Row {
     fn factor(&self, place: Place, than: Place) -> Option<f64> {
         let ns = |place| self.cells.get(&place).filter(|cell| cell.trouble.is_none()).and_then(|cell| cell.ns);
         Some(ns(place)? / ns(than)?)
+    }
+
+    /// The largest spread of all places.
+    fn spread(&self) -> Option<f64> {
+        self.cells.values().filter_map(|cell| cell.spread).max_by(f64::total_cmp)
     }
 }
 
@@ -106,6 +113,7 @@ pub(super) fn run(options: &Options) -> Result<bool> {
 /// results are right and complete.
 pub(super) fn compare(kit: &Kit, options: &Options, argv: impl Fn(Place) -> Vec<String>) -> Result<bool> {
     let Kit { root, machine, rounds, names, schema } = kit;
+    report::warn_of_load();
     let places = options.places(true);
     let mut measured = Vec::new();
     for round in 0..*rounds {
@@ -169,7 +177,9 @@ fn cell(records: &[&Record], expected: Option<&String>) -> Cell {
     };
     let medians: Vec<f64> =
         records.iter().filter(|record| record.error.is_none()).map(|record| record.median_ns).collect();
-    Cell { ns: Spread::of(&medians).map(|spread| spread.median), trouble }
+    let ns = Spread::of(&medians);
+    let spread = ns.map(|ns| (ns.most - ns.least) / ns.median);
+    Cell { ns: ns.map(|ns| ns.median), spread, trouble }
 }
 
 /// Rows by kind, then all of user mode, then all.
@@ -200,12 +210,13 @@ fn table(rows: &[Row], places: &[Place]) -> Table {
     let factors: Vec<_> =
         FACTORS.iter().filter(|(place, than, _)| places.contains(place) && places.contains(than)).collect();
     let names: Vec<&str> = factors.iter().map(|(_, _, name)| *name).collect();
-    let mut table = Table::new(&[&["workload", "kind", "native ns"], names.as_slice()].concat());
+    let mut table = Table::new(&[&["workload", "kind", "native ns"], names.as_slice(), &["spread %"]].concat());
     let shown = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), figure);
     for row in rows {
         let native = row.cells.get(&Place::Native).and_then(|cell| cell.ns);
         let mut cells = vec![row.name.clone(), row.kind.clone(), shown(native)];
         cells.extend(factors.iter().map(|(place, than, _)| shown(row.factor(*place, *than))));
+        cells.push(row.spread().map_or_else(|| "-".to_owned(), |spread| format!("{:.0}", spread * 100.0)));
         table.row(cells);
     }
     table.rule();
@@ -258,7 +269,9 @@ fn summary(row: &Row) -> serde_json::Value {
     let places: serde_json::Map<_, _> = row
         .cells
         .iter()
-        .map(|(place, cell)| (place.to_string(), json!({ "ns": cell.ns, "trouble": cell.trouble })))
+        .map(|(place, cell)| {
+            (place.to_string(), json!({ "ns": cell.ns, "spread": cell.spread, "trouble": cell.trouble }))
+        })
         .collect();
     json!({ "name": row.name, "kind": row.kind, "places": places, "factors": factors(|place, than| row.factor(place, than)) })
 }
@@ -304,6 +317,7 @@ mod tests {
         let rows = rows(&names, &places, &runs);
         assert_eq!(rows[0].factor(Place::Cordial, Place::Native), Some(10.0));
         assert_eq!(rows[0].factor(Place::Cordial, Place::Qemu), Some(2.0));
+        assert_eq!(rows[0].spread(), Some(0.0));
         assert_eq!(rows[1].factor(Place::Cordial, Place::Native), None);
         let troubles = troubles(&rows);
         assert_eq!(troubles[0], Trouble { text: "wrong in Cordial: wrong result c".into(), ours: true });

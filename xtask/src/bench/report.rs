@@ -120,6 +120,16 @@ pub(super) fn show(text: &str) -> Result<()> {
     std::io::stdout().write_all(text.as_bytes()).context("cannot print the results")
 }
 
+/// Says so where others are at work: they take the processor from one place more than from another.
+pub(super) fn warn_of_load() {
+    const IDLE: f64 = 0.5;
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load = text.split_whitespace().next().and_then(|word| word.parse::<f64>().ok());
+    if let Some(load) = load.filter(|load| *load > IDLE) {
+        eprintln!("the machine is busy (load {load}): look at the spread before you trust a figure");
+    }
+}
+
 /// Writes a document.
 pub(super) fn write(file: &Path, document: &Value) -> Result<()> {
     let text = serde_json::to_string_pretty(document)? + "\n";
