@@ -126,7 +126,7 @@ pub(super) fn compare(kit: &Kit, options: &Options, argv: impl Fn(Place) -> Vec<
             measured.push(one);
         }
     }
-    let rows = rows(names, &places, &measured);
+    let rows = rows(names, &places, &measured, options.best);
     let troubles = [troubles(&rows), clock_troubles(&measured, &places)].concat();
     let lines: String = troubles.iter().map(|trouble| format!("{}\n", trouble.text)).collect();
     report::show(&(table(&rows, &places).print() + &lines))?;
@@ -150,8 +150,8 @@ pub(super) fn chosen(list: &str, only: &[String]) -> Result<Vec<String>> {
     Ok(if only.is_empty() { all } else { only.to_vec() })
 }
 
-/// Per workload and place the median of the runs' medians.
-fn rows(names: &[String], places: &[Place], measured: &[Measured]) -> Vec<Row> {
+/// Per workload and place the median of the runs' medians, or the best round of all.
+fn rows(names: &[String], places: &[Place], measured: &[Measured], best: bool) -> Vec<Row> {
     let of = |name: &str, place: Place| -> Vec<&Record> {
         let runs = measured.iter().filter(|run| run.place == place);
         runs.flat_map(|run| run.records.iter().filter(|record| record.name == name)).collect()
@@ -159,7 +159,7 @@ fn rows(names: &[String], places: &[Place], measured: &[Measured]) -> Vec<Row> {
     let row = |name: &String| {
         let native = of(name, Place::Native);
         let expected = native.iter().find_map(|record| record.checksum.as_ref());
-        let cell = |place: &Place| (*place, cell(&of(name, *place), expected));
+        let cell = |place: &Place| (*place, cell(&of(name, *place), expected, best));
         let kind = measured.iter().flat_map(|run| &run.records).find(|record| record.name == *name);
         let kind = kind.map_or_else(|| "?".to_owned(), |record| record.kind.clone());
         Row { name: name.clone(), kind, cells: places.iter().map(cell).collect() }
@@ -167,7 +167,7 @@ fn rows(names: &[String], places: &[Place], measured: &[Measured]) -> Vec<Row> {
     names.iter().map(row).collect()
 }
 
-fn cell(records: &[&Record], expected: Option<&String>) -> Cell {
+fn cell(records: &[&Record], expected: Option<&String>, best: bool) -> Cell {
     let wrong = records.iter().find(|record| record.error.is_none() && record.checksum.as_ref() != expected);
     let trouble = match (records.iter().find_map(|record| record.error.clone()), wrong) {
         (Some(error), _) => Some(error),
@@ -175,11 +175,11 @@ fn cell(records: &[&Record], expected: Option<&String>) -> Cell {
         (None, None) if records.is_empty() => Some("no result".to_owned()),
         (None, None) => None,
     };
-    let medians: Vec<f64> =
-        records.iter().filter(|record| record.error.is_none()).map(|record| record.median_ns).collect();
-    let ns = Spread::of(&medians);
+    let good = records.iter().filter(|record| record.error.is_none());
+    let figures: Vec<f64> = good.map(|record| if best { record.best_ns } else { record.median_ns }).collect();
+    let ns = Spread::of(&figures);
     let spread = ns.map(|ns| (ns.most - ns.least) / ns.median);
-    Cell { ns: ns.map(|ns| ns.median), spread, trouble }
+    Cell { ns: ns.map(|ns| if best { ns.least } else { ns.median }), spread, trouble }
 }
 
 /// Rows by kind, then all of user mode, then all.
@@ -314,7 +314,7 @@ mod tests {
             measured(Place::Cordial, vec![record("right", 10.0, "a"), record("wrong", 10.0, "c")]),
             measured(Place::Qemu, vec![record("right", 5.0, "a")]),
         ];
-        let rows = rows(&names, &places, &runs);
+        let rows = rows(&names, &places, &runs, false);
         assert_eq!(rows[0].factor(Place::Cordial, Place::Native), Some(10.0));
         assert_eq!(rows[0].factor(Place::Cordial, Place::Qemu), Some(2.0));
         assert_eq!(rows[0].spread(), Some(0.0));

@@ -31,7 +31,7 @@ use super::{memory, qemu};
 /// After this a run is ended and counts as failed.
 const PATIENCE: Duration = Duration::from_secs(1800);
 /// How long a machine may take to switch itself off once its command has ended.
-const GRACE: Duration = Duration::from_secs(60);
+pub(super) const GRACE: Duration = Duration::from_secs(60);
 
 /// Where something runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]

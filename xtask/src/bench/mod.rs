@@ -39,6 +39,7 @@ Usage: cargo xtask bench boot|cpu|programs [OPTION...]
   --rounds N        runs in each place, in alternation; default 5 (boot), 3 (cpu), 2 (programs)
   --only NAME,...   these workloads or programs only
   --seconds S       length of a measured round; default 0.1 (cpu), 0.5 (programs)
+  --best            the best round of each place instead of the median: for a machine that has other work
   --no-qemu         leave QEMU out
   --cordial FILE    measure this program instead of building one
   --append WORDS    words for the end of the guests' kernel command line
@@ -57,6 +58,7 @@ struct Options {
     rounds: Option<usize>,
     only: Vec<String>,
     seconds: Option<f64>,
+    best: bool,
     no_qemu: bool,
     cordial: Option<PathBuf>,
     append: Option<String>,
@@ -68,8 +70,13 @@ impl Options {
         let mut options = Self::default();
         let mut words = words.iter();
         while let Some(&word) = words.next() {
-            if word == "--no-qemu" {
-                options.no_qemu = true;
+            let switch = match word {
+                "--no-qemu" => Some(&mut options.no_qemu),
+                "--best" => Some(&mut options.best),
+                _ => None,
+            };
+            if let Some(switch) = switch {
+                *switch = true;
                 continue;
             }
             let known = ["--rounds", "--only", "--seconds", "--cordial", "--append", "--json"];

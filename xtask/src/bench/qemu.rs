@@ -13,7 +13,7 @@ use std::{fs, thread};
 use anyhow::{Context as _, Result, bail};
 use protocol::{ToGuest, ToHost};
 
-use super::guest::{Happening, Machine, Running, Teller};
+use super::guest::{GRACE, Happening, Machine, Running, Teller};
 
 /// The program.
 pub(super) const PROGRAM: &str = "qemu-system-x86_64";
@@ -188,7 +188,8 @@ impl Dialogue {
                 ToHost::Exit { status, stdout, stderr, error } => {
                     error.into_iter().for_each(|error| self.teller.tell(Happening::Complaint(error)));
                     // The ports are not ordered among each other.
-                    while self.arrived.load(Ordering::Acquire) < stdout + stderr {
+                    let said = Instant::now();
+                    while self.arrived.load(Ordering::Acquire) < stdout + stderr && said.elapsed() < GRACE {
                         thread::sleep(Duration::from_millis(1));
                     }
                     self.teller.tell(Happening::Exit(status));
