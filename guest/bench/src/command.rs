@@ -16,32 +16,26 @@ pub(crate) fn measure(name: &str, argv: &[String], varies: bool, plan: &Plan) ->
 fn unit(argv: &[String], varies: bool) -> Unit {
     let mut command = Command::new(&argv[0]);
     command.args(&argv[1..]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut bytes = Vec::new();
     Box::new(move || {
         let mut child = command.spawn()?;
-        let mut sum = 0_u64;
-        let mut buffer = [0; 65536];
-        let mut output = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
-        loop {
-            match output.read(&mut buffer)? {
-                0 => break,
-                length => sum = buffer[..length].chunks(8).fold(sum, mix),
-            }
-        }
+        bytes.clear();
+        child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?.read_to_end(&mut bytes)?;
         // So little that it fits the pipe, or the command is not one to measure.
         let mut said = String::new();
         child.stderr.take().ok_or(io::ErrorKind::BrokenPipe)?.read_to_string(&mut said)?;
         let status = child.wait()?;
         match status.success() {
-            true => Ok(if varies { 0 } else { sum }),
+            true => Ok(if varies { 0 } else { checksum(&bytes) }),
             false => Err(io::Error::other(format!("{status}: {}", said.trim_end()))),
         }
     })
 }
 
 /// FNV-1a over words: a byte at a time would weigh as much as some of the programs.
-fn mix(sum: u64, bytes: &[u8]) -> u64 {
-    let word = bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
-    (sum ^ word).wrapping_mul(0x0100_0000_01b3)
+fn checksum(bytes: &[u8]) -> u64 {
+    let word = |bytes: &[u8]| bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+    bytes.chunks(8).fold(0, |sum: u64, bytes| (sum ^ word(bytes)).wrapping_mul(0x0100_0000_01b3))
 }
 
 #[cfg(test)]
@@ -58,6 +52,9 @@ mod tests {
         let (one, same, other) = (measured("echo a", false), measured("echo a", false), measured("echo b", false));
         assert_eq!(one.as_ref().unwrap().checksum, same.unwrap().checksum);
         assert_ne!(one.unwrap().checksum, other.unwrap().checksum);
+        // How the output arrives makes no difference.
+        let (whole, parts) = ("echo abcdefghijkl", "printf abc; sleep 0.001; echo defghijkl");
+        assert_eq!(measured(whole, false).unwrap().checksum, measured(parts, false).unwrap().checksum);
         assert!(measured("echo why >&2; exit 3", false).unwrap_err().to_string().contains("3: why"));
         assert_eq!(measured("echo $$", true).unwrap().checksum, None);
         assert!(measured("echo $$", false).unwrap_err().to_string().contains("two different results"));

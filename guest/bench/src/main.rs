@@ -23,7 +23,7 @@ mod text;
 mod user;
 
 use std::io::{self, Read, Write};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{ChildStdout, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -151,12 +151,12 @@ fn print(line: &str) -> Result<(), String> {
 /// The line that a process of its own printed, or why there is none.
 fn in_own_process(plan: &Plan, words: &[String]) -> Result<String, String> {
     let mut command = Command::new("/proc/self/exe");
-    command.arg(ALONE).args(words).stdin(Stdio::null()).stdout(Stdio::piped());
+    command.arg(ALONE).args(words).process_group(0).stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = command.spawn().map_err(|error| format!("cannot start a process: {error}"))?;
     let line = child.stdout.take().map(|output| everything(output, plan.limit));
     if !matches!(line, Some(Ok(_))) {
-        // One that has just ended needs no signal.
-        let _ = child.kill();
+        // With all that it has started, or that would be measured with the next one.
+        sys::kill_group(child.id());
     }
     let status = child.wait().map_err(|error| format!("lost its process: {error}"))?;
     let line = line.unwrap_or_else(|| Err("it has no output".into()))?;
@@ -184,6 +184,7 @@ fn everything(mut output: ChildStdout, limit: Duration) -> Result<String, String
 
 /// Runs one workload in this process and prints its line.
 fn alone(asked: &Asked) -> Result<(), String> {
+    sys::end_with_parent();
     let record = match (&asked.command, asked.chosen.as_slice()) {
         (Some((name, argv)), _) => command::measure(name, argv, asked.varies, &asked.plan)
             .unwrap_or_else(|error| Record::failed(name, Kind::Program, &error.to_string())),

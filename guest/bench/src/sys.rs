@@ -50,6 +50,18 @@ pub(crate) fn readable_within(stream: &impl AsRawFd, limit: Duration) -> io::Res
     checked(unsafe { libc::poll(&mut wanted, 1, milliseconds) }).map(|ready| ready > 0)
 }
 
+/// Has the kernel kill this process when its parent ends.
+pub(crate) fn end_with_parent() {
+    // SAFETY: plain numbers.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+}
+
+/// Kills a process that leads a group, and the group. One that has just ended needs no signal.
+pub(crate) fn kill_group(leader: u32) {
+    // SAFETY: plain numbers; the leader is a child that was not waited for, so the number is still its own.
+    unsafe { libc::kill(-(leader as libc::pid_t), libc::SIGKILL) };
+}
+
 /// A process that ends with its guard.
 #[derive(Debug)]
 pub(crate) struct Child(libc::pid_t);
@@ -59,8 +71,7 @@ pub(crate) fn fork(work: impl FnOnce() -> i32) -> io::Result<Child> {
     // SAFETY: the caller's process has no other thread that could hold a lock the child needs.
     let pid = checked(unsafe { libc::fork() })?;
     if pid == 0 {
-        // SAFETY: plain numbers. A child outlives no parent that is given up.
-        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+        end_with_parent();
         let status = work();
         // SAFETY: ends the process without running what belongs to the parent.
         unsafe { libc::_exit(status) };
