@@ -58,6 +58,8 @@ fn files() {
     };
     refused(&["--kernel", "/nonexistent"], SETUP, "No such file");
     refused(&["--kernel", "/"], SETUP, "is a directory");
+    refused(&["--copy", "/nonexistent:/bin/it"], SETUP, "No such file");
+    refused(&["--copy", "it"], SETUP, "HOST:GUEST");
     refused(&["--disk", "/nonexistent"], SETUP, "No such file");
     refused(&["--disk", "/"], SETUP, "is a directory");
     refused(&["--initrd", "/nonexistent"], SETUP, "No such file");

@@ -42,6 +42,17 @@ fn what_cannot_start_has_a_shells_status() {
 }
 
 #[test]
+fn a_copied_file_is_there_and_runs() {
+    let directory = tempfile::tempdir().unwrap();
+    let script = directory.path().join("script");
+    std::fs::write(&script, "#!/bin/sh\necho \"copied: $1\"\n").unwrap();
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let copy = format!("{}:/opt/it/script", script.display());
+    let done = Cordial::run(&["-q", "--copy", &copy, "--", "/opt/it/script", "word"]).done();
+    assert_eq!((done.status, done.text().as_str()), (0, "copied: word\n"), "{}", done.stderr);
+}
+
+#[test]
 fn every_processor_comes_up() {
     let done = Cordial::run(&["-q", "-c", "4", "--", "nproc"]).done();
     assert_eq!((done.status, done.text().as_str()), (0, "4\n"), "{}", done.stderr);

@@ -2,10 +2,12 @@
 //!
 //! ```text
 //!   check ──> layers.toml, ratchet.toml, deny.toml, both Cargo workspaces, every text file
-//!   test  ──> host workspace, documentation examples, end to end
+//!   test  ──> host workspace, end to end, guests' programs, documentation examples
 //!   fuzz  ──> the translator's native oracle, for as long as you like
+//!   bench ──> release build, guest/bench, the cached kernel; QEMU where it is installed
 //! ```
 
+mod bench;
 mod check;
 mod fuzz;
 mod run;
@@ -21,7 +23,9 @@ Usage: cargo xtask COMMAND
   ratchet            lower the limits in ratchet.toml to what the code has come down to
   test [ARGS...]     all tests; ARGS go to the test runner
   fuzz [OPTION...]   random instructions on this processor and on the engine: --minutes N (of each class; default 10),
-                     --cases N, --class NAME, --seed N";
+                     --cases N, --class NAME, --seed N
+  bench boot|cpu|programs [OPTION...]
+                     Cordial beside QEMU's software engine and the processor itself; `bench` alone lists the options";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -35,6 +39,7 @@ fn main() -> ExitCode {
         ["ratchet"] => check::tighten_ratchet(),
         ["test", rest @ ..] => test::run(rest),
         ["fuzz", rest @ ..] => fuzz::run(rest),
+        ["bench", rest @ ..] => bench::run(rest),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);

@@ -11,7 +11,8 @@ use crate::{run, workspace};
 /// The profile in the root Cargo.toml that tests are built with.
 pub(crate) const PROFILE: &str = "ci";
 
-/// Runs the host workspace's tests, end-to-end tests included, then the examples in documentation.
+/// Runs the host workspace's tests, end-to-end tests included, then those of the guests' programs and the examples in
+/// documentation.
 pub(crate) fn run(arguments: &[&str]) -> Result<bool> {
     let root = workspace::root();
     let nextest = run::cargo(&root).args(["nextest", "--version"]).output().is_ok_and(|output| output.status.success());
@@ -25,7 +26,11 @@ pub(crate) fn run(arguments: &[&str]) -> Result<bool> {
     if !arguments.is_empty() {
         return Ok(passed);
     }
+    // The bare-metal guest has no unit tests: it is one.
+    let mut guests = run::cargo(&root.join("guest"));
+    guests.args(["test", "--quiet", "--locked", "--workspace", "--exclude", "suite"]);
+    let guests = run::succeeds(&mut guests)?;
     let mut examples = run::cargo(&root);
     examples.args(["test", "--quiet", "--doc", "--profile", PROFILE]);
-    Ok(run::succeeds(&mut examples)? && passed)
+    Ok(run::succeeds(&mut examples)? && guests && passed)
 }

@@ -66,6 +66,12 @@ pub enum ImageVerb {
         /// As for run.
         #[arg(long)]
         kernel: Option<String>,
+        /// As for run.
+        #[arg(long, value_name = "HOST:GUEST")]
+        copy: Vec<String>,
+        /// Leave out what disks need, as run does where it has none.
+        #[arg(long)]
+        no_disks: bool,
         /// Download what is missing without asking.
         #[arg(long)]
         yes: bool,
@@ -83,6 +89,7 @@ Examples:
   cordial run                                  a shell
   cordial run -- uname -a                      a command; its streams and status are the program's
   cordial run --disk data.img:ro -- sh -c 'mount -o ro /dev/vda /mnt && ls /mnt'
+  cordial run --copy ./program:/bin/program -- program
   cordial run --kernel test.elf --test-devices a bare-metal kernel, serial port on standard output";
 
 /// Words of `cordial run`.
@@ -123,6 +130,9 @@ pub struct RunArguments {
     /// A disk: PATH[:ro|rw]. May be repeated.
     #[arg(long, value_name = "PATH")]
     disk: Vec<String>,
+    /// A file of the host's to put into the generated initramfs: HOST:GUEST. May be repeated.
+    #[arg(long, value_name = "HOST:GUEST")]
+    copy: Vec<String>,
     /// Where the guest's console is: auto, virtio, serial or none.
     #[arg(long)]
     console: Option<String>,
@@ -191,9 +201,8 @@ impl RunArguments {
         ];
         let mut layer: Layer = texts.iter().filter_map(|(key, text)| Some((*key, vec![(*text).clone()?]))).collect();
         layer.extend(switches.iter().filter(|(_, on)| *on).map(|(key, _)| (*key, vec!["true".to_owned()])));
-        if !self.disk.is_empty() {
-            layer.insert("disk", self.disk.clone());
-        }
+        let lists = [("disk", &self.disk), ("copy", &self.copy)];
+        layer.extend(lists.iter().filter(|(_, list)| !list.is_empty()).map(|(key, list)| (*key, (*list).clone())));
         debug_assert!(layer.keys().all(|name| KEYS.iter().any(|key| key.name == *name)));
         layer
     }

@@ -2,6 +2,7 @@
 
 use crate::cache::{Cache, Entry};
 use crate::cli::ImageVerb;
+use crate::copies::Copy;
 use crate::failure::Failure;
 use crate::kernel::{self, Search};
 use crate::run::prepare::generated;
@@ -28,10 +29,11 @@ pub fn image(verb: &ImageVerb) -> Result<String, Failure> {
             let bytes = removed.iter().map(Entry::size).sum();
             Ok(format!("removed {} of {}\n", removed.len(), human(bytes)))
         }
-        ImageVerb::Initramfs { output, kernel, yes } => {
+        ImageVerb::Initramfs { output, kernel, copy, no_disks, yes } => {
             let asked = kernel.clone().map(|kernel| (kernel, "command line".to_owned()));
             let kernel = Search { asked, modules: None, cache: &cache, yes: *yes }.find()?;
-            let bytes = generated(&kernel, &cache, true)?;
+            let copies = Copy::parse_all(copy, "command line")?;
+            let bytes = generated(&kernel, &cache, !no_disks, &copies)?;
             std::fs::write(output, bytes)
                 .map_err(|error| Failure::io(format!("write {}", output.display()), &error))?;
             Ok(format!("{}\n", kernel.image.display()))

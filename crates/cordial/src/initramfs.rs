@@ -4,12 +4,14 @@
 //!   /init                    guest/init, static
 //!   /bin/busybox, links      a userland
 //!   /lib/cordial/*.ko        modules, listed in order in /etc/cordial/modules
+//!   --copy                   files of the host's
 //!   /etc, /dev/console       what programs and the kernel expect
 //! ```
 //!
 //! It is a newc archive (Documentation/driver-api/early-userspace/buffer-format.rst), deliberately not compressed: the
 //! guest copies it once, and would decompress it at the speed of its engine. The same contents give the same bytes.
 
+use crate::copies::Contents;
 use crate::failure::Failure;
 use crate::kernel::modules::Module;
 use crate::userland::Busybox;
@@ -46,13 +48,18 @@ const FILES: [(&str, &str); 5] = [
     ("etc/os-release", "NAME=Cordial\nID=cordial\nPRETTY_NAME=\"Cordial guest\"\n"),
 ];
 
-/// Builds it.
+/// Whether our own first process depends on what lies at this path (without its leading slash).
+pub fn owns(name: &str) -> bool {
+    name == "init" || ["etc/cordial", "lib/cordial"].iter().any(|place| Path::new(name).starts_with(place))
+}
+
+/// Builds it. A copied file replaces another of its name: the kernel unpacks in order, and copies come last.
 ///
 /// # Errors
 /// Contents larger than the format can say (4 GiB).
-pub fn build(busybox: &Busybox, modules: &[Module]) -> Result<Vec<u8>, Failure> {
+pub fn build(busybox: &Busybox, modules: &[Module], copies: &[Contents]) -> Result<Vec<u8>, Failure> {
     let mut archive = Archive::default();
-    archive.fill(busybox, modules).map_err(|error| Failure::io("build the initramfs", &error))
+    archive.fill(busybox, modules, copies).map_err(|error| Failure::io("build the initramfs", &error))
 }
 
 #[derive(Default)]
@@ -63,7 +70,7 @@ struct Archive {
 }
 
 impl Archive {
-    fn fill(&mut self, busybox: &Busybox, modules: &[Module]) -> io::Result<Vec<u8>> {
+    fn fill(&mut self, busybox: &Busybox, modules: &[Module], copies: &[Contents]) -> io::Result<Vec<u8>> {
         for (name, mode) in DIRECTORIES {
             self.directory(name, mode)?;
         }
@@ -86,6 +93,10 @@ impl Archive {
             list += &format!("/{path}\n");
         }
         self.file(protocol::MODULES_FILE.trim_start_matches('/'), 0o644, list.as_bytes())?;
+        for copy in copies {
+            self.parents(&copy.name)?;
+            self.file(&copy.name, copy.mode, &copy.bytes)?;
+        }
         trailer(std::mem::take(&mut self.bytes))
     }
 
@@ -148,8 +159,10 @@ mod tests {
             commands: ["bin/busybox", "bin/sh", "usr/share/bin/x", "usr/share/bin/y"].map(str::to_owned).to_vec(),
         };
         let module = |name: &str| Module { name: name.into(), bytes: name.into(), file: name.into() };
-        let archive = build(&busybox, &[module("ring"), module("blk")]).unwrap();
-        assert_eq!(archive, build(&busybox, &[module("ring"), module("blk")]).unwrap(), "the same every time");
+        let modules = [module("ring"), module("blk")];
+        let copies = [Contents { name: "opt/x/it".into(), mode: 0o700, bytes: b"copied".to_vec() }];
+        let archive = build(&busybox, &modules, &copies).unwrap();
+        assert_eq!(archive, build(&busybox, &modules, &copies).unwrap(), "the same every time");
         let entries = entries(&archive);
         assert_eq!(entries["init"], (0o100_755, INIT.to_vec()));
         assert_eq!(entries["bin/sh"], (0o120_777, b"/bin/busybox".to_vec()));
@@ -158,5 +171,7 @@ mod tests {
         assert_eq!(entries["dev/console"].0, 0o020_600);
         assert_eq!(entries["etc/cordial/modules"].1, b"/lib/cordial/ring.ko\n/lib/cordial/blk.ko\n");
         assert_eq!(entries["lib/cordial/blk.ko"].1, b"blk");
+        assert_eq!(entries["opt/x"].0, 0o040_755);
+        assert_eq!(entries["opt/x/it"], (0o100_700, b"copied".to_vec()));
     }
 }

@@ -13,6 +13,7 @@
 pub mod cache;
 pub mod cli;
 pub mod console;
+pub mod copies;
 pub mod doctor;
 pub mod failure;
 pub mod image;

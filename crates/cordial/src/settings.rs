@@ -31,7 +31,7 @@ const fn key(name: &'static str, default: Option<&'static str>, help: &'static s
 }
 
 /// Everything that can be set, in the order `--print-config` shows it.
-pub const KEYS: [Key; 19] = [
+pub const KEYS: [Key; 20] = [
     key("cpus", None, "virtual CPUs; default: the host's, at most 2"),
     key("mem", Some("1G"), "memory; K, M, G or T; a plain number is MiB"),
     key("engine", Some("auto"), "auto, translate or kvm"),
@@ -42,6 +42,7 @@ pub const KEYS: [Key; 19] = [
     key("initrd", None, "an initial RAM disk instead of the generated one"),
     key("append", None, "words for the end of the kernel's command line"),
     Key { name: "disk", default: None, list: true, help: "PATH[:ro|rw], may be repeated" },
+    Key { name: "copy", default: None, list: true, help: "HOST:GUEST, a file for the generated initramfs" },
     key("console", Some("auto"), "auto, virtio, serial or none"),
     key("timeout", None, "seconds (or 500ms, 5m, 1h) after which the machine is stopped"),
     key("events", None, "file for progress and outcome, one JSON object a line"),

@@ -103,7 +103,7 @@ fn archive(cache: &Cache, kernel: &Kernel) -> Vec<u8> {
     let modules = Modules::open(kernel.modules.as_ref().unwrap()).unwrap();
     let wanted = [&kernel::CONSOLE_MODULES[..], &kernel::ENTROPY_MODULES, &kernel::DISK_MODULES].concat();
     let wanted: Vec<_> = wanted.into_iter().filter(|name| modules.has(name)).collect();
-    initramfs::build(&Busybox::find(cache).unwrap(), &modules.closure(&wanted).unwrap()).unwrap()
+    initramfs::build(&Busybox::find(cache).unwrap(), &modules.closure(&wanted).unwrap(), &[]).unwrap()
 }
 
 #[derive(Clone, Default)]

@@ -2,6 +2,7 @@
 
 use crate::cache::Cache;
 use crate::cli::RunArguments;
+use crate::copies::Copy;
 use crate::failure::Failure;
 use crate::initramfs;
 use crate::kernel::{self, Kernel, Search, modules::Modules};
@@ -32,6 +33,8 @@ pub struct Options {
     pub cpu_model: String,
     /// Disks that can be opened.
     pub disks: Vec<DiskPlan>,
+    /// Files for the generated initramfs.
+    pub copies: Vec<Copy>,
     /// A file that can be read.
     pub initrd: Option<PathBuf>,
     /// As asked.
@@ -66,6 +69,7 @@ impl Options {
             dialects: values::dialects(settings)?,
             cpu_model: cpu_model(settings)?,
             disks: values::disks(settings)?,
+            copies: Copy::of_settings(settings)?,
             initrd: values::file(settings, "initrd")?,
             console: values::console(settings)?,
             timeout: values::timeout(settings)?,
@@ -104,9 +108,12 @@ pub fn prepare(options: Options, arguments: &RunArguments, settings: &Settings) 
     let kernel = Search { asked, modules, cache: &cache, yes: options.yes }.find()?;
     // Our user space goes with every Linux kernel that is not given one.
     let ours = kernel.linux && options.initrd.is_none();
+    let why = if kernel.linux { "--initrd replaces it" } else { "the kernel is not Linux" };
     if !ours && !arguments.command.is_empty() {
-        let why = if kernel.linux { "--initrd replaces it" } else { "the kernel is not Linux" };
         return Err(Failure::usage(format!("a command runs in the generated initramfs, and {why}: leave one out")));
+    }
+    if !ours && !options.copies.is_empty() {
+        return Err(Failure::usage(format!("--copy is for the generated initramfs, and {why}: leave one out")));
     }
     if ours && options.memory < LINUX_MINIMUM {
         let (given, least) = (human(options.memory), human(LINUX_MINIMUM));
@@ -125,7 +132,10 @@ pub fn prepare(options: Options, arguments: &RunArguments, settings: &Settings) 
         dialects: options.dialects,
         initrd: match &options.initrd {
             Some(file) => Some(Payload::File(file.clone())),
-            None if ours => Some(Payload::Bytes(generated(&kernel, &cache, !options.disks.is_empty())?.into())),
+            None if ours => {
+                let disks = !options.disks.is_empty();
+                Some(Payload::Bytes(generated(&kernel, &cache, disks, &options.copies)?.into()))
+            }
             None => None,
         },
         command_line: command_line(settings, kernel.linux, ours, console),
@@ -177,8 +187,8 @@ fn host_memory() -> Result<u64, Failure> {
 /// The generated initramfs for a kernel.
 ///
 /// # Errors
-/// Modules that are missing or damaged; no busybox.
-pub fn generated(kernel: &Kernel, cache: &Cache, disks: bool) -> Result<Vec<u8>, Failure> {
+/// Modules that are missing or damaged; no busybox; a file to copy that cannot be read.
+pub fn generated(kernel: &Kernel, cache: &Cache, disks: bool, copies: &[Copy]) -> Result<Vec<u8>, Failure> {
     let modules = match &kernel.modules {
         None => {
             tracing::warn!(release = ?kernel.release, "no modules found for the kernel; its drivers must be built in");
@@ -192,7 +202,8 @@ pub fn generated(kernel: &Kernel, cache: &Cache, disks: bool) -> Result<Vec<u8>,
             modules.closure(&wanted)?
         }
     };
-    initramfs::build(&Busybox::find(cache)?, &modules)
+    let copies = copies.iter().map(Copy::read).collect::<Result<Vec<_>, _>>()?;
+    initramfs::build(&Busybox::find(cache)?, &modules, &copies)
 }
 
 /// The kernel's command line. A kernel that is not Linux gets the user's words alone.
