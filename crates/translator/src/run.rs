@@ -214,7 +214,10 @@ impl Runner {
                 match done {
                     Ok(()) if position + 1 < ops.len() => cpu.state.rip = op.next,
                     Ok(()) | Err(Leave::Boundary) => {}
-                    Err(Leave::Again) => cpu.state.rip = op.address(cpu.code_mask()),
+                    Err(Leave::Again) => {
+                        cpu.state.rip = op.address(cpu.code_mask());
+                        cpu.flags_loaded = true; // not done: RF stays as it was
+                    }
                     Err(Leave::Raised) => {
                         cpu.state.rip = op.address(cpu.code_mask());
                         if limit == usize::MAX {
