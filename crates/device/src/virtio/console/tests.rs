@@ -89,12 +89,12 @@ fn ports_are_announced_named_and_opened_in_order() {
     assert_eq!(guest.hear(), (1, 1, 1, vec![]));
     guest.say(0, PORT_READY, 1);
     let about_console: Vec<_> = (0..3).map(|_| guest.hear()).collect();
-    assert_eq!(about_console, [(0, 4, 1, vec![]), (0, 6, 1, vec![]), (0, 5, 0, vec![24, 0, 80, 0])]);
+    assert_eq!(about_console, [(0, 4, 1, vec![]), (0, 6, 1, vec![]), (0, 5, 0, vec![80, 0, 24, 0])]);
     guest.say(1, PORT_READY, 1);
     assert_eq!(guest.hear(), (1, 7, 1, b"cordial.stdout".to_vec()));
     assert_eq!(guest.hear(), (1, 6, 1, vec![]));
     guest.size.set(132, 50);
-    assert_eq!(guest.hear(), (0, 5, 0, vec![50, 0, 132, 0]));
+    assert_eq!(guest.hear(), (0, 5, 0, vec![132, 0, 50, 0]));
     assert_eq!(guest.driver.read(0x2000, 8), 132 | 50 << 16 | 2 << 32);
 }
 
