@@ -134,7 +134,7 @@ const LEGACY: &[&str] = &[
 ];
 
 /// Addressing, faults and encodings of SSE and AVX; results, of every instruction, are `vector`'s own test. Not here:
-/// LDMXCSR, whose reserved bits are the CPU model's, and masked stores, whose bytes may fault in any order.
+/// LDMXCSR, whose reserved bits are the CPU model's: none has the misaligned-exception mask that processors of AMD's have.
 #[rustfmt::skip]
 const VECTORS: &[&str] = &[
     "0f 10 /r", "0f 11 /r", "66 0f 10 /r", "f3 0f 10 /r", "f2 0f 11 /r", "0f 12 /r", "0f 13 /r:m", "0f 14 /r",
@@ -145,6 +145,7 @@ const VECTORS: &[&str] = &[
     "66 0f e0+c /r", "66 0f f4 /r", "66 0f f8+r /r", "0f ae /3:m", "66 0f 38 00+r /r", "66 0f 38 17 /r",
     "66 0f 3a 0f /r ib", "v1 10 /r", "v1 11 /r", "v1.66 28 /r", "v1.f3 6f /r", "v1.66 7f /r", "v1 58 /r", "v1.f2 58 /r",
     "v1.66 ef /r", "v1 77", "v2.66 18 /r:m", "v2.66 00 /r", "v3.66 0f /r ib", "v3.66 06 /r ib", "v1.66 d7 /r:r",
+    "66 0f f7 /r:r", "0f f7 /r:r", "v1.66 f7 /r:r", "v2.66 2c+r /r:m", "v2.66 8c /r:m", "v2.66 8e /r:m",
 ];
 
 /// Flags of an instruction that are not compared: undefined by the manuals, and on processors without a simple rule.
