@@ -20,6 +20,7 @@ mod decode;
 mod exec;
 mod flags;
 mod mmu;
+mod offered;
 mod op;
 #[cfg(test)]
 mod oracle;
