@@ -9,10 +9,9 @@ use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 use crate::cpu::Cpu;
 use crate::decode::{memory_segment, raise_ud};
-use crate::mmu::Access;
+use crate::mmu::{Access, Rights};
 use crate::op::{AddressForm, Done, Handler, Leave, Mem, NO_REG, Op};
 use crate::vector::gate::{Gate, Mmx, Sse, Vex};
-use crate::vector::memory;
 use crate::vector::registers::{Registers, ST, enter_mmx, high, set_high, set_xmm, xmm};
 
 /// `op.prefixes` of the handlers here: the operand is a YMM register's.
@@ -111,7 +110,7 @@ fn load_masked<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Done {
     at_any_alignment(cpu, |cpu| {
         for at in (0..span(op)).step_by(SIZE).filter(|&at| enabled(&mask, at, SIZE)) {
             let address = element(cpu, op, at, SIZE, Access::Read)?;
-            memory::read(cpu, address, &mut value[at..at + SIZE], op.mem.segment)?;
+            cpu.read_bytes(address, &mut value[at..at + SIZE], op.mem.segment, Rights::Current)?;
         }
         Ok(())
     })?;
@@ -140,7 +139,7 @@ fn store_bytes<G: Gate>(cpu: &mut Cpu, op: &Op) -> Done {
     };
     let address = cpu.linear(&op.mem, span as u64, Access::Write)?;
     for at in (0..span as u64).step_by(8) {
-        memory::probe(cpu, address.wrapping_add(at), 8, op.mem.segment)?;
+        cpu.probe_write(address.wrapping_add(at), 8, op.mem.segment, Rights::Current)?;
     }
     write_elements::<1>(cpu, op, &mask[..span], &value)
 }
@@ -157,7 +156,7 @@ fn mmx(cpu: &Cpu, register: u8) -> [u8; 32] {
 fn probe_elements<const SIZE: usize>(cpu: &mut Cpu, op: &Op, mask: &[u8]) -> Done {
     for at in (0..mask.len()).step_by(SIZE).filter(|&at| enabled(mask, at, SIZE)) {
         let address = element(cpu, op, at, SIZE, Access::Write)?;
-        memory::probe(cpu, address, SIZE, op.mem.segment)?;
+        cpu.probe_write(address, SIZE as u64, op.mem.segment, Rights::Current)?;
     }
     Ok(())
 }
@@ -165,7 +164,7 @@ fn probe_elements<const SIZE: usize>(cpu: &mut Cpu, op: &Op, mask: &[u8]) -> Don
 fn write_elements<const SIZE: usize>(cpu: &mut Cpu, op: &Op, mask: &[u8], value: &[u8; 32]) -> Done {
     for at in (0..mask.len()).step_by(SIZE).filter(|&at| enabled(mask, at, SIZE)) {
         let address = element(cpu, op, at, SIZE, Access::Write)?;
-        memory::write(cpu, address, &value[at..at + SIZE], op.mem.segment)?;
+        cpu.write_bytes(address, &value[at..at + SIZE], op.mem.segment, Rights::Current)?;
     }
     Ok(())
 }
@@ -214,7 +213,7 @@ fn gather<const INDEX: usize, const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Done
         let mem = Mem { disp: op.mem.disp.wrapping_add(index << op.mem.scale), ..op.mem };
         let loaded = cpu
             .linear(&mem, SIZE as u64, Access::Read)
-            .and_then(|address| memory::read(cpu, address, &mut value[at..at + SIZE], op.mem.segment));
+            .and_then(|address| cpu.read_bytes(address, &mut value[at..at + SIZE], op.mem.segment, Rights::Current));
         if loaded.is_err() {
             done = loaded;
             break;

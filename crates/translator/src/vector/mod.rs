@@ -18,7 +18,6 @@ mod arena;
 mod emit;
 mod gate;
 mod masked;
-mod memory;
 mod moves;
 mod native;
 mod ours;
