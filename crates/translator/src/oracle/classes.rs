@@ -13,9 +13,10 @@
 //! | `ib`, `iw`, `iv`, `iq` | an immediate: 8 bits, 16, operand size up to 32, operand size |
 //! | `moffs`, `cb`, `cv` | an absolute address, branch displacements |
 
-use iced_x86::Instruction;
+use engine::state::rflags::{AF, CF, OF, PF, SF};
+use iced_x86::{Instruction, Mnemonic};
 
-use super::case::{Case, Code};
+use super::case::Code;
 
 /// A class of instructions.
 pub(super) struct Class {
@@ -148,9 +149,18 @@ const VECTORS: &[&str] = &[
     "66 0f f7 /r:r", "0f f7 /r:r", "v1.66 f7 /r:r", "v2.66 2c+r /r:m", "v2.66 8c /r:m", "v2.66 8e /r:m",
 ];
 
-/// Flags of an instruction that are not compared: undefined by the manuals, and on processors without a simple rule.
-///
-/// None so far: what the manuals leave undefined, the interpreter does as AMD's Zen does.
-pub(super) fn undefined_flags(_instruction: &Instruction, _case: &Case) -> u64 {
-    0
+/// Flags of an instruction that are not compared: undefined by the manuals, and not the same on all processors of AMD's.
+/// Elsewhere the interpreter does what Zen does, defined or not.
+pub(super) fn undefined_flags(instruction: &Instruction) -> u64 {
+    match instruction.mnemonic() {
+        // Zen 4 clears them but for PF, which is that of the result; others leave them alone.
+        Mnemonic::Bsf | Mnemonic::Bsr => CF | PF | AF | SF | OF,
+        _ => 0,
+    }
+}
+
+/// True where both operands may fault and processors differ in which they look at first: with REPE CMPSB it is RSI's on
+/// Zen 4, and RDI's, as everywhere else, on others.
+pub(super) fn either_fault(instruction: &Instruction) -> bool {
+    instruction.mnemonic() == Mnemonic::Cmpsb
 }
