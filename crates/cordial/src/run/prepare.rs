@@ -105,6 +105,10 @@ pub fn prepare(options: Options, arguments: &RunArguments, settings: &Settings) 
     // Our user space goes with every Linux kernel that is not given one.
     let ours = kernel.linux && options.initrd.is_none();
     if !ours && !arguments.command.is_empty() {
+        let image = kernel.image.display();
+        if std::fs::metadata(&kernel.image).is_ok_and(|file| file.is_file() && file.len() == 0) {
+            return Err(Failure::usage(format!("{image}: is empty; fetch or build it again")));
+        }
         let why = if kernel.linux { "--initrd replaces it" } else { "the kernel is not Linux" };
         return Err(Failure::usage(format!("a command runs in the generated initramfs, and {why}: leave one out")));
     }
