@@ -63,7 +63,9 @@ fn files() {
     refused(&["--disk", "/nonexistent"], SETUP, "No such file");
     refused(&["--disk", "/"], SETUP, "is a directory");
     refused(&["--initrd", "/nonexistent"], SETUP, "No such file");
-    refused(&["--kernel", &file("empty", b"")], SETUP, "empty");
+    let empty = file("empty", b"");
+    refused(&["--kernel", &empty], SETUP, "empty: is empty; fetch or build it again");
+    refused(&["--kernel", &empty, "--", "true"], SETUP, "empty: is empty; fetch or build it again");
     refused(&["--kernel", &file("text", b"This is no kernel at all.\n")], SETUP, "text");
     let kernel = std::fs::read(tests::kernel()).unwrap();
     refused(&["--kernel", &file("cut", &kernel[..kernel.len() / 2])], SETUP, "cut");

@@ -59,6 +59,22 @@ fn every_processor_comes_up() {
 }
 
 #[test]
+fn the_kernel_knows_the_machine() {
+    let script = "cat /sys/class/dmi/id/sys_vendor /sys/class/dmi/id/product_name; \
+        dmesg | sed -n 's/^[^]]*\\] //; /DMI[: ]/p; /i8042/p; /Last level/p'";
+    let done = Cordial::run(&["-q", "--", "sh", "-c", script]).done();
+    let text = done.text();
+    let lines: Vec<_> = text.lines().collect();
+    let machine = "Cordial Virtual machine, BIOS 0.1.0 01/01/2026";
+    let [vendor, product, dmi @ .., itlb, dtlb, keyboard] = &lines[..] else { panic!("{text}{}", done.stderr) };
+    assert_eq!((*vendor, *product), ("Cordial", "Virtual machine"));
+    assert!(dmi.iter().any(|line| line.contains(machine)) && !text.contains("DMI not present"), "{text}");
+    assert_eq!(*itlb, "Last level iTLB entries: 4KB 512, 2MB 512, 4MB 256");
+    assert_eq!(*dtlb, "Last level dTLB entries: 4KB 3072, 2MB 3072, 4MB 1536, 1GB 0");
+    assert_eq!(*keyboard, "i8042: PNP: No PS/2 controller found.", "and no probing");
+}
+
+#[test]
 fn the_kernel_is_content() {
     let script =
         "dmesg -r | sed -n 's/^<[0-4]>//p'; cat /sys/devices/system/clocksource/clocksource0/current_clocksource";

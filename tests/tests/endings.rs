@@ -28,6 +28,15 @@ fn a_guest_that_leaves_its_command_behind_is_a_failure() {
 }
 
 #[test]
+fn the_keyboard_controller_resets() {
+    let words = ["-q", "--append", "reboot=k", "--", "sh", "-c", "echo b > /proc/sysrq-trigger; sleep 1000"];
+    let done = Cordial::run(&words).done();
+    // Without it the kernel would go on to a triple fault, which is another outcome.
+    assert_eq!(done.status, 125, "{}", done.stderr);
+    assert!(done.said().contains(&"the guest ended before its command did"), "{}", done.stderr);
+}
+
+#[test]
 fn events_tell_the_outcome() {
     let directory = tempfile::tempdir().unwrap();
     let events = directory.path().join("events");

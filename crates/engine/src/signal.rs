@@ -20,6 +20,8 @@ bitflags::bitflags! {
         const STOP = 1 << 4;
         /// The engine's own request to this vCPU (forget cached translations, acknowledge a handshake).
         const ENGINE = 1 << 5;
+        /// Another non-maskable interrupt behind the one that [`Signals::NMI`] stands for; never without it.
+        const NMI_AGAIN = 1 << 6;
     }
 }
 
@@ -37,6 +39,10 @@ impl Signal {
     /// Adds to what the vCPU is asked, and wakes it where it sleeps.
     pub fn raise(&self, signals: Signals) {
         self.bits.fetch_or(signals.bits(), Ordering::SeqCst);
+        self.wake();
+    }
+
+    fn wake(&self) {
         if self.asleep.load(Ordering::SeqCst) != 0 {
             let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
             self.wake.notify_all();
@@ -47,6 +53,22 @@ impl Signal {
     pub fn raise_startup(&self, vector: u8) {
         self.startup_vector.store(vector, Ordering::SeqCst);
         self.raise(Signals::STARTUP);
+    }
+
+    /// Raises [`Signals::NMI`]. A processor that handles none takes one and keeps one more, so two can stand here; further
+    /// ones are lost. Whoever handles one drops [`Signals::NMI_AGAIN`].
+    pub fn raise_nmi(&self) {
+        let more =
+            |bits| Some(bits | if bits & Signals::NMI.bits() == 0 { Signals::NMI } else { Signals::NMI_AGAIN }.bits());
+        let _ = self.bits.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more);
+        self.wake();
+    }
+
+    /// Takes back one non-maskable interrupt.
+    pub fn take_nmi(&self) {
+        let again = Signals::NMI_AGAIN.bits();
+        let less = |bits| Some(bits & if bits & again == 0 { !Signals::NMI.bits() } else { !again });
+        let _ = self.bits.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less);
     }
 
     /// The vector of the last start-up IPI: the processor starts at `vector << 12`.
@@ -109,6 +131,17 @@ mod tests {
         thread.join().unwrap();
         assert_eq!(signal.take(Signals::STARTUP | Signals::NMI), Signals::STARTUP);
         assert_eq!(signal.pending(), Signals::ENGINE);
+    }
+
+    #[test]
+    fn two_nmis_are_kept_and_taken_one_by_one() {
+        let signal = Signal::default();
+        (0..3).for_each(|_| signal.raise_nmi());
+        assert_eq!(signal.pending(), Signals::NMI | Signals::NMI_AGAIN);
+        signal.take_nmi();
+        assert_eq!(signal.pending(), Signals::NMI);
+        signal.take_nmi();
+        assert_eq!(signal.pending(), Signals::empty());
     }
 
     #[test]

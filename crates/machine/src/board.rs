@@ -90,7 +90,6 @@ impl Board {
     pub(crate) fn description(&self, cpus: u32) -> crate::acpi::Description {
         crate::acpi::Description {
             cpus,
-            keyboard_controller: true,
             hpet_id: hpet::CAPABILITIES as u32,
             century: CENTURY_REGISTER,
             interrupt_routes: self.interrupt_routes.clone(),

@@ -5,6 +5,7 @@
 //!   0x0009_fc00  EBDA                                                    reserved
 //!   0x000a_0000  legacy video hole (no display: plain RAM the guest is not told of)
 //!   0x000e_0000  ACPI tables, RSDP first                                 reserved
+//!   0x000f_0000  SMBIOS tables, entry point first                        reserved
 //!   0x0010_0000  RAM, up to 3 GiB
 //!   0xc000_0000  32-bit PCI window
 //!   0xe000_0000  PCI configuration space (ECAM)                          reserved
@@ -26,7 +27,9 @@ pub const EBDA: u64 = 0x9_fc00;
 /// The legacy video hole.
 pub const VIDEO_HOLE: Range<u64> = 0xa_0000..0xe_0000;
 /// The ACPI tables: within the range that guests without a boot protocol scan for the RSDP (ACPI 6.5, 5.2.5.1).
-pub const ACPI_TABLES: Range<u64> = 0xe_0000..0x10_0000;
+pub const ACPI_TABLES: Range<u64> = 0xe_0000..0xf_0000;
+/// The SMBIOS tables: all of the range that guests scan for the entry point (DSP0134, 5.2).
+pub const SMBIOS: Range<u64> = 0xf_0000..0x10_0000;
 /// The RSDP.
 pub const RSDP: Gpa = Gpa(ACPI_TABLES.start);
 /// Where RAM goes on after the legacy hole.
@@ -99,7 +102,7 @@ impl Layout {
         let mut memory_map = vec![
             MapEntry { range: 0..LOW_MEMORY_END, usage: Usage::Ram },
             MapEntry { range: EBDA..VIDEO_HOLE.start, usage: Usage::Reserved },
-            MapEntry { range: ACPI_TABLES, usage: Usage::Reserved },
+            MapEntry { range: ACPI_TABLES.start..SMBIOS.end, usage: Usage::Reserved },
             MapEntry { range: HIGH_MEMORY..low, usage: Usage::Ram },
             MapEntry { range: ECAM..ECAM + ECAM_BYTES, usage: Usage::Reserved },
         ];

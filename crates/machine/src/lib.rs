@@ -24,6 +24,7 @@ pub mod plan;
 mod processor;
 mod run;
 mod select;
+pub mod smbios;
 mod time;
 
 pub use error::Error;

@@ -28,7 +28,7 @@ impl CpuPins for Pins {
     }
 
     fn nmi(&self) {
-        self.signal.raise(Signals::NMI);
+        self.signal.raise_nmi();
     }
 
     fn init(&self) {

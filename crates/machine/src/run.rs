@@ -21,7 +21,7 @@ use crate::plan::Dialects;
 use crate::processor::Processor;
 use crate::select::select_engine;
 use crate::time::TscClock;
-use crate::{Attachments, Error, Event, Layout, MemoryFigures, Plan, Report, acpi, boot, firmware};
+use crate::{Attachments, Error, Event, Layout, MemoryFigures, Plan, Report, acpi, boot, firmware, smbios};
 
 /// A machine that has not run yet.
 pub struct Machine {
@@ -73,6 +73,7 @@ impl Machine {
         let board = Board::new(plan, &layout, &ram, &chips, &power, &host, ends)?;
         firmware::leave_behind(&ram)?;
         acpi::install(&board.description(plan.cpus), &layout, &ram)?;
+        smbios::install(&layout, &ram)?;
 
         let control = Arc::new(Control::new(slots.iter().map(|slot| Arc::clone(&slot.signal)).collect(), power));
         let announcer = Arc::new(Announcer::new(board.devices.clone(), events.clone()));

@@ -110,7 +110,7 @@ pub(crate) struct Cpu {
     pub interrupt_waits: bool,
     /// The guest spins: give the processor to somebody else for a while.
     pub yielding: bool,
-    /// The instruction loaded RFLAGS.RF itself (IRET): it is not to be cleared after it.
+    /// RFLAGS.RF is not to be cleared after this instruction: it loaded it itself (IRET), or is not done yet (REP).
     pub flags_loaded: bool,
     /// No single-step trap after this instruction, although RFLAGS.TF was set before it (INT n, task switches).
     pub no_step: bool,

@@ -194,7 +194,8 @@ impl Cpu {
         operands(instruction, &mut op);
         match self.select(instruction, bytes, &mut op) {
             Some(handler) => op.handler = handler,
-            None => report_unknown(instruction),
+            None if crate::offered::missed(instruction, &self.features) => report_unknown(instruction),
+            None => {}
         }
         op
     }

@@ -23,6 +23,7 @@ mod flags;
 mod home;
 mod jit;
 mod mmu;
+mod offered;
 mod op;
 #[cfg(test)]
 mod oracle;

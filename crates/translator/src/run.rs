@@ -125,8 +125,11 @@ impl Runner {
     /// NMI, then maskable interrupts. STI holds back both, as it does on most processors (SDM vol. 2, STI).
     fn events(&mut self, pending: Signals, shadow: Shadow) -> Result<(), Exit> {
         let cpu = &mut self.cpu;
+        if pending.contains(Signals::NMI_AGAIN) && cpu.state.nmi_blocked {
+            cpu.config.signal.take(Signals::NMI_AGAIN); // while one is handled, one is kept
+        }
         if pending.contains(Signals::NMI) && !cpu.state.nmi_blocked && shadow == Shadow::None {
-            cpu.config.signal.take(Signals::NMI);
+            cpu.config.signal.take_nmi();
             cpu.config.ledger.record(Cause::Nmi, 0);
             cpu.state.halted = false;
             return self.deliver(|cpu| cpu.deliver_nmi());
@@ -236,7 +239,10 @@ impl Runner {
                 match done {
                     Ok(()) if position + 1 < ops.len() => cpu.state.rip = op.next,
                     Ok(()) | Err(Leave::Boundary) => {}
-                    Err(Leave::Again) => cpu.state.rip = op.address(cpu.code_mask()),
+                    Err(Leave::Again) => {
+                        cpu.state.rip = op.address(cpu.code_mask());
+                        cpu.flags_loaded = true; // not done: RF stays as it was
+                    }
                     Err(Leave::Raised) => {
                         cpu.state.rip = op.address(cpu.code_mask());
                         if limit == usize::MAX {

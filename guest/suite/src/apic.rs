@@ -29,10 +29,12 @@ pub mod reg {
 }
 
 pub fn read(register: u32) -> u32 {
+    // SAFETY: the page is the APIC's: mapped, of aligned registers, and no Rust object is in it.
     unsafe { ((BASE + u64::from(register)) as *const u32).read_volatile() }
 }
 
 pub fn write(register: u32, value: u32) {
+    // SAFETY: as in `read`.
     unsafe { ((BASE + u64::from(register)) as *mut u32).write_volatile(value) };
 }
 
@@ -113,6 +115,7 @@ pub mod io {
     pub const ACTIVE_LOW: u64 = 1 << 13;
 
     pub fn read(register: u32) -> u32 {
+        // SAFETY: the window is the I/O APIC's: mapped, of aligned registers, and no Rust object is in it.
         unsafe {
             (BASE as *mut u32).write_volatile(register);
             ((BASE + 0x10) as *const u32).read_volatile()
@@ -120,6 +123,7 @@ pub mod io {
     }
 
     pub fn write(register: u32, value: u32) {
+        // SAFETY: as in `read`.
         unsafe {
             (BASE as *mut u32).write_volatile(register);
             ((BASE + 0x10) as *mut u32).write_volatile(value);

@@ -123,6 +123,7 @@ pub mod efer {
 macro_rules! write_registers {
     ($($write:ident, $name:literal;)*) => { $(
         pub fn $write(value: u64) {
+            // SAFETY: tests keep the mappings, tables and modes the suite itself runs in, or restore them first.
             unsafe { asm!(concat!("mov ", $name, ", {}"), in(reg) value) };
         }
     )* };
@@ -139,10 +140,12 @@ macro_rules! register {
     ($($read:ident, $write:ident, $name:literal;)*) => { $(
         pub fn $read() -> u64 {
             let value;
+            // SAFETY: reading has no effect.
             unsafe { asm!(concat!("mov {}, ", $name), out(reg) value) };
             value
         }
         pub fn $write(value: u64) {
+            // SAFETY: as above.
             unsafe { asm!(concat!("mov ", $name, ", {}"), in(reg) value) };
         }
     )* };
@@ -161,35 +164,42 @@ register! {
 
 pub fn inb(port: u16) -> u8 {
     let value;
+    // SAFETY: ports reach devices, never memory that Rust knows.
     unsafe { asm!("in al, dx", in("dx") port, out("al") value) };
     value
 }
 
 pub fn outb(port: u16, value: u8) {
+    // SAFETY: as in `inb`.
     unsafe { asm!("out dx, al", in("dx") port, in("al") value) };
 }
 
 pub fn rdmsr(index: u32) -> u64 {
     let (low, high): (u32, u32);
+    // SAFETY: reading has no effect on memory; a refusal is an exception that ends the test.
     unsafe { asm!("rdmsr", in("ecx") index, out("eax") low, out("edx") high) };
     u64::from(high) << 32 | u64::from(low)
 }
 
 pub fn wrmsr(index: u32, value: u64) {
+    // SAFETY: as for control registers: tests keep what the suite itself runs in.
     unsafe { asm!("wrmsr", in("ecx") index, in("eax") value as u32, in("edx") (value >> 32) as u32) };
 }
 
 pub fn xgetbv() -> u64 {
     let (low, high): (u32, u32);
+    // SAFETY: reading has no effect.
     unsafe { asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high) };
     u64::from(high) << 32 | u64::from(low)
 }
 
 pub fn xsetbv(value: u64) {
+    // SAFETY: x87 and SSE stay on, and the suite's own code uses nothing beyond.
     unsafe { asm!("xsetbv", in("ecx") 0, in("eax") value as u32, in("edx") (value >> 32) as u32) };
 }
 
 pub fn rdtsc() -> u64 {
+    // SAFETY: every 64-bit processor has it.
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
@@ -260,11 +270,13 @@ pub fn is_tcg() -> bool {
 }
 
 pub fn invlpg(address: u64) {
+    // SAFETY: forgetting a translation changes no mapping.
     unsafe { asm!("invlpg [{}]", in(reg) address) };
 }
 
 pub fn halt_forever() -> ! {
     loop {
+        // SAFETY: nothing runs after it.
         unsafe { asm!("cli", "hlt") };
     }
 }

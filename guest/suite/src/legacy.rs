@@ -393,11 +393,13 @@ static mut IDT32: Idt32 = Idt32([0; 256]);
 
 /// The 32-bit IDT; [`prepare`] fills it with gates callable by users.
 pub fn idt32() -> &'static mut [u64; 256] {
+    // SAFETY: one processor uses it, and no test holds two of these.
     unsafe { &mut (*core::ptr::addr_of_mut!(IDT32)).0 }
 }
 
 /// Low memory as bytes.
 pub fn low(address: u32, length: usize) -> &'static mut [u8] {
+    // SAFETY: low memory is mapped, holds no Rust object, and no test holds two overlapping slices.
     unsafe { core::slice::from_raw_parts_mut(address as *mut u8, length) }
 }
 
@@ -407,9 +409,11 @@ pub fn prepare() {
         *entry = gate32(stub(vector), KERNEL_CODE32, 0xEE);
     }
     let length = &raw const legacy_blob_end as usize - &raw const legacy_blob as usize;
+    // SAFETY: the blob is that long, and its place in low memory is kept for it.
     unsafe { core::ptr::copy_nonoverlapping(&raw const legacy_blob, BLOB as *mut u8, length) };
     for vector in 0..256u32 {
         // In assembly, because the first vector's address is one Rust takes for null.
+        // SAFETY: low memory is mapped, and the vectors are no Rust object.
         unsafe { asm!("mov [{}], {:e}", in(reg) u64::from(vector * 4), in(reg) BLOB + vector * 4) };
     }
     set_descriptor(CODE16, segment(0, 0xFFFF, 0x9B, 0));
@@ -442,11 +446,14 @@ pub fn run(state: &Legacy) -> Legacy {
         // Not busy, so that LTR takes it.
         tables::gdt()[state.tr as usize / 8] &= !(1 << 41);
     }
+    // SAFETY: the state's place in low memory is kept for it; `legacy_enter` comes back with the suite's own mode and
+    // stack.
     unsafe {
         memory.write_volatile(state);
         legacy_enter();
     }
     tables::reload(0);
+    // SAFETY: as above.
     unsafe { memory.read_volatile() }
 }
 
@@ -476,6 +483,7 @@ impl Code {
 
     /// To run in real mode: copied to `CODE_SEGMENT`:0.
     pub fn real(self) -> Legacy {
+        // SAFETY: snippets are code in the image, and 512 bytes behind the last of them still are.
         low(u32::from(CODE_SEGMENT) << 4, 512)
             .copy_from_slice(unsafe { core::slice::from_raw_parts(self.start as *const u8, 512) });
         Legacy {

@@ -49,6 +49,7 @@ extern "C" fn cpu_start(index: u32) -> ! {
 /// The command line without the program's name, which only Multiboot loaders are sure to put there: PVH loaders differ,
 /// so there a first word that names no group is taken for the program.
 fn command_line() -> &'static str {
+    // SAFETY: the loader's block is where it said; each field is read only where the protocol has it.
     let (text, multiboot) = unsafe {
         let info = boot::boot_info as *const u32;
         if boot::boot_protocol == boot::MULTIBOOT {
@@ -62,6 +63,7 @@ fn command_line() -> &'static str {
     if text == 0 {
         return "";
     }
+    // SAFETY: both protocols end the string with a NUL, and nobody writes there.
     let text = unsafe { CStr::from_ptr(text as *const i8) }.to_str().unwrap_or("").trim();
     let (first, rest) = text.split_once(' ').unwrap_or((text, ""));
     if multiboot || !tests::GROUPS.iter().any(|group| group.name == first) { rest } else { text }

@@ -57,6 +57,7 @@ static mut FRAMES: Frames = Frames([[0; 4096]; 4]);
 pub const TEST_VA: u64 = 1 << 39 | 1 << 30 | 1 << 21 | 1 << 12;
 
 fn tables() -> &'static mut Tables {
+    // SAFETY: one processor changes mappings, and no caller holds two of these.
     unsafe { &mut *addr_of_mut!(TABLES) }
 }
 
@@ -77,6 +78,7 @@ pub fn pml4() -> &'static mut [u64; 512] {
 
 /// The `n`th of four pages in a row tests may fill and map.
 pub fn frame(n: usize) -> &'static mut [u8; 4096] {
+    // SAFETY: tests hold one reference to a frame at a time; other processors use addresses.
     unsafe { &mut (*addr_of_mut!(FRAMES)).0[n] }
 }
 

@@ -69,6 +69,7 @@ struct State {
     stubs: u64,
 }
 
+// SAFETY: every field is a number, and zero is one.
 const NO_STATE: State = State { exit: unsafe { core::mem::zeroed() }, host_rsp: 0, stubs: 0 };
 static mut STATES: [State; MAX_CPUS] = [NO_STATE; MAX_CPUS];
 static mut SNIPPET_STACKS: [Stack; MAX_CPUS] = [const { Stack::new() }; MAX_CPUS];
@@ -240,6 +241,7 @@ extern "C" fn unexpected(state: &State) -> ! {
 
 /// Prepares a processor's state.
 pub fn init(cpu: usize) {
+    // SAFETY: a processor's state is its own, and it runs no snippet while it is prepared.
     let state = unsafe { &mut (*addr_of_mut!(STATES))[cpu] };
     state.host_rsp = 0;
     state.stubs = stub(cpu, 0);
@@ -252,6 +254,7 @@ pub fn run(regs: &Regs) -> Exit {
 
 /// Runs on processor `cpu`, which must be the one executing.
 pub fn run_on(cpu: usize, regs: &Regs) -> Exit {
+    // SAFETY: as in `init`; the snippet comes back through the stubs, which restore what Rust relies on.
     unsafe {
         let state = &raw mut STATES[cpu];
         (*state).exit.regs = *regs;
@@ -262,6 +265,7 @@ pub fn run_on(cpu: usize, regs: &Regs) -> Exit {
 
 /// Top of the stack snippets get, as the supervisor sees it.
 pub fn snippet_stack(cpu: usize) -> u64 {
+    // SAFETY: only an address is taken.
     unsafe { (*addr_of_mut!(SNIPPET_STACKS))[cpu].top() - 4096 }
 }
 
@@ -323,7 +327,7 @@ impl Regs {
 macro_rules! code {
     (@ $bits:literal [$($before:literal)*] [$($mark:literal)*] [$($after:literal)*]) => {{
         let (start, mark, next): (u64, u64, u64);
-        // Safe: this only defines code and takes its addresses.
+        // SAFETY: this only defines code and takes its addresses.
         unsafe {
             core::arch::asm!(
                 ".pushsection .snippets, \"ax\"",

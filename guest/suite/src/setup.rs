@@ -13,6 +13,7 @@ const MXCSR: u32 = 0x1F80;
 
 /// Puts the executing processor, number 0, back into its initial state.
 pub fn reset_cpu() {
+    // SAFETY: interrupts off and strings upwards is what Rust code expects.
     unsafe { asm!("cli", "cld") };
     for pic in [0x21, 0xA1] {
         outb(pic, 0xFF); // mask what the firmware may have left running
@@ -28,6 +29,7 @@ pub fn reset_cpu() {
     if Feature::XSAVE.present() {
         xsetbv(if Feature::AVX.present() { 7 } else { 3 });
     }
+    // SAFETY: the register state Rust code expects.
     unsafe { asm!("fninit", "ldmxcsr [{}]", in(reg) &MXCSR) };
 }
 

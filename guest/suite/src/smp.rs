@@ -11,6 +11,7 @@ static READY: AtomicU32 = AtomicU32::new(0);
 
 /// Processors the machine has, as QEMU's fw_cfg says (selector 5); 1 where there is none.
 fn present() -> usize {
+    // SAFETY: a port of a device, which answers with nothing but data.
     let select = |key: u16| unsafe { core::arch::asm!("out dx, ax", in("dx") 0x510u16, in("ax") key) };
     select(0);
     if [inb(0x511), inb(0x511), inb(0x511), inb(0x511)] != *b"QEMU" {
@@ -27,6 +28,7 @@ pub fn start() -> usize {
         return wanted;
     }
     let length = &raw const boot::trampoline_end as usize - &raw const boot::trampoline as usize;
+    // SAFETY: the trampoline is that long, and its place in low memory is kept for it.
     unsafe { core::ptr::copy_nonoverlapping(&raw const boot::trampoline, boot::TRAMPOLINE as *mut u8, length) };
     apic::enable();
     apic::write(reg::ICR_LOW, 0xC_4500); // INIT, all but self
@@ -56,6 +58,7 @@ pub fn work_for_ever(index: usize) -> ! {
     loop {
         let work = WORK[index].load(SeqCst);
         if work != 0 {
+            // SAFETY: what is not 0 there is what `begin` stored: such a function.
             let work: fn(usize) = unsafe { core::mem::transmute(work) };
             work(index);
             WORK[index].store(0, SeqCst);

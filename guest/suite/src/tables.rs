@@ -106,6 +106,7 @@ pub struct Pointer {
 }
 
 pub fn gdt() -> &'static mut [u64; GDT_ENTRIES] {
+    // SAFETY: the table is changed by one processor at a time, and no caller holds two of these.
     unsafe { &mut *addr_of_mut!(GDT_MEMORY) }
 }
 
@@ -122,10 +123,12 @@ pub fn set_wide_descriptor(selector: u16, descriptor: u128) -> u16 {
 }
 
 pub fn tss(cpu: usize) -> &'static mut Tss {
+    // SAFETY: a processor's table is its own, and no caller holds two of these.
     unsafe { &mut (*addr_of_mut!(TSSES))[cpu] }
 }
 
 pub fn idt(cpu: usize) -> &'static mut [u128; 256] {
+    // SAFETY: as in `tss`.
     unsafe { &mut (*addr_of_mut!(IDTS))[cpu] }
 }
 
@@ -166,6 +169,7 @@ pub fn gate_without_ist(cpu: usize, vector: usize) -> u128 {
 
 /// Rebuilds and loads every table of a processor. The GDT is shared: only the first processor rebuilds it.
 pub fn load(cpu: usize) {
+    // SAFETY: only addresses are taken.
     let stacks = unsafe { &mut (*addr_of_mut!(STACKS))[cpu] };
     let tss = tss(cpu);
     *tss = NO_TSS;
@@ -191,6 +195,7 @@ pub fn reload(cpu: usize) {
     set_wide_descriptor(tss_selector(cpu), system(base, size_of::<Tss>() as u32 - 1, 0x89));
     load_gdt(Pointer { limit: (GDT_ENTRIES * 8 - 1) as u16, base: addr_of_mut!(GDT_MEMORY) as u64 });
     load_idt(Pointer { limit: 4095, base: core::ptr::from_mut(idt(cpu)) as u64 });
+    // SAFETY: the descriptors just written are the flat ones Rust code runs in.
     unsafe {
         asm!(
             "push {code}", "lea {t}, [rip + 2f]", "push {t}", "retfq", "2:",
@@ -206,9 +211,11 @@ pub fn reload(cpu: usize) {
 }
 
 pub fn load_gdt(pointer: Pointer) {
+    // SAFETY: tests load tables that hold the segments in use, or restore the suite's own first.
     unsafe { asm!("lgdt [{}]", in(reg) &pointer) };
 }
 
 pub fn load_idt(pointer: Pointer) {
+    // SAFETY: as in `load_gdt`: the suite's own table is back before Rust code can fault.
     unsafe { asm!("lidt [{}]", in(reg) &pointer) };
 }

@@ -212,12 +212,14 @@ abandon:
 
 /// Leaves the running test for the next one.
 pub fn abandon_test() -> ! {
+    // SAFETY: called in a test only, so `attempt` is on the stack; what is left behind owns nothing.
     unsafe { abandon() }
 }
 
 static mut BODY: fn(&mut T) = |_| {};
 
 extern "C" fn call_body(t: *mut u8) {
+    // SAFETY: `t` is the one `run` passes, and nobody else uses it meanwhile.
     unsafe { BODY(&mut *t.cast()) }
 }
 
@@ -232,7 +234,9 @@ pub fn run_groups(groups: &[Group], selected: impl Fn(&str) -> bool) -> u32 {
             number += 1;
             let mut t = T::default();
             setup::reset_cpu();
+            // SAFETY: the first processor alone runs tests.
             unsafe { BODY = test.body };
+            // SAFETY: `call_body` takes what is passed here.
             let abandoned = unsafe { attempt(call_body, (&raw mut t).cast()) } != 0;
             setup::reset_cpu();
             let name = format_args!("{number} - {}: {}", group.name, test.name);

@@ -110,6 +110,10 @@ pub fn prepare(options: Options, arguments: &RunArguments, settings: &Settings) 
     let ours = kernel.linux && options.initrd.is_none();
     let why = if kernel.linux { "--initrd replaces it" } else { "the kernel is not Linux" };
     if !ours && !arguments.command.is_empty() {
+        let image = kernel.image.display();
+        if std::fs::metadata(&kernel.image).is_ok_and(|file| file.is_file() && file.len() == 0) {
+            return Err(Failure::usage(format!("{image}: is empty; fetch or build it again")));
+        }
         return Err(Failure::usage(format!("a command runs in the generated initramfs, and {why}: leave one out")));
     }
     if !ours && !options.copies.is_empty() {

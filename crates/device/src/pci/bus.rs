@@ -165,7 +165,7 @@ impl Occupant {
             intx.set_disabled(self.config.command() & COMMAND_INTX_DISABLE != 0);
         }
         if let Some((msix, at)) = &self.msix {
-            msix.set_control((self.config.dword(*at) >> 16) as u16);
+            msix.set_control((self.config.dword(*at) >> 16) as u16, self.config.is_bus_master());
         }
     }
 }

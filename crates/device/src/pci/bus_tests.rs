@@ -190,6 +190,8 @@ fn interrupts_take_the_way_the_guest_chose() {
     fixture.write(1, 0x40, 0x8000_0000);
     assert!(interrupts.uses_messages());
     interrupts.message(1);
+    assert_eq!(fixture.recorder.messages(), [], "the function is no bus master");
+    fixture.write(1, 4, u32::from(COMMAND_MEMORY | 1 << 2));
     assert_eq!(fixture.recorder.messages(), [(0xfee0_0000, 0x31)]);
 }
 

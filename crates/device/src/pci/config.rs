@@ -20,6 +20,8 @@ pub(super) mod register {
 pub(super) const COMMAND_IO: u16 = 1 << 0;
 /// Command register: memory space decode.
 pub(super) const COMMAND_MEMORY: u16 = 1 << 1;
+/// Command register: the function may access memory, messages included.
+const COMMAND_BUS_MASTER: u16 = 1 << 2;
 /// Command register: INTx disable.
 pub(super) const COMMAND_INTX_DISABLE: u16 = 1 << 10;
 /// Writable command bits: I/O, memory, bus master, parity response, SERR#, INTx disable.
@@ -182,6 +184,11 @@ impl ConfigSpace {
     /// The command register.
     pub(super) fn command(&self) -> u16 {
         self.dword(register::COMMAND) as u16
+    }
+
+    /// True where the guest lets the function access memory and send messages.
+    pub fn is_bus_master(&self) -> bool {
+        self.command() & COMMAND_BUS_MASTER != 0
     }
 
     /// Sets command bits, as firmware does.

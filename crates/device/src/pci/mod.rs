@@ -12,8 +12,7 @@
 //! on its bus and describes [`PciBus::windows`] and [`PciBus::interrupt_routes`] in ACPI.
 //!
 //! Specification: PCI Local Bus 3.0, and PCI Express Base 7.2.2 for the enhanced configuration window. Deliberately
-//! absent: bridges, expansion ROMs, power management, MSI (MSI-X only), functions beyond 0, and the enforcement of
-//! bus-master enable.
+//! absent: bridges, expansion ROMs, power management, MSI (MSI-X only), and functions beyond 0.
 
 mod bus;
 mod config;

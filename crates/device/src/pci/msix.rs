@@ -5,6 +5,8 @@
 //!             ── masked ────> pending bit v
 //!             ── else ──────> message
 //! ```
+//!
+//! A message is a memory write: while the function is no bus master, all vectors are as if masked.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -25,6 +27,7 @@ const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
 struct State {
     enabled: bool,
     function_masked: bool,
+    bus_master: bool,
     table: Vec<[u8; ENTRY]>,
     pending: Vec<u64>,
 }
@@ -40,7 +43,7 @@ impl State {
     }
 
     fn deliverable(&self, vector: usize) -> bool {
-        self.enabled && !self.function_masked && self.field(vector, 3) & MASKED == 0
+        self.enabled && self.bus_master && !self.function_masked && self.field(vector, 3) & MASKED == 0
     }
 
     /// Takes the pending messages that nothing holds back any more.
@@ -72,6 +75,7 @@ impl Msix {
         let state = State {
             enabled: false,
             function_masked: false,
+            bus_master: false,
             table: vec![entry; vectors.into()],
             pending: vec![0; usize::from(vectors).div_ceil(64)],
         };
@@ -104,9 +108,10 @@ impl Msix {
         Capability { id: ID, body, writable: (CONTROL_ENABLE | CONTROL_FUNCTION_MASK).to_le_bytes().to_vec() }
     }
 
-    /// The guest wrote message control.
-    pub(super) fn set_control(&self, control: u16) {
+    /// The guest wrote message control, or made the function a bus master or none.
+    pub(super) fn set_control(&self, control: u16, bus_master: bool) {
         let mut state = self.lock();
+        state.bus_master = bus_master;
         state.enabled = control & CONTROL_ENABLE != 0;
         state.function_masked = control & CONTROL_FUNCTION_MASK != 0;
         let released = state.take_released();
@@ -192,7 +197,7 @@ mod tests {
         let msix = Msix::new(1, 70, recorder.clone());
         msix.signal(0);
         assert!(recorder.messages().is_empty(), "nothing while MSI-X is off");
-        msix.set_control(CONTROL_ENABLE);
+        msix.set_control(CONTROL_ENABLE, true);
         write_entry(&msix, 69, &entry(0xfee0_1000, 0x41, 1));
         write_entry(&msix, 2, &entry(0x1_fee0_0000, 0x42, 0));
 
@@ -205,16 +210,22 @@ mod tests {
         msix.read(pba + 8, &mut word);
         assert_eq!(u64::from_le_bytes(word), 1 << 5);
 
-        msix.set_control(CONTROL_ENABLE | CONTROL_FUNCTION_MASK);
+        msix.set_control(CONTROL_ENABLE | CONTROL_FUNCTION_MASK, true);
         msix.write(69 * 16 + 12, &[0; 4]);
         msix.signal(2);
         assert_eq!(recorder.messages().len(), 0, "the function mask holds all back");
-        msix.set_control(CONTROL_ENABLE);
+        msix.set_control(CONTROL_ENABLE, true);
         assert_eq!(recorder.messages(), [(0x1_fee0_0000, 0x42), (0xfee0_1000, 0x41)]);
         msix.read(pba + 8, &mut word);
         assert_eq!(word, [0; 8]);
         msix.signal(70);
         assert!(recorder.messages().is_empty(), "a vector that is not there");
+
+        msix.set_control(CONTROL_ENABLE, false);
+        msix.signal(2);
+        assert!(recorder.messages().is_empty(), "no bus master, no message");
+        msix.set_control(CONTROL_ENABLE, true);
+        assert_eq!(recorder.messages(), [(0x1_fee0_0000, 0x42)]);
     }
 
     #[test]

@@ -5,6 +5,8 @@
 //!      ▲                                │
 //!      └────── queue or device reset ───┘   (waits for whoever holds the queue)
 //! ```
+//!
+//! While the function is no bus master, an enabled queue rests: nothing of it is read or written.
 
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -216,10 +218,26 @@ impl Queue {
         self.set_vector(NO_VECTOR);
     }
 
-    /// Takes the queue for a while; `None` where it is not enabled or its device does not run.
+    /// Waits until nobody uses the queue. Who takes it afterwards sees what the device's state was before.
+    pub(super) fn settle(&self) {
+        drop(self.lock_inner());
+    }
+
+    /// Gives back the request popped last, to be popped again: the device may not finish it now. Nothing happens where
+    /// the queue has begun another life than `life`.
+    pub fn put_back(&self, life: u64) {
+        let mut inner = self.lock_inner();
+        if let Some(ring) = &mut inner.ring
+            && self.life.load(Ordering::SeqCst) == life
+        {
+            ring.set_next_avail(ring.next_avail().wrapping_sub(1));
+        }
+    }
+
+    /// Takes the queue for a while; `None` where it is not enabled or its device must not serve it.
     pub fn lock(&self) -> Option<RunningQueue<'_>> {
         let inner = self.lock_inner();
-        (inner.ring.is_some() && self.device.is_running()).then_some(RunningQueue { inner, queue: self })
+        (inner.ring.is_some() && self.device.serves()).then_some(RunningQueue { inner, queue: self })
     }
 }
 
@@ -241,7 +259,7 @@ impl RunningQueue<'_> {
     /// # Errors
     /// A [`Fault`] of the driver; the device needs a reset then.
     pub fn pop<'m>(&mut self, memory: &'m Backend) -> Result<Option<Chain<'m>>, Fault> {
-        if !self.queue.device.is_running() {
+        if !self.queue.device.serves() {
             return Ok(None);
         }
         let popped = self.try_pop(memory);

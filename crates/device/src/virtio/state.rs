@@ -1,6 +1,6 @@
 //! What all threads of one virtio device share: status, interrupts, counters.
 
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::queue::NO_VECTOR;
@@ -28,6 +28,8 @@ pub(super) struct DeviceState {
     features: AtomicU64,
     generation: AtomicU8,
     config_vector: AtomicU16,
+    /// The function may access guest memory (PCI command register). No reset of the device changes it.
+    bus_master: AtomicBool,
     interrupts: OnceLock<FunctionInterrupts>,
     isr: Mutex<u8>,
     pub(super) counters: Counters,
@@ -42,6 +44,7 @@ impl DeviceState {
             features: AtomicU64::new(0),
             generation: AtomicU8::new(0),
             config_vector: AtomicU16::new(NO_VECTOR),
+            bus_master: AtomicBool::new(false),
             interrupts: OnceLock::new(),
             isr: Mutex::new(0),
             counters: Counters::default(),
@@ -74,7 +77,17 @@ impl DeviceState {
         self.take_isr();
     }
 
-    /// True while queues may be served: the driver is ready and has not gone wrong.
+    /// Notes whether the function may access guest memory; true where that is new.
+    pub(super) fn set_bus_master(&self, bus_master: bool) -> bool {
+        self.bus_master.swap(bus_master, Ordering::SeqCst) != bus_master
+    }
+
+    /// True while queues may be served: the device runs and may access guest memory.
+    pub(super) fn serves(&self) -> bool {
+        self.is_running() && self.bus_master.load(Ordering::SeqCst)
+    }
+
+    /// True while the driver is ready and has not gone wrong.
     pub(super) fn is_running(&self) -> bool {
         self.status() & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK
     }

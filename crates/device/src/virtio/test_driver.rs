@@ -60,7 +60,10 @@ impl Driver {
         let pci = PciBus::new(bus.clone(), recorder.clone(), windows, [16, 17, 18, 19]).unwrap();
         pci.add(function.clone()).unwrap();
         let config = pci.ecam();
-        Self { function, handle, ram, recorder, bus, config, rings: Vec::new(), next_buffer: BUFFERS.start }
+        let mut driver =
+            Self { function, handle, ram, recorder, bus, config, rings: Vec::new(), next_buffer: BUFFERS.start };
+        driver.set_bus_master(true);
+        driver
     }
 
     /// Reads `width` bytes of BAR 0.
@@ -83,6 +86,11 @@ impl Driver {
 
     pub(super) fn config_write(&mut self, register: u64, value: u32) {
         self.config.mmio_write((1 << 15) + register, &value.to_le_bytes());
+    }
+
+    /// Lets the function access memory, or not; both decoders stay on.
+    pub(super) fn set_bus_master(&mut self, on: bool) {
+        self.config_write(0x04, if on { 7 } else { 3 });
     }
 
     /// Turns MSI-X on; vector n is sent as data n.

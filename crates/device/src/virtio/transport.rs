@@ -311,6 +311,15 @@ impl VirtioPci {
         self.device.reset();
     }
 
+    /// The guest may have allowed accesses to its memory, or forbidden them: then none is under way on return.
+    fn set_bus_master(&self, bus_master: bool) {
+        match (self.state.set_bus_master(bus_master), bus_master) {
+            (true, true) => self.lanes.wake_all(),
+            (true, false) => self.queues.iter().for_each(|queue| queue.settle()),
+            (false, _) => {}
+        }
+    }
+
     /// The capability that gives access to BAR 0 through configuration space (virtio 1.2, 4.1.4.9).
     fn pci_access_window(config: &ConfigSpace) -> Option<usize> {
         config.capabilities().find(|&at| {
@@ -418,6 +427,7 @@ impl PciFunction for VirtioPci {
     }
 
     fn after_config_write(&mut self, config: &mut ConfigSpace, offset: usize, length: usize) {
+        self.set_bus_master(config.is_bus_master());
         if let Some((data, target, width)) = Self::pci_access_target(config, offset, length) {
             let bytes = config.dword(data).to_le_bytes();
             self.bar_write(0, target, &bytes[..width]);

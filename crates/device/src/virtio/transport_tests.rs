@@ -197,6 +197,34 @@ fn nothing_is_served_before_driver_ok_and_all_of_it_after() {
 }
 
 #[test]
+fn without_bus_mastering_requests_stay_and_no_message_is_sent() {
+    let Fixture { mut driver, link, .. } = fixture();
+    driver.enable_messages();
+    driver.set_bus_master(false);
+    driver.start(0);
+    driver.write(0x10, 2, 0);
+    driver.request(0, b"ask", &[4]);
+    link.config_changed();
+    driver.handle.shutdown(); // the lane has looked a last time
+    assert_eq!((driver.used_index(0), driver.handle.counters().requests), (0, 0));
+    assert_eq!(driver.recorder.messages(), []);
+
+    let Fixture { mut driver, link, .. } = fixture();
+    driver.enable_messages();
+    driver.start(0);
+    driver.write(0x10, 2, 0);
+    driver.set_bus_master(false);
+    let requests: Vec<_> = (0..3).map(|_| driver.request(0, b"ask", &[4])).collect();
+    link.config_changed();
+    driver.set_bus_master(true);
+    for request in requests {
+        assert_eq!(driver.finish(0, request), (b"done".to_vec(), 4));
+    }
+    let messages = wait_for(|| Some(driver.recorder.messages()).filter(|list| list.len() > 1));
+    assert_eq!(messages, [(0xfee0_0000, 0), (0xfee0_0000, 1)], "what was held back, then the queue's");
+}
+
+#[test]
 fn reset_brings_all_registers_back() {
     let Fixture { mut driver, resets, .. } = fixture();
     driver.start(0b1);

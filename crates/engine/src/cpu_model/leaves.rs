@@ -47,6 +47,41 @@ const CACHES: [Cache; 4] = [
     Cache { kind: 3, level: 3, kib: 16384, ways: 16, shared: true },
 ];
 
+/// Translation buffers of one level, as AMD describes them: entries, and how associative they are.
+struct Tlb {
+    data: u32,
+    data_ways: u32,
+    instruction: u32,
+    instruction_ways: u32,
+}
+
+impl Tlb {
+    /// A register of leaf 0x80000005: fields of eight bits, ways as a number.
+    const fn in_bytes(&self) -> u32 {
+        self.data_ways << 24 | self.data << 16 | self.instruction_ways << 8 | self.instruction
+    }
+
+    /// A register of leaves 0x80000006 and 0x80000019: twelve bits of entries, ways as a code.
+    const fn in_codes(&self) -> u32 {
+        self.data_ways << 28 | self.data << 16 | self.instruction_ways << 12 | self.instruction
+    }
+}
+
+/// Leaf 0x80000005's word for fully associative; the code for it elsewhere; the codes for 4, 6 and 8 ways.
+const FULLY: u32 = 0xff;
+const FULLY_CODE: u32 = 0xf;
+const WAYS_4: u32 = 4;
+const WAYS_6: u32 = 5;
+const WAYS_8: u32 = 6;
+
+/// The translation buffers of a Zen 4. The engine's own are others; guests only print these, or weigh by them whether to
+/// flush pages one by one.
+const L1_TLB: Tlb = Tlb { data: 72, data_ways: FULLY, instruction: 64, instruction_ways: FULLY };
+const L2_TLB_4K: Tlb = Tlb { data: 3072, data_ways: WAYS_8, instruction: 512, instruction_ways: WAYS_4 };
+const L2_TLB_2M: Tlb = Tlb { data: 3072, data_ways: WAYS_6, instruction: 512, instruction_ways: 2 };
+const L1_TLB_1G: Tlb = Tlb { data_ways: FULLY_CODE, instruction_ways: FULLY_CODE, ..L1_TLB };
+const L2_TLB_1G: Tlb = Tlb { data: 64, data_ways: FULLY_CODE, instruction: 0, instruction_ways: 0 };
+
 /// Adds everything else to a table that holds a model's feature bits.
 pub(super) fn complete(table: &mut CpuidTable, model: &Model, vcpu: u32, vcpus: u32) {
     identity(table, model);
@@ -98,13 +133,18 @@ fn caches(table: &mut CpuidTable, vcpus: u32) {
         table.set(0x8000_001d, subleaf, value);
     }
     let [l1d, l1i, l2, l3] = &CACHES;
-    // Leaf 0x80000005: KiB, ways, lines a tag, bytes a line. No TLB figures: a software TLB has none to tell.
+    // Leaf 0x80000005: 2 MiB pages, 4 KiB pages; KiB, ways, lines a tag, bytes a line.
     let l1 = |cache: &Cache| cache.kib << 24 | cache.ways << 16 | 1 << 8 | LINE;
-    table.set(0x8000_0005, 0, Cpuid { ecx: l1(l1d), edx: l1(l1i), ..Cpuid::default() });
+    let tlb = L1_TLB.in_bytes();
+    table.set(0x8000_0005, 0, Cpuid { eax: tlb, ebx: tlb, ecx: l1(l1d), edx: l1(l1i) });
     // Leaf 0x80000006: associativity is a code, 6 for 8 ways and 8 for 16; L3 in units of 512 KiB.
     let ecx = l2.kib << 16 | 6 << 12 | 1 << 8 | LINE;
     let edx = (l3.kib / 512) << 18 | 8 << 12 | 1 << 8 | LINE;
-    table.set(0x8000_0006, 0, Cpuid { ecx, edx, ..Cpuid::default() });
+    table.set(0x8000_0006, 0, Cpuid { eax: L2_TLB_2M.in_codes(), ebx: L2_TLB_4K.in_codes(), ecx, edx });
+    if table.has(Feature::Pdpe1gb) {
+        let (eax, ebx) = (L1_TLB_1G.in_codes(), L2_TLB_1G.in_codes());
+        table.set(0x8000_0019, 0, Cpuid { eax, ebx, ..Cpuid::default() });
+    }
 }
 
 fn topology(table: &mut CpuidTable, vcpu: u32, vcpus: u32) {
@@ -237,6 +277,16 @@ mod tests {
         assert_eq!(table.answer(0x8000_0005, 0).ecx, 0x2008_0140);
         assert_eq!(table.answer(0x8000_0006, 0).ecx, 0x0200_6140);
         assert_eq!(table.answer(0x8000_0006, 0).edx, 0x0080_8140);
+    }
+
+    #[test]
+    fn translation_buffers_are_those_of_a_zen_4() {
+        let table = table("x86-64-v1", 0, 1);
+        let (l1, l2, giant) =
+            (table.answer(0x8000_0005, 0), table.answer(0x8000_0006, 0), table.answer(0x8000_0019, 0));
+        assert_eq!((l1.eax, l1.ebx), (0xff48_ff40, 0xff48_ff40));
+        assert_eq!((l2.eax, l2.ebx), (0x5c00_2200, 0x6c00_4200));
+        assert_eq!((giant.eax, giant.ebx), (0xf048_f040, 0xf040_0000));
     }
 
     #[test]

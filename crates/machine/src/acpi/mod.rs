@@ -33,11 +33,11 @@ const HEADER_BYTES: u32 = 36;
 /// The FACS must lie at a multiple of this (5.2.10); the others do not mind.
 const ALIGN: u64 = 64;
 
-/// FADT.IAPC_BOOT_ARCH (table 5.10): there are devices on the legacy bus (COM1) ..
+/// FADT.IAPC_BOOT_ARCH (table 5.10): there are devices on the legacy bus (COM1) and no VGA is to be looked for. The bit
+/// for a keyboard controller (1) stays clear, and the DSDT has no PNP0303: what answers at ports 0x60 and 0x64 is there
+/// for guests that reset by it or do not ask; to probe it for a keyboard costs time, and finds none.
 const LEGACY_DEVICES: u16 = 1 << 0;
-/// .. a keyboard controller answers at ports 0x60 and 0x64 ..
-const KEYBOARD_CONTROLLER: u16 = 1 << 1;
-/// .. and no VGA is to be looked for.
+/// See [`LEGACY_DEVICES`].
 const NO_VGA: u16 = 1 << 2;
 /// A C-state latency that says "not there" (tables 5.9: more than 100 and 1000 µs).
 const NO_C_STATE: u16 = 0xfff;
@@ -54,8 +54,6 @@ const AS_THE_BUS: u16 = 0;
 pub struct Description {
     /// vCPUs; APIC ids count from 0.
     pub cpus: u32,
-    /// A keyboard controller is there.
-    pub keyboard_controller: bool,
     /// Low half of the HPET's capability register: comparators, width, vendor (IA-PC HPET 1.0a, 2.3.4).
     pub hpet_id: u32,
     /// The RTC's century byte in CMOS, 0 for none.
@@ -133,7 +131,7 @@ fn rsdp(rsdt: u64, xsdt: u64) -> [u8; 36] {
 }
 
 /// What makes the sum of all bytes zero.
-fn checksum(bytes: &[u8]) -> u8 {
+pub(crate) fn checksum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_sub(*byte))
 }
 
@@ -171,8 +169,7 @@ fn fadt(description: &Description, dsdt: u64, facs: u64) -> impl Aml + use<> {
     table.p_lvl2_lat = NO_C_STATE.into();
     table.p_lvl3_lat = NO_C_STATE.into();
     table.century = description.century;
-    let keyboard = if description.keyboard_controller { KEYBOARD_CONTROLLER } else { 0 };
-    table.iapc_boot_arch = (LEGACY_DEVICES | keyboard | NO_VGA).into();
+    table.iapc_boot_arch = (LEGACY_DEVICES | NO_VGA).into();
     table.reset_reg = port(ResetControl::PORT, 8, AccessSize::ByteAccess);
     table.reset_value = ResetControl::RESET_VALUE;
     table.finalize()
@@ -236,7 +233,7 @@ mod tests {
     fn description(cpus: u32) -> Description {
         let pins = (0..32).flat_map(|slot| (0..4).map(move |pin| (slot, pin)));
         let interrupt_routes = pins.map(|(slot, pin)| Route { slot: Slot(slot), pin, gsi: 16 }).collect();
-        Description { cpus, keyboard_controller: false, hpet_id: 0x8086_a201, century: 0x32, interrupt_routes }
+        Description { cpus, hpet_id: 0x8086_a201, century: 0x32, interrupt_routes }
     }
 
     fn made(cpus: u32) -> Vec<(Gpa, Vec<u8>)> {

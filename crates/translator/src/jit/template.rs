@@ -348,7 +348,7 @@ fn vectors(instruction: &Instruction, features: &Features) -> (Kind, Unit) {
             | Fbstp
             | Wait
     );
-    if special || instruction.is_vsib() || !vector::offered(instruction, features) {
+    if special || instruction.is_vsib() || !crate::offered::offered(instruction, features) {
         return (Kind::Interpret, Unit::General);
     }
     let form = instruction.op_code();

@@ -23,6 +23,27 @@ enum Place {
     Split { low: Translation, high: Translation, first: u64 },
 }
 
+/// What an access that missed the fast path does.
+enum Transfer<'a> {
+    Read(&'a mut [u8]),
+    Write(&'a [u8]),
+}
+
+impl<'a> Transfer<'a> {
+    fn split_at(self, first: usize) -> (Transfer<'a>, Transfer<'a>) {
+        match self {
+            Self::Read(buffer) => {
+                let (head, tail) = buffer.split_at_mut(first);
+                (Self::Read(head), Self::Read(tail))
+            }
+            Self::Write(data) => {
+                let (head, tail) = data.split_at(first);
+                (Self::Write(head), Self::Write(tail))
+            }
+        }
+    }
+}
+
 impl Cpu {
     /// Loads an operand.
     #[inline(always)]
@@ -109,10 +130,10 @@ impl Cpu {
                 let shared = std::sync::Arc::clone(&self.shared);
                 let guard = locked.then(|| shared.split_lock.lock());
                 let mut buffer = [0; 8];
-                self.read_place(&place, &mut buffer[..W::BYTES]);
+                self.transfer(&place, Transfer::Read(&mut buffer[..W::BYTES]));
                 let old = W::of(u64::from_le_bytes(buffer));
                 let new = change(old);
-                self.write_place(&place, &new.zext().to_le_bytes()[..W::BYTES]);
+                self.transfer(&place, Transfer::Write(&new.zext().to_le_bytes()[..W::BYTES]));
                 drop(guard);
                 Ok((old, new))
             }
@@ -122,44 +143,79 @@ impl Cpu {
     #[cold]
     fn read_slow(&mut self, address: u64, bytes: u64, segment: u8, rights: Rights) -> Result<u64, Leave> {
         let mut buffer = [0; 8];
-        let place = self.locate(address, bytes, Access::Read, segment, rights)?;
-        self.read_place(&place, &mut buffer[..bytes as usize]);
+        self.read_bytes_slow(address, &mut buffer[..bytes as usize], segment, rights)?;
         Ok(u64::from_le_bytes(buffer))
+    }
+
+    #[cold]
+    fn read_bytes_slow(&mut self, address: u64, buffer: &mut [u8], segment: u8, rights: Rights) -> Done {
+        let place = self.locate(address, buffer.len() as u64, Access::Read, segment, rights)?;
+        self.transfer(&place, Transfer::Read(buffer));
+        Ok(())
     }
 
     #[cold]
     fn write_slow(&mut self, address: u64, data: &[u8], segment: u8, rights: Rights) -> Done {
         let place = self.locate(address, data.len() as u64, Access::Write, segment, rights)?;
-        self.write_place(&place, data);
+        self.transfer(&place, Transfer::Write(data));
         Ok(())
+    }
+
+    #[cold]
+    fn probe_slow(&mut self, address: u64, bytes: u64, segment: u8, rights: Rights) -> Done {
+        self.locate(address, bytes, Access::Write, segment, rights).map(|_| ())
     }
 
     /// Reads up to a page of bytes at a linear address (vector operands, state areas). One access for up to 8 bytes only.
+    #[inline(always)]
     pub(crate) fn read_bytes(&mut self, address: u64, buffer: &mut [u8], segment: u8, rights: Rights) -> Done {
-        let place = self.locate(address, buffer.len() as u64, Access::Read, segment, rights)?;
-        self.read_place(&place, buffer);
-        Ok(())
+        match self.direct(address, buffer.len() as u64, Access::Read, rights) {
+            Some(host) => {
+                // SAFETY: `direct` vouches for that many bytes at `host`, which are the guest's and not `buffer`.
+                unsafe { copy_from(host, buffer) };
+                Ok(())
+            }
+            None => self.read_bytes_slow(address, buffer, segment, rights),
+        }
     }
 
     /// Writes up to a page of bytes at a linear address; all of them or, with a fault, none.
+    #[inline(always)]
     pub(crate) fn write_bytes(&mut self, address: u64, data: &[u8], segment: u8, rights: Rights) -> Done {
-        self.write_slow(address, data, segment, rights)
+        match self.direct(address, data.len() as u64, Access::Write, rights) {
+            Some(host) => {
+                // SAFETY: as in `read_bytes`; pages that hold code are not found directly.
+                unsafe { copy_to(host, data) };
+                Ok(())
+            }
+            None => self.write_slow(address, data, segment, rights),
+        }
     }
 
     /// Checks that `bytes` (up to a page) at a linear address may be written, without writing.
+    #[inline(always)]
     pub(crate) fn probe_write(&mut self, address: u64, bytes: u64, segment: u8, rights: Rights) -> Done {
-        self.locate(address, bytes, Access::Write, segment, rights).map(|_| ())
+        match self.direct(address, bytes, Access::Write, rights) {
+            Some(_) => Ok(()),
+            None => self.probe_slow(address, bytes, segment, rights),
+        }
+    }
+
+    /// The host address of `bytes` (up to a page) at a linear address where no check is left to make.
+    #[inline(always)]
+    pub(crate) fn direct(&self, address: u64, bytes: u64, access: Access, rights: Rights) -> Option<*mut u8> {
+        let mode = self.data_mode_for(rights);
+        match access {
+            Access::Write => self.tlb.lookup_write(mode, address, bytes),
+            _ => self.tlb.lookup_read(mode, address, bytes),
+        }
     }
 
     /// The host address of as many of `bytes` at `address` as lie in its page and need no care, for bulk operations (REP
     /// MOVS and STOS). `None`: take the ordinary way, one element at a time.
-    pub(crate) fn bulk(&mut self, address: u64, bytes: u64, access: Access) -> Option<(*mut u8, u64)> {
+    pub(crate) fn bulk(&self, address: u64, bytes: u64, access: Access) -> Option<(*mut u8, u64)> {
         let here = bytes.min(0x1000 - (address & 0xfff));
-        let host = match access {
-            Access::Write => self.tlb.lookup_write(self.data_mode, address, here),
-            _ => self.tlb.lookup_read(self.data_mode, address, here),
-        };
-        host.map(|host| (host, here))
+        self.direct(address, here, access, Rights::Current).map(|host| (host, here))
     }
 
     /// Finds out where an access of 1..=4096 bytes goes, checking all of it and filling the TLB.
@@ -284,43 +340,32 @@ impl Cpu {
         Some(addend)
     }
 
-    fn read_place(&mut self, place: &Place, buffer: &mut [u8]) {
+    /// Does an access of as many bytes as `place` was found for.
+    fn transfer(&mut self, place: &Place, transfer: Transfer<'_>) {
         match place {
-            Place::Ram { host, .. } => {
+            Place::Ram { host, gpa, code } => match transfer {
                 // SAFETY: `locate` vouches for the whole access.
-                unsafe { copy_from(*host, buffer) };
-            }
-            Place::Device(gpa) => {
-                self.io().mmio_read(*gpa, buffer);
-                self.after_device();
-            }
-            Place::Split { low, high, first } => {
-                let (head, tail) = buffer.split_at_mut(*first as usize);
-                let (low, high) = (self.place(low), self.place(high));
-                self.read_place(&low, head);
-                self.read_place(&high, tail);
-            }
-        }
-    }
-
-    fn write_place(&mut self, place: &Place, data: &[u8]) {
-        match place {
-            Place::Ram { host, gpa, code } => {
-                // SAFETY: `locate` vouches for the whole access.
-                unsafe { copy_to(*host, data) };
-                if *code {
-                    self.note_code_write(*gpa, data.len() as u64);
+                Transfer::Read(buffer) => unsafe { copy_from(*host, buffer) },
+                Transfer::Write(data) => {
+                    // SAFETY: as above.
+                    unsafe { copy_to(*host, data) };
+                    if *code {
+                        self.note_code_write(*gpa, data.len() as u64);
+                    }
                 }
-            }
+            },
             Place::Device(gpa) => {
-                self.io().mmio_write(*gpa, data);
+                match transfer {
+                    Transfer::Read(buffer) => self.io().mmio_read(*gpa, buffer),
+                    Transfer::Write(data) => self.io().mmio_write(*gpa, data),
+                }
                 self.after_device();
             }
             Place::Split { low, high, first } => {
-                let (head, tail) = data.split_at(*first as usize);
+                let (head, tail) = transfer.split_at(*first as usize);
                 let (low, high) = (self.place(low), self.place(high));
-                self.write_place(&low, head);
-                self.write_place(&high, tail);
+                self.transfer(&low, head);
+                self.transfer(&high, tail);
             }
         }
     }
@@ -412,6 +457,7 @@ unsafe fn modify_at<W: Width>(host: *mut u8, locked: bool, change: impl Fn(W) ->
 ///
 /// # Safety
 /// `buffer.len()` bytes at `host` must be readable.
+#[inline(always)]
 unsafe fn copy_from(host: *const u8, buffer: &mut [u8]) {
     // SAFETY: by the caller's promise.
     unsafe {
@@ -426,6 +472,7 @@ unsafe fn copy_from(host: *const u8, buffer: &mut [u8]) {
 
 /// # Safety
 /// `data.len()` bytes at `host` must be writable.
+#[inline(always)]
 unsafe fn copy_to(host: *mut u8, data: &[u8]) {
     // SAFETY: by the caller's promise; the conversions cannot fail for these lengths.
     unsafe {

@@ -13,7 +13,7 @@
 //! | `ib`, `iw`, `iv`, `iq` | an immediate: 8 bits, 16, operand size up to 32, operand size |
 //! | `moffs`, `cb`, `cv` | an absolute address, branch displacements |
 
-use engine::state::rflags::{STATUS, ZF};
+use engine::state::rflags::{AF, CF, OF, PF, SF};
 use iced_x86::{Instruction, Mnemonic};
 
 use super::case::Code;
@@ -135,7 +135,7 @@ const LEGACY: &[&str] = &[
 ];
 
 /// Addressing, faults and encodings of SSE and AVX; results, of every instruction, are `vector`'s own test. Not here:
-/// LDMXCSR, whose reserved bits are the CPU model's, and masked stores, whose bytes may fault in any order.
+/// LDMXCSR, whose reserved bits are the CPU model's: none has the misaligned-exception mask that processors of AMD's have.
 #[rustfmt::skip]
 const VECTORS: &[&str] = &[
     "0f 10 /r", "0f 11 /r", "66 0f 10 /r", "f3 0f 10 /r", "f2 0f 11 /r", "0f 12 /r", "0f 13 /r:m", "0f 14 /r",
@@ -146,19 +146,21 @@ const VECTORS: &[&str] = &[
     "66 0f e0+c /r", "66 0f f4 /r", "66 0f f8+r /r", "0f ae /3:m", "66 0f 38 00+r /r", "66 0f 38 17 /r",
     "66 0f 3a 0f /r ib", "v1 10 /r", "v1 11 /r", "v1.66 28 /r", "v1.f3 6f /r", "v1.66 7f /r", "v1 58 /r", "v1.f2 58 /r",
     "v1.66 ef /r", "v1 77", "v2.66 18 /r:m", "v2.66 00 /r", "v3.66 0f /r ib", "v3.66 06 /r ib", "v1.66 d7 /r:r",
+    "66 0f f7 /r:r", "0f f7 /r:r", "v1.66 f7 /r:r", "v2.66 2c+r /r:m", "v2.66 8c /r:m", "v2.66 8e /r:m",
 ];
 
-/// Flags of an instruction that are not compared: undefined by the manuals, and not the same on all processors. All else
-/// that the manuals leave undefined, the interpreter does as AMD's Zen does.
+/// Flags of an instruction that are not compared: undefined by the manuals, and not the same on all processors of AMD's.
+/// Elsewhere the interpreter does what Zen does, defined or not.
 pub(super) fn undefined_flags(instruction: &Instruction) -> u64 {
     match instruction.mnemonic() {
-        // Some keep them, some clear them.
-        Mnemonic::Bsf | Mnemonic::Bsr => STATUS & !ZF,
+        // Zen 4 clears them but for PF, which is that of the result; others leave them alone.
+        Mnemonic::Bsf | Mnemonic::Bsr => CF | PF | AF | SF | OF,
         _ => 0,
     }
 }
 
-/// True where processors differ in which of two operands that both fault they report.
-pub(super) fn reports_either_fault(instruction: &Instruction) -> bool {
-    matches!(instruction.mnemonic(), Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd | Mnemonic::Cmpsq)
+/// True where both operands may fault and processors differ in which they look at first: with REPE CMPSB it is RSI's on
+/// Zen 4, and RDI's, as everywhere else, on others.
+pub(super) fn either_fault(instruction: &Instruction) -> bool {
+    instruction.mnemonic() == Mnemonic::Cmpsb
 }

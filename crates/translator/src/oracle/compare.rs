@@ -7,7 +7,7 @@ use iced_x86::{Formatter as _, GasFormatter, Instruction};
 
 use super::Tier;
 use super::case::{ARENA, Case, Code, NO_VECTOR, Outcome, Xsave};
-use super::classes::{reports_either_fault, undefined_flags};
+use super::classes::{either_fault, undefined_flags};
 
 const NAMES: [&str; 16] =
     ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
@@ -55,7 +55,7 @@ pub(super) fn compare(
         };
     fields.push(("rflags", case.rflags, native.rflags & !ignored, ours.rflags & !ignored));
     fields.push(("rip", case.rip, native.rip, ours.rip));
-    let either = native.fault != NO_VECTOR && ours.fault != NO_VECTOR && reports_either_fault(instruction);
+    let either = native.fault != NO_VECTOR && ours.fault != NO_VECTOR && either_fault(instruction);
     if !either {
         fields.push(("vector", NO_VECTOR, native.fault, ours.fault));
     }

@@ -4,14 +4,14 @@
 //! first; gathers keep what they have loaded when one element faults, and clear its mask, so that they go on from there
 //! when they run again (Intel SDM vol. 2, VGATHERDPS).
 
+use engine::state::rflags;
 use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 use crate::cpu::Cpu;
-use crate::decode::raise_ud;
-use crate::mmu::Access;
+use crate::decode::{memory_segment, raise_ud};
+use crate::mmu::{Access, Rights};
 use crate::op::{AddressForm, Done, Handler, Leave, Mem, NO_REG, Op};
 use crate::vector::gate::{Gate, Mmx, Sse, Vex};
-use crate::vector::memory;
 use crate::vector::registers::{Registers, ST, enter_mmx, high, set_high, set_xmm, xmm};
 
 /// `op.prefixes` of the handlers here: the operand is a YMM register's.
@@ -59,7 +59,7 @@ fn destination(instruction: &Instruction) -> Mem {
         OpKind::MemorySegEDI => 2,
         _ => 3,
     };
-    let segment = instruction.memory_segment().number() as u8;
+    let segment = memory_segment(instruction);
     Mem { form: AddressForm::General, segment, base: 7, address_size, ..Mem::NONE }
 }
 
@@ -93,14 +93,27 @@ fn element(cpu: &mut Cpu, op: &Op, at: usize, size: usize, access: Access) -> Re
     cpu.linear(&mem, size as u64, access)
 }
 
+/// Runs the accesses of a masked move, which are at any alignment whatever RFLAGS.AC says.
+fn at_any_alignment(cpu: &mut Cpu, accesses: impl FnOnce(&mut Cpu) -> Done) -> Done {
+    // Elsewhere than at CPL 3 the flag is about SMAP.
+    let check = if cpu.mode.cpl == 3 { cpu.state.rflags & rflags::AC } else { 0 };
+    cpu.state.rflags &= !check;
+    let done = accesses(cpu);
+    cpu.state.rflags |= check;
+    done
+}
+
 fn load_masked<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Done {
     Vex::check(cpu)?;
     let mask = whole(cpu, op.reg[1]);
     let mut value = [0; 32];
-    for at in (0..span(op)).step_by(SIZE).filter(|&at| enabled(&mask, at, SIZE)) {
-        let address = element(cpu, op, at, SIZE, Access::Read)?;
-        memory::read(cpu, address, &mut value[at..at + SIZE], op.mem.segment)?;
-    }
+    at_any_alignment(cpu, |cpu| {
+        for at in (0..span(op)).step_by(SIZE).filter(|&at| enabled(&mask, at, SIZE)) {
+            let address = element(cpu, op, at, SIZE, Access::Read)?;
+            cpu.read_bytes(address, &mut value[at..at + SIZE], op.mem.segment, Rights::Current)?;
+        }
+        Ok(())
+    })?;
     set_whole(cpu, op.reg[0], &value);
     Ok(())
 }
@@ -108,22 +121,26 @@ fn load_masked<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Done {
 fn store_masked<const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Done {
     Vex::check(cpu)?;
     let (mask, value) = (whole(cpu, op.reg[1]), whole(cpu, op.reg[2]));
-    probe_elements::<SIZE>(cpu, op, &mask[..span(op)])?;
-    write_elements::<SIZE>(cpu, op, &mask[..span(op)], &value)
+    at_any_alignment(cpu, |cpu| {
+        probe_elements::<SIZE>(cpu, op, &mask[..span(op)])?;
+        write_elements::<SIZE>(cpu, op, &mask[..span(op)], &value)
+    })
 }
 
-/// MASKMOVDQU and MASKMOVQ.
+/// MASKMOVDQU and MASKMOVQ. All of the operand is checked, whatever the mask says (for alignment by quadwords), and MMX
+/// state is entered first: so does AMD's Zen.
 fn store_bytes<G: Gate>(cpu: &mut Cpu, op: &Op) -> Done {
     G::check(cpu)?;
-    let (mask, value) = if G::MMX {
-        probe_elements::<1>(cpu, op, &mmx(cpu, op.reg[2])[..8])?;
+    let (span, mask, value) = if G::MMX {
         enter_mmx(&mut cpu.state.xsave);
-        (mmx(cpu, op.reg[2]), mmx(cpu, op.reg[1]))
+        (8, mmx(cpu, op.reg[2]), mmx(cpu, op.reg[1]))
     } else {
-        (whole(cpu, op.reg[2]), whole(cpu, op.reg[1]))
+        (16, whole(cpu, op.reg[2]), whole(cpu, op.reg[1]))
     };
-    let span = if G::MMX { 8 } else { 16 };
-    probe_elements::<1>(cpu, op, &mask[..span])?;
+    let address = cpu.linear(&op.mem, span as u64, Access::Write)?;
+    for at in (0..span as u64).step_by(8) {
+        cpu.probe_write(address.wrapping_add(at), 8, op.mem.segment, Rights::Current)?;
+    }
     write_elements::<1>(cpu, op, &mask[..span], &value)
 }
 
@@ -139,7 +156,7 @@ fn mmx(cpu: &Cpu, register: u8) -> [u8; 32] {
 fn probe_elements<const SIZE: usize>(cpu: &mut Cpu, op: &Op, mask: &[u8]) -> Done {
     for at in (0..mask.len()).step_by(SIZE).filter(|&at| enabled(mask, at, SIZE)) {
         let address = element(cpu, op, at, SIZE, Access::Write)?;
-        memory::probe(cpu, address, SIZE, op.mem.segment)?;
+        cpu.probe_write(address, SIZE as u64, op.mem.segment, Rights::Current)?;
     }
     Ok(())
 }
@@ -147,7 +164,7 @@ fn probe_elements<const SIZE: usize>(cpu: &mut Cpu, op: &Op, mask: &[u8]) -> Don
 fn write_elements<const SIZE: usize>(cpu: &mut Cpu, op: &Op, mask: &[u8], value: &[u8; 32]) -> Done {
     for at in (0..mask.len()).step_by(SIZE).filter(|&at| enabled(mask, at, SIZE)) {
         let address = element(cpu, op, at, SIZE, Access::Write)?;
-        memory::write(cpu, address, &value[at..at + SIZE], op.mem.segment)?;
+        cpu.write_bytes(address, &value[at..at + SIZE], op.mem.segment, Rights::Current)?;
     }
     Ok(())
 }
@@ -196,7 +213,7 @@ fn gather<const INDEX: usize, const SIZE: usize>(cpu: &mut Cpu, op: &Op) -> Done
         let mem = Mem { disp: op.mem.disp.wrapping_add(index << op.mem.scale), ..op.mem };
         let loaded = cpu
             .linear(&mem, SIZE as u64, Access::Read)
-            .and_then(|address| memory::read(cpu, address, &mut value[at..at + SIZE], op.mem.segment));
+            .and_then(|address| cpu.read_bytes(address, &mut value[at..at + SIZE], op.mem.segment, Rights::Current));
         if loaded.is_err() {
             done = loaded;
             break;

@@ -11,16 +11,15 @@
 //!                       └─ native ──stub──> emit: the instruction with its operands in fixed places
 //! ```
 //!
-//! `registers` says where the state is, `gate` when an instruction may run at all, `offered` what the CPU model has.
+//! `registers` says where the state is, `gate` when an instruction may run at all, `ours` which are this room's.
 //! Deliberately absent (#UD): what no model offers, that is AVX-512, AMX, XOP, FMA4, 3DNow!, SSE4A, XSAVES.
 
 mod emit;
 mod gate;
 mod masked;
-mod memory;
 mod moves;
 mod native;
-mod offered;
+mod ours;
 mod registers;
 mod save;
 mod stub;
@@ -36,15 +35,15 @@ use crate::decode::raise_ud;
 use crate::op::{Handler, Op};
 
 pub(crate) use emit::needs_alignment;
-pub(crate) use offered::{is_ours, offered};
+pub(crate) use ours::is_ours;
 pub(crate) use registers::adopt;
 
 /// The handler for a vector or floating-point instruction, where this is one. `bytes` start at the instruction.
 pub(crate) fn select(instruction: &Instruction, bytes: &[u8], cpu: &mut Cpu, op: &mut Op) -> Option<Handler> {
-    if !offered::is_ours(instruction) {
+    if !ours::is_ours(instruction) {
         return None;
     }
-    if !offered::offered(instruction, &cpu.features) {
+    if !crate::offered::offered(instruction, &cpu.features) {
         return Some(raise_ud);
     }
     let mut xmm = false;

@@ -7,10 +7,9 @@ use std::arch::x86_64::{
 use iced_x86::{Code, EncodingKind, Instruction, Mnemonic, OpKind};
 
 use crate::cpu::Cpu;
-use crate::mmu::Access;
+use crate::mmu::{Access, Rights};
 use crate::op::{Done, Handler, Leave, Op};
 use crate::vector::gate::{Gate, Sse, Vex};
-use crate::vector::memory;
 use crate::vector::registers::{TO_HIGH, XMM};
 use crate::width::Width;
 
@@ -197,10 +196,10 @@ fn load_whole<F: Form, A: Alignment, const BYTES: usize>(cpu: &mut Cpu, op: &Op)
     F::Gate::check(cpu)?;
     let address = address::<A, BYTES>(cpu, op, Access::Read)?;
     let mut long_way = Halves([nothing(); 2]);
-    let from: *const __m128i = match memory::direct(cpu, address, BYTES, Access::Read) {
+    let from: *const __m128i = match cpu.direct(address, BYTES as u64, Access::Read, Rights::Current) {
         Some(host) => host.cast(),
         None => {
-            memory::read(cpu, address, &mut long_way.bytes()[..BYTES], op.mem.segment)?;
+            cpu.read_bytes(address, &mut long_way.bytes()[..BYTES], op.mem.segment, Rights::Current)?;
             long_way.0.as_ptr()
         }
     };
@@ -215,7 +214,7 @@ fn store_whole<F: Form, A: Alignment, const BYTES: usize>(cpu: &mut Cpu, op: &Op
     F::Gate::check(cpu)?;
     let (value, above) = (low(cpu, op.reg[1]), upper(cpu, op.reg[1]));
     let address = address::<A, BYTES>(cpu, op, Access::Write)?;
-    if let Some(host) = memory::direct(cpu, address, BYTES, Access::Write) {
+    if let Some(host) = cpu.direct(address, BYTES as u64, Access::Write, Rights::Current) {
         let to: *mut __m128i = host.cast();
         // SAFETY: `direct` vouches for `BYTES` at `host`.
         unsafe {
@@ -226,7 +225,7 @@ fn store_whole<F: Form, A: Alignment, const BYTES: usize>(cpu: &mut Cpu, op: &Op
         }
         return Ok(());
     }
-    memory::write(cpu, address, &Halves([value, above]).bytes()[..BYTES], op.mem.segment)
+    cpu.write_bytes(address, &Halves([value, above]).bytes()[..BYTES], op.mem.segment, Rights::Current)
 }
 
 fn copy_whole<F: Form, const BYTES: usize>(cpu: &mut Cpu, op: &Op) -> Done {

@@ -12,7 +12,6 @@ use crate::mmu::{Access, Rights};
 use crate::op::{Done, Handler, Leave, Op};
 use crate::vector::emit::{Frame, General, Memory};
 use crate::vector::gate::{Gate, Mmx, Sse, SseMmx, Vex};
-use crate::vector::memory;
 use crate::vector::registers::{MXCSR, MXCSR_INIT, Registers, enter_mmx};
 use crate::vector::stub::Stub;
 
@@ -81,11 +80,11 @@ fn store<G: Gate>(cpu: &mut Cpu, op: &Op) -> Done {
     aligned(cpu, stub, address)?;
     if stub.float || G::MMX {
         // There is more to it than the store: it must not fault after that.
-        memory::probe(cpu, address, bytes, op.mem.segment)?;
+        cpu.probe_write(address, bytes as u64, op.mem.segment, Rights::Current)?;
     }
     let mut bounce = Bounce([0; 64]);
     run::<G>(cpu, op, stub, bounce.0.as_mut_ptr())?;
-    memory::write(cpu, address, &bounce.0[..bytes], op.mem.segment)
+    cpu.write_bytes(address, &bounce.0[..bytes], op.mem.segment, Rights::Current)
 }
 
 /// Where the stub finds its operand: in guest RAM itself where that is one piece, else copied to `bounce`.
@@ -94,7 +93,7 @@ pub(super) fn operand(cpu: &mut Cpu, op: &Op, stub: &Stub, bounce: &mut Bounce) 
     let bytes = usize::from(stub.bytes);
     let address = cpu.linear(&op.mem, bytes as u64, Access::Read)?;
     aligned(cpu, stub, address)?;
-    if let Some(host) = memory::direct(cpu, address, bytes, Access::Read) {
+    if let Some(host) = cpu.direct(address, bytes as u64, Access::Read, Rights::Current) {
         return Ok(host);
     }
     cpu.read_bytes(address, &mut bounce.0[..bytes], op.mem.segment, Rights::Current)?;

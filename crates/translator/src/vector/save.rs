@@ -10,10 +10,9 @@ use engine::state::{XsaveArea, cr0, cr4, gpr};
 use iced_x86::{EncodingKind, Instruction, Mnemonic};
 
 use crate::cpu::{Cpu, vector};
-use crate::mmu::Access;
+use crate::mmu::{Access, Rights};
 use crate::op::{Done, Handler, Leave, Op};
 use crate::vector::gate::{Gate, Sse, Vex};
-use crate::vector::memory;
 use crate::vector::registers::{
     FCW, FCW_INIT, FDP, FIP, HEADER, MXCSR, MXCSR_INIT, MXCSR_MASK, Registers, ST, XMM, YMM_HIGH, init_x87,
     normalise_control, summarise,
@@ -115,13 +114,13 @@ fn fxsave(cpu: &mut Cpu, op: &Op) -> Done {
     image[..MXCSR].copy_from_slice(&x87_header(area, wide(op)));
     image[MXCSR + 4..ST].copy_from_slice(&MXCSR_MASK.to_le_bytes());
     let bytes = XMM + reachable(cpu);
-    memory::write(cpu, address, &image[..bytes], op.mem.segment)
+    cpu.write_bytes(address, &image[..bytes], op.mem.segment, Rights::Current)
 }
 
 fn fxrstor(cpu: &mut Cpu, op: &Op) -> Done {
     let address = fx_address(cpu, op, Access::Read)?;
     let mut image = [0; 512];
-    memory::read(cpu, address, &mut image, op.mem.segment)?;
+    cpu.read_bytes(address, &mut image, op.mem.segment, Rights::Current)?;
     let mxcsr = word(&image, MXCSR);
     if mxcsr & !MXCSR_MASK != 0 {
         return Err(cpu.gp());
@@ -193,13 +192,13 @@ fn xsave<V: Variant>(cpu: &mut Cpu, op: &Op) -> Done {
     let saved = if V::SKIPS { wanted & used } else { wanted };
     let (segment, reach) = (op.mem.segment, reachable(cpu));
     // All faults come before any change.
-    memory::probe(cpu, address, bytes, segment)?;
+    cpu.probe_write(address, bytes as u64, segment, Rights::Current)?;
     let mut header = [0; 16];
     if V::COMPACTS {
         header[..8].copy_from_slice(&(wanted & used).to_le_bytes());
         header[8..].copy_from_slice(&(COMPACTED | wanted).to_le_bytes());
     } else {
-        memory::read(cpu, address.wrapping_add(HEADER as u64), &mut header[..8], segment)?;
+        cpu.read_bytes(address.wrapping_add(HEADER as u64), &mut header[..8], segment, Rights::Current)?;
         let present = quad(&header, 0) & !wanted | wanted & used;
         header[..8].copy_from_slice(&present.to_le_bytes());
     }
@@ -209,7 +208,7 @@ fn xsave<V: Variant>(cpu: &mut Cpu, op: &Op) -> Done {
     image[MXCSR + 4..ST].copy_from_slice(&MXCSR_MASK.to_le_bytes());
     let mut put = |part: Range<usize>| {
         let at = address.wrapping_add(part.start as u64);
-        memory::write(cpu, at, &image[part], segment)
+        cpu.write_bytes(at, &image[part], segment, Rights::Current)
     };
     if saved & X87 != 0 {
         put(0..MXCSR)?;
@@ -225,14 +224,14 @@ fn xsave<V: Variant>(cpu: &mut Cpu, op: &Op) -> Done {
         put(YMM_HIGH..YMM_HIGH + reach)?;
     }
     let written = if V::COMPACTS { 16 } else { 8 };
-    memory::write(cpu, address.wrapping_add(HEADER as u64), &header[..written], segment)
+    cpu.write_bytes(address.wrapping_add(HEADER as u64), &header[..written], segment, Rights::Current)
 }
 
 /// XRSTOR (SDM vol. 1, 13.8).
 fn xrstor(cpu: &mut Cpu, op: &Op) -> Done {
     let (address, wanted) = x_operand(cpu, op, Access::Read)?;
     let mut image = [0; AREA];
-    memory::read(cpu, address, &mut image[..YMM_HIGH], op.mem.segment)?;
+    cpu.read_bytes(address, &mut image[..YMM_HIGH], op.mem.segment, Rights::Current)?;
     let (present, layout) = (quad(&image, HEADER), quad(&image, HEADER + 8));
     let compacted = layout & COMPACTED != 0;
     let rest = if compacted { HEADER + 16 } else { HEADER + 8 };
@@ -255,7 +254,7 @@ fn xrstor(cpu: &mut Cpu, op: &Op) -> Done {
     }
     if loaded & AVX != 0 {
         let at = address.wrapping_add(YMM_HIGH as u64);
-        memory::read(cpu, at, &mut image[YMM_HIGH..], op.mem.segment)?;
+        cpu.read_bytes(at, &mut image[YMM_HIGH..], op.mem.segment, Rights::Current)?;
     }
     let reach = reachable(cpu);
     let area = &mut cpu.state.xsave;

@@ -10,11 +10,10 @@ use engine::state::{XsaveArea, seg};
 use iced_x86::{Code, Instruction, Mnemonic};
 
 use crate::cpu::Cpu;
-use crate::mmu::Access;
+use crate::mmu::{Access, Rights};
 use crate::op::{Done, Handler, NO_REG, Op};
 use crate::vector::emit::Memory;
 use crate::vector::gate::{self, Gate, X87, X87NoWait};
-use crate::vector::memory;
 use crate::vector::native::{Bounce, flags_in, frame, operand, stub_of};
 use crate::vector::registers::{
     FCW, FDP, FIP, FOP, FSW, FTW, MXCSR, MXCSR_MASK, Registers, ST, init_x87, leave_mmx, normalise_control, summarise,
@@ -92,14 +91,14 @@ fn store(cpu: &mut Cpu, op: &Op) -> Done {
     let bytes = usize::from(stub_of(op).bytes);
     let data = cpu.effective_address(&op.mem);
     let address = cpu.linear(&op.mem, bytes as u64, Access::Write)?;
-    memory::probe(cpu, address, bytes, op.mem.segment)?;
+    cpu.probe_write(address, bytes as u64, op.mem.segment, Rights::Current)?;
     let mut bounce = Bounce([0; 64]);
     run(cpu, op, bounce.0.as_mut_ptr(), Some(data));
     let area = &cpu.state.xsave;
     if area.u16(FSW) & !area.u16(FCW) & UNSTORED != 0 {
         return Ok(());
     }
-    memory::write(cpu, address, &bounce.0[..bytes], op.mem.segment)
+    cpu.write_bytes(address, &bounce.0[..bytes], op.mem.segment, Rights::Current)
 }
 
 /// Runs the stub and notes the guest's pointers.
@@ -316,7 +315,7 @@ fn fnstenv(cpu: &mut Cpu, op: &Op) -> Done {
     let image = environment(cpu, op);
     let bytes = environment_bytes(op);
     let address = cpu.linear(&op.mem, bytes as u64, Access::Write)?;
-    memory::write(cpu, address, &image[..bytes], op.mem.segment)?;
+    cpu.write_bytes(address, &image[..bytes], op.mem.segment, Rights::Current)?;
     // All exceptions are masked then.
     let area = &mut cpu.state.xsave;
     let control = area.u16(FCW) | 0x3f;
@@ -330,7 +329,7 @@ fn fldenv(cpu: &mut Cpu, op: &Op) -> Done {
     let bytes = environment_bytes(op);
     let address = cpu.linear(&op.mem, bytes as u64, Access::Read)?;
     let mut image = [0; 28];
-    memory::read(cpu, address, &mut image[..bytes], op.mem.segment)?;
+    cpu.read_bytes(address, &mut image[..bytes], op.mem.segment, Rights::Current)?;
     load_environment(cpu, op, &image);
     Ok(())
 }
@@ -345,7 +344,7 @@ fn fnsave(cpu: &mut Cpu, op: &Op) -> Done {
         image[to..to + 10].copy_from_slice(&cpu.state.xsave.0[from..from + 10]);
     }
     let address = cpu.linear(&op.mem, bytes as u64 + 80, Access::Write)?;
-    memory::write(cpu, address, &image[..bytes + 80], op.mem.segment)?;
+    cpu.write_bytes(address, &image[..bytes + 80], op.mem.segment, Rights::Current)?;
     initialise(&mut cpu.state.xsave);
     Ok(())
 }
@@ -355,7 +354,7 @@ fn frstor(cpu: &mut Cpu, op: &Op) -> Done {
     let bytes = environment_bytes(op);
     let address = cpu.linear(&op.mem, bytes as u64 + 80, Access::Read)?;
     let mut image = [0; 108];
-    memory::read(cpu, address, &mut image[..bytes + 80], op.mem.segment)?;
+    cpu.read_bytes(address, &mut image[..bytes + 80], op.mem.segment, Rights::Current)?;
     load_environment(cpu, op, &image);
     for register in 0..8 {
         let (from, to) = (bytes + register * 10, ST + register * 16);

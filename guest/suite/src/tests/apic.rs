@@ -9,8 +9,8 @@ use crate::{code, tests};
 
 tests![
     registers, reserved_bits_read_zero, software_disable, global_disable, self_ipi, irr_isr_tmr, priorities, tpr_masks,
-    cr8_masks, eoi_order, physical_ipi, logical_ipi, shorthand_all, nmi, nmi_blocking, timer_one_shot, timer_periodic, timer_masked,
-    timer_stop, timer_deadline, error_status, hlt_wakes, x2apic_transitions, x2apic_reserved_msrs, x2apic_reserved_bits,
+    cr8_masks, eoi_order, physical_ipi, logical_ipi, shorthand_all, nmi, nmi_blocking, nmi_pair, timer_one_shot,
+    timer_periodic, timer_masked, timer_stop, timer_deadline, error_status, hlt_wakes, x2apic_transitions, x2apic_reserved_msrs, x2apic_reserved_bits,
     x2apic_registers, x2apic_self_ipi,
 ];
 
@@ -269,6 +269,31 @@ fn nmi_blocking(t: &mut T) {
     t.done("NMIs", &exit);
     t.eq("held back in the handler", exit.regs.rsi, 1);
     t.eq("delivered after it", exit.regs.rbx, 2);
+}
+
+/// Of two NMIs in a row the first is taken and the second kept. Of three sent while one is handled, one is kept.
+fn nmi_pair(t: &mut T) {
+    if is_tcg() {
+        return t.skip("QEMU's processor keeps one NMI in all");
+    }
+    enable();
+    write(reg::ICR_HIGH, read(reg::ID));
+    let counts = code!("inc rbx", "iretq");
+    idt(0)[2] = gate(counts.start, KERNEL_CODE, 0x8E, 1);
+    let pair = code!("mov [rax], edx", "mov [rax], edx", "mov ecx, 20000", "2: dec ecx", "jnz 2b");
+    let start = |r: &mut Regs| (r.rax, r.rdx) = (apic::BASE + u64::from(reg::ICR_LOW), 0x4400);
+    let exit = pair.kernel().with(start).run();
+    t.done("two", &exit);
+    t.eq("both arrive", exit.regs.rbx, 2);
+    let sends = code!(
+        "inc rbx", "cmp rbx, 1", "jne 3f", "mov [rax], edx", "mov edi, 10000", "2: dec edi", "jnz 2b",
+        "mov [rax], edx", "mov [rax], edx", "mov edi, 10000", "2: dec edi", "jnz 2b", "3: iretq"
+    );
+    idt(0)[2] = gate(sends.start, KERNEL_CODE, 0x8E, 1);
+    let code = code!("mov [rax], edx", "mov ecx, 20000", "2: dec ecx", "jnz 2b");
+    let exit = code.kernel().with(start).run();
+    t.done("three in the handler", &exit);
+    t.eq("one of them is kept", exit.regs.rbx, 2);
 }
 
 /// Fires once; the count stays at zero.

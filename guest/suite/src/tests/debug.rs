@@ -219,6 +219,17 @@ fn execute_breakpoint_resume(t: &mut T) {
     t.eq("RCX", first.regs.rcx, 4);
     let exit = first.regs.with(|r| r.rflags |= flag::RF).run();
     t.done("resumed with RF", &exit);
+    // RF lasts until the last iteration is done, also where each is stepped: it is in the flags that the step pushes.
+    let mut regs = first.regs.with(|r| r.rflags |= flag::RF | flag::TF);
+    for left in (0..4).rev() {
+        write_dr6(DR6_CLEAR);
+        let exit = regs.run();
+        t.event(format_args!("step, {left} left"), &exit, DB);
+        t.eq("DR6", read_dr6(), DR6_CLEAR | BS);
+        t.eq("RCX", exit.regs.rcx, left);
+        t.eq("RF", exit.regs.rflags & flag::RF, if left == 0 { 0 } else { flag::RF });
+        regs = exit.regs;
+    }
     write_dr7(DR7_CLEAR);
 }
 

@@ -53,6 +53,7 @@ fn signature(t: &mut T) {
 
 /// The pvclock page, read as msr.rst says: nanoseconds, or `None` while the version is odd.
 fn read_clock(page: *const u8) -> Option<u64> {
+    // SAFETY: the page is the suite's own, and the offsets are inside of it.
     let word = |offset: usize| unsafe { page.add(offset).cast::<u32>().read_volatile() };
     let version = word(0);
     let wide = |offset| u64::from(word(offset)) | u64::from(word(offset + 4)) << 32;

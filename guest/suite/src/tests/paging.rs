@@ -438,6 +438,7 @@ fn implicit_supervisor(t: &mut T) {
     let code = code!("mov ds, eax");
     // An LDT whose table is at a missing address.
     crate::tables::set_wide_descriptor(crate::tables::scratch(0), crate::tables::system(TEST_VA, 0xFFF, 0x82));
+    // SAFETY: the suite itself uses no LDT.
     unsafe { asm!("lldt {:x}", in(reg) crate::tables::scratch(0)) };
     let exit = code.user().with(|r| r.rax = 0x0F).run();
     t.fault("LDT missing", code, &exit, pf(0));

@@ -128,6 +128,7 @@ static mut TABLES: Tables32 =
     Tables32 { directory: EMPTY, table: EMPTY, pointers: EMPTY, directories: [EMPTY; 4], pae_table: EMPTY };
 
 fn tables() -> &'static mut Tables32 {
+    // SAFETY: one processor uses them, and no caller holds two of these.
     unsafe { &mut *addr_of_mut!(TABLES) }
 }
 
@@ -136,10 +137,12 @@ const PAGE: u32 = 0x4000_0000;
 const USER_CODE_AT: u32 = 0x8000_0000;
 
 fn directory_entry(index: usize) -> &'static mut u32 {
+    // SAFETY: the index is that of an entry in the page.
     unsafe { &mut *tables().directory.0.as_mut_ptr().cast::<u32>().add(index) }
 }
 
 fn table_entry(index: usize) -> &'static mut u32 {
+    // SAFETY: as above.
     unsafe { &mut *tables().table.0.as_mut_ptr().cast::<u32>().add(index) }
 }
 

@@ -232,6 +232,7 @@ fn far_call_and_ret(t: &mut T) {
     let exit = far(code, KERNEL_CODE.into(), target.start);
     t.done("call", &exit);
     t.eq("two doublewords pushed", exit.regs.rsp, run::snippet_stack(0) - 16 - 8);
+    // SAFETY: the far call has just pushed them on the snippet's stack, which is mapped and aligned.
     let pushed = unsafe { *(exit.regs.rsp as *const [u32; 2]) };
     t.eq("return address", u64::from(pushed[0]), code.next);
     t.eq("CS", pushed[1], KERNEL_CODE.into());
@@ -312,6 +313,7 @@ fn call_gate_stack(t: &mut T) {
     let exit = t.runs("user", &code.user().with(|r| r.rax = selector));
     t.eq("RSP0 used", exit.regs.rsp, tss(0).rsp[0] - 32);
     t.eq("SS is null", exit.regs.rax, 0);
+    // SAFETY: the processor has just pushed them on the stack of RSP0, which is mapped and aligned.
     let frame = unsafe { *(exit.regs.rsp as *const [u64; 4]) };
     t.eq("RIP", frame[0], code.next + USER_ALIAS);
     t.eq("CS", frame[1], USER_CODE.into());

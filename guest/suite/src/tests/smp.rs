@@ -54,6 +54,7 @@ fn locked_counters(t: &mut T) {
     t.is("finished", everywhere(|_| {
         let [a, b, c, d] = &COUNTERS;
         for _ in 0..ROUNDS {
+            // SAFETY: the counters are statics, and each access is atomic.
             unsafe {
                 asm!("lock inc qword ptr [{}]", in(reg) a.as_ptr());
                 asm!("lock xadd [{}], {}", in(reg) b.as_ptr(), inout(reg) 1u64 => _);
@@ -83,6 +84,7 @@ fn locked_across_pages(t: &mut T) {
     frame(1).fill(0);
     t.is("finished", everywhere(|_| {
         for _ in 0..ROUNDS / 4 {
+            // SAFETY: both pages are mapped, and no reference to them is held.
             unsafe { asm!("lock add qword ptr [{}], 0x10001", in(reg) TEST_VA + 4096 - 3) };
         }
     }));
@@ -101,6 +103,7 @@ fn cmpxchg16b_counter(t: &mut T) {
     frame(0).fill(0);
     t.is("finished", everywhere(|_| {
         for _ in 0..ROUNDS / 4 {
+            // SAFETY: `frame(0)` is mapped and aligned, no reference to it is held, and RBX is restored.
             unsafe {
                 asm!(
                     "push rbx", "mov rax, [rdi]", "mov rdx, [rdi + 8]",
@@ -256,6 +259,7 @@ fn shootdown(t: &mut T) {
             // Reads the page for ever, with the translation cached, until the IPI.
             wait_for_interrupt(cpu, code!("mov rbx, 0x8040201000", "2: mov al, [rbx]", "jmp 2b"), flag::IF);
             invlpg(TEST_VA);
+            // SAFETY: the page is mapped when this runs.
             SEEN.store(unsafe { (TEST_VA as *const u8).read_volatile() }.into(), SeqCst);
             ROUND.store(round, SeqCst);
         }
@@ -288,6 +292,7 @@ fn cross_modifying_code(t: &mut T) {
     static WRONG: AtomicU64 = AtomicU64::new(0);
     WRONG.store(0, SeqCst);
     begin(1, |_| {
+        // SAFETY: the page holds code that returns its constant.
         let function: extern "C" fn() -> u32 = unsafe { core::mem::transmute(frame(0).as_ptr()) };
         for i in 1..=COUNT {
             while COUNTERS[0].load(SeqCst) != i {
@@ -299,6 +304,7 @@ fn cross_modifying_code(t: &mut T) {
         }
     });
     for i in 1..=COUNT {
+        // SAFETY: within the page; the code there is read by the processor only.
         unsafe { frame(0).as_mut_ptr().add(1).cast::<u32>().write_unaligned(i as u32) };
         COUNTERS[0].store(i, SeqCst);
         if !wait_for(|| COUNTERS[1].load(SeqCst) == i) {

@@ -140,6 +140,7 @@ fn invpcid(t: &mut T) {
         t.eq("first", read_byte(&read), 0x11);
         *window.entry(3, 0) = physical(frame(2)) | pte::ALL | global;
         let descriptor = [0u64, address];
+        // SAFETY: forgetting translations changes no mapping.
         unsafe { asm!("invpcid {}, [{}]", in(reg) kind, in(reg) &descriptor) };
         t.same(format_args!("type {kind}"), read_byte(&read) == 0x22, dropped);
     }

@@ -353,8 +353,10 @@ impl Lapic {
             let (from, to) = (state.mode(), value & base::MODE);
             match (from, to) {
                 (_, base::X2APIC) | (base::MODE, base::ENABLE) | (0, base::MODE) => return Err(Refused),
-                // Disabling may lose all state (SDM 11.4.3), and does here; CR8 is the processor's and stays.
+                // Disabling may lose all state (SDM 11.4.3), and does here; CR8 works on while there is no APIC.
                 (_, 0) if from != 0 => state.clear_but_priority(),
+                // Enabled again, it is as after power-up (SDM 11.4.3).
+                (0, base::ENABLE) => state.clear(),
                 // SDM 11.12.5.1: LDR and the high half of ICR are not preserved.
                 (base::ENABLE, base::MODE) => {
                     state.logical_destination = 0;

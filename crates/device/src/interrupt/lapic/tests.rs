@@ -169,7 +169,7 @@ fn modes_change_only_along_the_arrows() {
 }
 
 #[test]
-fn a_disabled_apic_forgets_but_keeps_cr8() {
+fn a_disabled_apic_keeps_cr8_until_it_is_enabled_again() {
     let bench = Bench::new(0);
     bench.fixed(0x40, false);
     bench.set(LVT, 0x41);
@@ -185,7 +185,8 @@ fn a_disabled_apic_forgets_but_keeps_cr8() {
     bench.timers.advance(10_000);
     bench.wrmsr(msr::APIC_BASE, base::DEFAULT | base::ENABLE);
     assert_eq!(bench.get(SVR), 0xff);
-    assert_eq!(bench.get(TPR), 0x60);
+    assert_eq!(bench.get(TPR), 0);
+    assert_eq!(bench.lapic.task_priority(), 0);
     assert!(!bench.lapic.interrupt_pending());
 }
 

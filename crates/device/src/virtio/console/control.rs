@@ -144,9 +144,10 @@ impl ControlWork {
         } else if std::mem::take(&mut news.opened) {
             message(event::PORT_OPEN, 1, &[])
         } else if std::mem::take(&mut news.size) {
-            // Rows first: so Linux has read it since the message exists, though the specification has columns first.
+            // struct virtio_console_resize: columns first. Linux read it the other way round until 6.16, and until early
+            // 2026 in its stable branches; nothing tells which a guest has, so it gets what the specification says.
             let (columns, rows) = self.shared.size();
-            message(event::RESIZE, 0, &[rows.to_le_bytes(), columns.to_le_bytes()].concat())
+            message(event::RESIZE, 0, &[columns.to_le_bytes(), rows.to_le_bytes()].concat())
         } else {
             news.closed = false;
             message(event::PORT_OPEN, 0, &[])

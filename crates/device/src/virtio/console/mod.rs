@@ -189,7 +189,12 @@ impl VirtioDevice for Console {
             name: format!("console-{index}"),
             queues: vec![receive_queue(index) + 1],
             waker: self.shared.ports[index].transmit.clone(),
-            work: Box::new(Transmit { shared: Arc::clone(&self.shared), index, link: link.clone() }),
+            work: Box::new(Transmit {
+                shared: Arc::clone(&self.shared),
+                index,
+                link: link.clone(),
+                unfinished: (0, 0),
+            }),
         });
         std::iter::once(control).chain(transmit).collect()
     }

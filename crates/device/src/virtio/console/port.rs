@@ -11,7 +11,7 @@ use super::{PortEnds, Shared};
 use crate::virtio::{Chain, Fault, LaneWork, Link, Queue, Waker};
 
 /// Bytes copied out of guest RAM and written at once.
-const CHUNK: usize = 64 << 10;
+pub(super) const CHUNK: usize = 64 << 10;
 
 /// What the guest is to be told about a port, as flags rather than a list of messages: a guest that takes no messages
 /// cannot make them pile up. Sent in this order.
@@ -108,6 +108,8 @@ pub(super) struct Transmit {
     pub(super) shared: Arc<Shared>,
     pub(super) index: usize,
     pub(super) link: Link,
+    /// Bytes of a request that are out although it could not be finished, and the queue's life they belong to.
+    pub(super) unfinished: (u64, usize),
 }
 
 impl Drop for Transmit {
@@ -119,7 +121,8 @@ impl Drop for Transmit {
 
 impl LaneWork for Transmit {
     fn run(&mut self, memory: &Backend, queues: &[Arc<Queue>]) -> Result<(), Fault> {
-        let port = &self.shared.ports[self.index];
+        let shared = Arc::clone(&self.shared);
+        let port = &shared.ports[self.index];
         // Looked at before the queue: all that was written before the close is in the queue by now.
         let closing = port.state().closing;
         let drained = self.drain(port, memory, &queues[0]);
@@ -138,31 +141,44 @@ impl LaneWork for Transmit {
 }
 
 impl Transmit {
-    fn drain(&self, port: &Port, memory: &Backend, queue: &Queue) -> Result<(), Fault> {
+    fn drain(&mut self, port: &Port, memory: &Backend, queue: &Queue) -> Result<(), Fault> {
         loop {
             let Some(mut running) = queue.lock() else { return Ok(()) };
             let life = running.life();
-            let Some(chain) = running.pop(memory)? else { return Ok(()) };
+            let Some(mut chain) = running.pop(memory)? else { return Ok(()) };
             let head = chain.head;
             drop(running);
-            self.write_out(port, chain, queue, life);
-            // The write may have taken long: the request may be of a life that is over.
-            let Some(mut running) = queue.lock().filter(|running| running.life() == life) else { continue };
-            running.complete(memory, head, 0)?;
-            running.interrupt(memory)?;
+            let out = match std::mem::take(&mut self.unfinished) {
+                (of, bytes) if of == life => bytes,
+                _ => 0,
+            };
+            chain.readable.take_front(out);
+            self.unfinished = (life, out);
+            let whole = self.write_out(port, chain, queue, life);
+            // The write may have taken long: the request may be of a life that is over, or guest memory out of reach.
+            match queue.lock().filter(|running| whole && running.life() == life) {
+                Some(mut running) => {
+                    self.unfinished = (life, 0);
+                    running.complete(memory, head, 0)?;
+                    running.interrupt(memory)?;
+                }
+                None => queue.put_back(life),
+            }
         }
     }
 
-    /// Writes one request piece by piece. The queue is held while guest RAM is read, never while the host may block.
-    fn write_out(&self, port: &Port, mut chain: Chain<'_>, queue: &Queue, life: u64) {
+    /// Writes one request piece by piece; true once all is out. The queue is held while guest RAM is read, never while the
+    /// host may block.
+    fn write_out(&mut self, port: &Port, mut chain: Chain<'_>, queue: &Queue, life: u64) -> bool {
         let mut buffer = vec![0; chain.readable.len().min(CHUNK)];
         loop {
-            let Some(running) = queue.lock().filter(|running| running.life() == life) else { return };
+            let Some(running) = queue.lock().filter(|running| running.life() == life) else { return false };
             let bytes = chain.readable.take_front(buffer.len()).copy_to(&mut buffer);
             drop(running);
             if bytes == 0 {
-                return;
+                return true;
             }
+            self.unfinished.1 += bytes;
             self.link.counters().from_guest(bytes as u64);
             let mut output = port.output.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(writer) = output.as_mut()

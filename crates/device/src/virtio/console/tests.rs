@@ -5,6 +5,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use super::input::CAPACITY;
+use super::port::CHUNK;
 use super::*;
 use crate::virtio::test_driver::{Driver, NEEDS_RESET, STATUS, wait_for};
 
@@ -89,12 +90,12 @@ fn ports_are_announced_named_and_opened_in_order() {
     assert_eq!(guest.hear(), (1, 1, 1, vec![]));
     guest.say(0, PORT_READY, 1);
     let about_console: Vec<_> = (0..3).map(|_| guest.hear()).collect();
-    assert_eq!(about_console, [(0, 4, 1, vec![]), (0, 6, 1, vec![]), (0, 5, 0, vec![24, 0, 80, 0])]);
+    assert_eq!(about_console, [(0, 4, 1, vec![]), (0, 6, 1, vec![]), (0, 5, 0, vec![80, 0, 24, 0])]);
     guest.say(1, PORT_READY, 1);
     assert_eq!(guest.hear(), (1, 7, 1, b"cordial.stdout".to_vec()));
     assert_eq!(guest.hear(), (1, 6, 1, vec![]));
     guest.size.set(132, 50);
-    assert_eq!(guest.hear(), (0, 5, 0, vec![50, 0, 132, 0]));
+    assert_eq!(guest.hear(), (0, 5, 0, vec![132, 0, 50, 0]));
     assert_eq!(guest.driver.read(0x2000, 8), 132 | 50 << 16 | 2 << 32);
 }
 
@@ -220,6 +221,7 @@ struct Gate {
     entered: Sender<()>,
     passes: Receiver<()>,
     written: Arc<Mutex<Vec<u8>>>,
+    flushes: Arc<AtomicUsize>,
 }
 
 impl Write for Gate {
@@ -231,6 +233,7 @@ impl Write for Gate {
         Ok(bytes.len())
     }
     fn flush(&mut self) -> io::Result<()> {
+        self.flushes.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
 }
@@ -240,7 +243,7 @@ fn a_blocked_writer_delays_no_other_port_and_survives_a_reset() {
     let (entered, blocked) = channel();
     let (pass, passes) = channel();
     let (slow, fast) = (Arc::new(Mutex::new(Vec::new())), SharedSink::default());
-    let gate = Gate { entered, passes, written: Arc::clone(&slow) };
+    let gate = Gate { entered, passes, written: Arc::clone(&slow), flushes: Arc::default() };
     let mut guest =
         Guest::new(vec![ends("slow", false, None, Box::new(gate)), ends("fast", false, None, Box::new(fast.clone()))]);
     guest.driver.request(receive_queue(0) + 1, b"one ", &[]);
@@ -259,6 +262,30 @@ fn a_blocked_writer_delays_no_other_port_and_survives_a_reset() {
     guest.driver.finish(receive_queue(0) + 1, next);
     assert_eq!(*slow.lock().unwrap(), b"one two");
     assert_eq!(guest.driver.used_index(receive_queue(0) + 1), 1, "the old life's request is not completed in the new");
+}
+
+#[test]
+fn output_that_loses_the_bus_halfway_is_finished_once_it_is_back() {
+    let (entered, blocked) = channel();
+    let (pass, passes) = channel();
+    let written = Arc::new(Mutex::new(Vec::new()));
+    let flushes = Arc::new(AtomicUsize::new(0));
+    let gate = Gate { entered, passes, written: Arc::clone(&written), flushes: Arc::clone(&flushes) };
+    let mut guest = Guest::new(vec![ends("slow", false, None, Box::new(gate))]);
+    let queue = receive_queue(0) + 1;
+    let data = stream(CHUNK + 1000);
+    let request = guest.driver.request(queue, &data, &[]);
+    blocked.recv().unwrap();
+    guest.driver.set_bus_master(false);
+    let before = flushes.load(Ordering::SeqCst);
+    pass.send(()).unwrap();
+    wait_for(|| (flushes.load(Ordering::SeqCst) > before).then_some(()));
+    assert_eq!((written.lock().unwrap().len(), guest.driver.used_index(queue)), (CHUNK, 0), "one piece got out");
+    guest.driver.set_bus_master(true);
+    pass.send(()).unwrap();
+    guest.driver.finish(queue, request);
+    assert_eq!((written.lock().unwrap().len(), guest.driver.handle.counters().requests), (data.len(), 2));
+    assert!(*written.lock().unwrap() == data, "bytes differ");
 }
 
 #[derive(Clone, Default)]

@@ -4,7 +4,7 @@ use iced_x86::{Code, Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpC
 
 use super::super::emit::Recipe;
 use super::super::registers::{FOP, HEADER, MXCSR, ST, XMM, YMM_HIGH};
-use super::super::{offered, stub};
+use super::super::{ours, stub};
 use super::host::{Host, State, Window};
 use super::*;
 use crate::cpu::vector::XM;
@@ -214,8 +214,8 @@ fn codes(bench: &Bench) -> Vec<Code> {
         op_code.is_instruction()
             && op_code.mode64()
             && !op_code.fwait()
-            && offered::is_ours(&instruction)
-            && offered::offered(&instruction, &bench.cpu.features)
+            && ours::is_ours(&instruction)
+            && crate::offered::offered(&instruction, &bench.cpu.features)
     };
     Code::values().filter(ours).collect()
 }

@@ -32,17 +32,17 @@ fn masked_out_elements_do_not_fault() {
 }
 
 #[test]
-fn byte_masks_store_where_rdi_points() {
+fn byte_masks_store_where_rdi_points_and_all_of_it_is_checked() {
     let mut bench = Bench::new();
-    bench.cpu.state.gpr[7] = HOLE - 2;
-    bench.put(HOLE - 2, &[0, 0]);
+    bench.cpu.state.gpr[7] = HOLE - 16;
+    bench.put(HOLE - 16, &[0; 16]);
     bench.set(1, u128::MAX, 0);
     bench.set(2, 0x8000, 0);
     bench.run(&[0x66, 0x0f, 0xf7, 0xca]).unwrap(); // maskmovdqu xmm1, xmm2
-    assert_eq!(bench.get::<2>(HOLE - 2), [0, 255]);
-    bench.set(2, 0x80_0080, 0);
-    assert_eq!(bench.run(&[0x66, 0x0f, 0xf7, 0xca]), page_fault(HOLE, 2));
-    assert_eq!(bench.get::<2>(HOLE - 2), [0, 255]);
+    assert_eq!(bench.get::<16>(HOLE - 16), [0, 255, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    bench.cpu.state.gpr[7] = HOLE - 15;
+    assert_eq!(bench.run(&[0x66, 0x0f, 0xf7, 0xca]), page_fault(HOLE, 2), "though no byte goes there");
+    assert_eq!(bench.get::<2>(HOLE - 15), [255, 0], "nothing is written");
 }
 
 #[test]
