@@ -31,6 +31,11 @@ impl GuestTsc {
         self.offset.load(Ordering::Relaxed)
     }
 
+    /// The raw offset, for engines that add it in generated code.
+    pub fn word(&self) -> &AtomicU64 {
+        &self.offset
+    }
+
     /// Moves the counter by `delta` (a write to IA32_TSC or IA32_TSC_ADJUST).
     pub fn adjust(&self, delta: u64) {
         self.offset.fetch_add(delta, Ordering::Relaxed);

@@ -86,8 +86,6 @@ pub(crate) struct Cpu {
     pub flags: Flags,
     /// Derived from `state`; see [`Cpu::refresh`].
     pub mode: Mode,
-    /// Which soft-TLB table explicit data accesses use.
-    pub data_mode: DataMode,
     /// Soft TLB.
     pub tlb: Tlb,
     /// Where the soft TLB may have write entries for each page of RAM.
@@ -96,8 +94,12 @@ pub(crate) struct Cpu {
     pub stale: Vec<Gpa>,
     /// What a callback that had translated code left wants done.
     pub after: After,
+    /// Exceptions of translated code are for whoever runs it, not to be delivered at once.
+    pub exceptions_held: bool,
     /// [`Tlb::generation`] when translated code was entered.
     pub seen_generation: u64,
+    /// What of the vector and x87 state could be used then.
+    pub seen_units: u8,
     /// The exception behind [`Leave::Raised`].
     pub exception: Exception,
     /// Leave the block after this instruction: something the loop must look at has changed.
@@ -106,8 +108,6 @@ pub(crate) struct Cpu {
     pub pending_debug: u64,
     /// The instruction that STI's shadow covers; elsewhere [`CpuState::shadow`] has passed, where it is STI's.
     pub sti_shadow_at: u64,
-    /// The interrupt controller may have a vector to deliver once interrupts are enabled.
-    pub interrupt_waits: bool,
     /// The guest spins: give the processor to somebody else for a while.
     pub yielding: bool,
     /// RFLAGS.RF is not to be cleared after this instruction: it loaded it itself (IRET), or is not done yet (REP).
@@ -138,17 +138,17 @@ impl Cpu {
             state: Home::new(CpuState::reset())?,
             flags: Flags::default(),
             mode: Mode::default(),
-            data_mode: DataMode::Supervisor,
             tlb: Tlb::new(),
             written: Written::new(end),
             stale: Vec::new(),
             after: After::Look,
+            exceptions_held: false,
             seen_generation: 0,
+            seen_units: 0,
             exception: Exception { vector: 0, error: None, address: 0 },
             recheck: false,
             pending_debug: 0,
             sti_shadow_at: 0,
-            interrupt_waits: false,
             yielding: false,
             flags_loaded: false,
             no_step: false,
@@ -248,7 +248,7 @@ impl Cpu {
         self.watch = state.dr7 & 0xff != 0;
         let access_control = state.rflags & rflags::AC != 0;
         let align = state.cr0 & cr0::AM != 0 && access_control && cpl == 3;
-        self.data_mode = if self.watch || align {
+        let data_mode = if self.watch || align {
             DataMode::Slow
         } else if cpl == 3 {
             DataMode::User
@@ -257,10 +257,17 @@ impl Cpu {
         } else {
             DataMode::Supervisor
         };
+        self.state.hot_mut().data_mode = data_mode as u64;
         if mode != self.mode {
             self.mode = mode;
             self.recheck = true;
         }
+    }
+
+    /// Which soft-TLB tables explicit data accesses use.
+    #[inline(always)]
+    pub(crate) fn data_mode(&self) -> DataMode {
+        DataMode::from_number(self.state.hot().data_mode)
     }
 
     /// All of RFLAGS.

@@ -48,6 +48,21 @@ pub(crate) struct Hot {
     pub scratch: u64,
     /// MXCSR of the monitor.
     pub mxcsr: u64,
+    /// 1: the code that [`Hot::shadow`] belongs to runs at CPL 3.
+    pub user: u64,
+    /// Where the shadow stacks begin, and where the one not in use stands; one a privilege.
+    pub begins: [u64; 2],
+    pub pointers: [u64; 2],
+    /// The landing table of the current privilege, in bytes from the first.
+    pub landing: u64,
+    /// Not 0: the interrupt controller may have a vector to deliver once interrupts are enabled.
+    pub waits: u64,
+    /// Which tables explicit data accesses use: a [`crate::mmu::DataMode`].
+    pub data_mode: u64,
+    /// Read and write tables for supervisor code without and with RFLAGS.AC.
+    pub tables: [[u64; 2]; 2],
+    /// Where the guest's TSC offset is.
+    pub tsc: u64,
 }
 
 #[repr(C)]
@@ -119,6 +134,7 @@ pub(crate) mod offset {
     pub(crate) const RIP: i32 = STATE + offset_of!(CpuState, rip) as i32;
     pub(crate) const RFLAGS: i32 = STATE + offset_of!(CpuState, rflags) as i32;
     pub(crate) const SEGMENTS: i32 = STATE + offset_of!(CpuState, segments) as i32;
+    pub(crate) const KERNEL_GS_BASE: i32 = STATE + offset_of!(CpuState, kernel_gs_base) as i32;
     pub(crate) const XSAVE: i32 = STATE + offset_of!(CpuState, xsave) as i32;
     pub(crate) const HOT: i32 = offset_of!(Layout, hot) as i32;
 
@@ -130,6 +146,7 @@ pub(crate) mod offset {
     hot! {
         FLAGS flags; SHADOW shadow; HOST_STACK host_stack; ENTRY entry; READ read; WRITE write; CONTEXT context;
         VECTORS_AWAY vectors_away; EXIT exit; VALUE value; ADDRESS address; SIGNAL signal; SCRATCH scratch; MXCSR mxcsr;
+        LANDING landing; WAITS waits; DATA_MODE data_mode; TABLES tables; TSC tsc;
     }
 
     /// The landing table of a privilege.

@@ -73,6 +73,7 @@ impl Runner {
                 Ran::Look => Ok(()),
                 Ran::Raised => self.raised(),
                 Ran::One => self.block(1),
+                Ran::Shutdown => self.shutdown(),
                 Ran::Unable => self.block(usize::MAX),
             },
             _ => self.block(usize::MAX),
@@ -137,12 +138,12 @@ impl Runner {
         if pending.contains(Signals::INTERRUPT) {
             // Noted, so that code that cannot be interrupted now does not stumble over the signal.
             cpu.config.signal.take(Signals::INTERRUPT);
-            cpu.interrupt_waits = true;
+            cpu.state.hot_mut().waits = 1;
         }
-        if cpu.interrupt_waits && cpu.state.rflags & rflags::IF != 0 && shadow == Shadow::None {
-            cpu.interrupt_waits = false;
+        if cpu.state.hot().waits != 0 && cpu.state.rflags & rflags::IF != 0 && shadow == Shadow::None {
+            cpu.state.hot_mut().waits = 0;
             if let Some(vector) = cpu.io().take_interrupt() {
-                cpu.interrupt_waits = true; // there may be more behind it
+                cpu.state.hot_mut().waits = 1; // there may be more behind it
                 cpu.config.ledger.record(Cause::Interrupt, 0);
                 cpu.state.halted = false;
                 return self.deliver(|cpu| cpu.deliver_interrupt(vector));
@@ -162,10 +163,13 @@ impl Runner {
     /// Delivers the exception a handler raised. RIP is that of the instruction (or, for traps, after it).
     fn raised(&mut self) -> Result<(), Exit> {
         self.cpu.config.ledger.work(Work::Exception, 1);
-        self.cpu.deliver_exception().map_err(|_shutdown| {
-            self.cpu.config.ledger.record(Cause::Shutdown, 0);
-            Exit::Shutdown
-        })
+        self.cpu.deliver_exception().or_else(|_| self.shutdown())
+    }
+
+    /// A triple fault.
+    fn shutdown(&mut self) -> Result<(), Exit> {
+        self.cpu.config.ledger.record(Cause::Shutdown, 0);
+        Err(Exit::Shutdown)
     }
 
     /// Runs one instruction under a shadow, TF, RF or code breakpoints.
@@ -282,6 +286,7 @@ impl Vcpu for Runner {
         let vcpus = self.cpu.shared.vcpus();
         self.cpu.tlb.share(vcpus);
         self.cpu.refresh();
+        self.cpu.state.rflags &= !rflags::STATUS; // they live in `flags` meanwhile
         self.cpu.attach_io(io);
         let exit = self.run_until_exit();
         self.cpu.detach_io();
@@ -303,7 +308,7 @@ impl Vcpu for Runner {
         self.cpu.tlb.select(0);
         self.cpu.pending_debug = 0;
         self.cpu.sti_shadow_at = state.rip;
-        self.cpu.interrupt_waits = true; // or not: looking costs nothing
+        self.cpu.state.hot_mut().waits = 1; // or not: looking costs nothing
         self.cpu.refresh();
         self.cpu.select_address_space();
         Ok(())

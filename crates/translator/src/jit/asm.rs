@@ -269,6 +269,11 @@ impl Asm {
         self.vex(2, 2, 0xf5, to, from, Place::Reg(mask));
     }
 
+    /// `pdep to, from, mask`: flags stay.
+    pub(crate) fn deposit(&mut self, to: u8, from: u8, mask: u8) {
+        self.vex(2, 3, 0xf5, to, from, Place::Reg(mask));
+    }
+
     pub(crate) fn test(&mut self, a: u8, b: u8) {
         self.op(0, 8, &[0x85], b, Place::Reg(a));
     }
@@ -450,6 +455,7 @@ mod tests {
             asm.rotate_right(RCX, R11, 48);
             asm.shift_right_signed(RCX, RCX, R15);
             asm.extract(RCX, R8, RCX);
+            asm.deposit(R10, R10, RCX);
             asm.test_byte(R8, 7);
             asm.test_byte(RSI, 7);
         });
@@ -460,6 +466,7 @@ mod tests {
             "rorx rcx,r11,30h",
             "sarx rcx,rcx,r15",
             "pext rcx,r8,rcx",
+            "pdep r10,r10,rcx",
             "test r8b,7",
             "test sil,7",
         ];

@@ -1,10 +1,31 @@
 //! What translated code calls while it runs.
+//!
+//! A callback ends in one of three ways: translated code goes on behind the call, goes on at RIP, or is left. System calls,
+//! interrupt returns and page faults take the second way where nothing else has to be looked at between instructions,
+//! so that a change of privilege does not leave translated code.
 
-use engine::state::rflags::{OF, STATUS};
+use engine::ledger::Work;
+use engine::state::rflags::{IF, OF, RF, STATUS, TF};
+use engine::state::{Shadow, cr4};
 
+use super::{Jit, thunk, units_of};
 use crate::cpu::Cpu;
-use crate::mmu::Access;
+use crate::home::LANDINGS;
+use crate::mmu::{Access, Centers, DataMode, canonical};
 use crate::op::{Leave, Op};
+
+/// Whom callbacks work for.
+pub(super) struct Context {
+    pub cpu: *mut Cpu,
+    pub jit: *const Jit,
+}
+
+/// Callbacks' answers: go on behind the call.
+const BEHIND: u64 = 0;
+/// Leave translated code; [`Cpu::after`] says what for.
+const LEAVE: u64 = 1;
+/// Go on at RIP.
+pub(super) const AT_RIP: u64 = 2;
 
 /// What a callback that had translated code left wants done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -12,12 +33,12 @@ pub(crate) enum After {
     /// RIP is right.
     #[default]
     Look,
-    /// RIP is right, and there is an exception.
+    /// An exception is to be delivered.
     Raised,
-    /// An access raised an exception.
-    MissRaised,
-    /// The interpreter has to make the access.
-    MissOne,
+    /// An exception could not be delivered, nor those that followed.
+    Shutdown,
+    /// The interpreter has to make the access of the instruction at RIP.
+    One,
 }
 
 /// RFLAGS from what generated code left.
@@ -30,63 +51,167 @@ pub(super) fn to_hot(status: u64) -> u64 {
     (status & 0xff) << 8 | u64::from(status & OF != 0)
 }
 
-/// An access missed the soft TLB. 0: try again.
-///
-/// # Safety
-/// `cpu` is the one running.
-pub(super) unsafe extern "sysv64" fn on_miss(cpu: *mut Cpu, write: u64) -> u64 {
-    // SAFETY: by the caller's promise; whoever entered translated code does not use it meanwhile.
-    let cpu = unsafe { &mut *cpu };
-    let address = cpu.state.hot().address;
-    let access = if write != 0 { Access::Write } else { Access::Read };
-    match cpu.resolve_miss(address, access) {
-        Ok(true) => return 0,
-        Ok(false) => cpu.after = After::MissOne,
-        Err(_) => cpu.after = After::MissRaised,
-    }
-    1
-}
-
-/// An instruction for the interpreter. 0: go on behind it.
-///
-/// # Safety
-/// `cpu` is the one running; `op` is one that the block being run was translated with.
-pub(super) unsafe extern "sysv64" fn on_op(cpu: *mut Cpu, op: *const Op) -> u64 {
-    // SAFETY: by the caller's promise.
-    let (cpu, op) = unsafe { (&mut *cpu, &*op) };
+fn take_flags(cpu: &mut Cpu) {
     let status = from_hot(cpu.state.hot().flags);
     cpu.flags.set_status(status);
-    cpu.state.rip = op.next;
-    let done = (op.handler)(cpu, op);
+}
+
+fn give_flags(cpu: &mut Cpu) {
     let status = cpu.flags.status();
     cpu.state.hot_mut().flags = to_hot(status);
-    let quiet = !cpu.recheck && cpu.stale.is_empty() && cpu.config.signal.pending().is_empty();
+}
+
+/// An access missed the soft TLB.
+///
+/// # Safety
+/// `context` is that of the vCPU that runs.
+pub(super) unsafe extern "sysv64" fn on_miss(context: *const Context, write: u64) -> u64 {
+    // SAFETY: by the caller's promise; whoever entered translated code does not use them meanwhile.
+    let (cpu, jit) = unsafe { (&mut *(*context).cpu, &*(*context).jit) };
+    let hot = cpu.state.hot();
+    let (address, site) = (hot.address, hot.value);
+    let access = if write != 0 { Access::Write } else { Access::Read };
+    match cpu.resolve_miss(address, access) {
+        Ok(true) => return BEHIND,
+        Ok(false) => cpu.after = After::One,
+        Err(_) => {
+            cpu.state.rip = jit.rip_of(site);
+            take_flags(cpu);
+            drop_return(cpu);
+            return raised(cpu);
+        }
+    }
+    cpu.state.rip = jit.rip_of(site);
+    drop_return(cpu);
+    LEAVE
+}
+
+/// An instruction for the interpreter, inside a block.
+///
+/// # Safety
+/// As for [`on_miss`]; `op` is one that the block being run was translated with.
+pub(super) unsafe extern "sysv64" fn on_op(context: *const Context, op: *const Op) -> u64 {
+    // SAFETY: by the caller's promise.
+    let (cpu, op) = unsafe { (&mut *(*context).cpu, &*op) };
+    let user = cpu.mode.cpl == 3;
+    take_flags(cpu);
+    cpu.state.rip = op.next;
+    let done = (op.handler)(cpu, op);
+    give_flags(cpu);
+    if done.is_ok() && nothing_to_look_at(cpu) && cpu.state.rip == op.next && user == (cpu.mode.cpl == 3) {
+        cpu.recheck = false;
+        return if use_tables(cpu) { BEHIND } else { LEAVE };
+    }
+    drop_return(cpu);
+    ended(cpu, op, done)
+}
+
+/// An instruction for the interpreter that ends its block.
+///
+/// # Safety
+/// As for [`on_op`].
+pub(super) unsafe extern "sysv64" fn on_last(context: *const Context, op: *const Op) -> u64 {
+    // SAFETY: by the caller's promise.
+    let (cpu, op) = unsafe { (&mut *(*context).cpu, &*op) };
+    take_flags(cpu);
+    cpu.state.rip = op.next;
+    let done = (op.handler)(cpu, op);
+    give_flags(cpu);
+    ended(cpu, op, done)
+}
+
+/// Where to go on after an instruction that is done, or has raised something.
+fn ended(cpu: &mut Cpu, op: &Op, done: Result<(), Leave>) -> u64 {
     match done {
-        Ok(()) if quiet && cpu.tlb.generation == cpu.seen_generation => return same_tables(cpu),
-        Ok(()) | Err(Leave::Boundary) => cpu.after = After::Look,
+        Ok(()) | Err(Leave::Boundary) => at_rip(cpu),
         Err(Leave::Again) => {
             cpu.state.rip = op.address(cpu.code_mask());
-            cpu.after = After::Look;
+            at_rip(cpu)
         }
         Err(Leave::Raised) => {
             cpu.state.rip = op.address(cpu.code_mask());
             cpu.pending_debug = 0; // only of an instruction that completes
-            cpu.after = After::Raised;
+            raised(cpu)
         }
-        Err(Leave::RaisedInTask) => cpu.after = After::Raised,
+        Err(Leave::RaisedInTask) => raised(cpu),
     }
-    cpu.recheck = true;
-    1
 }
 
-/// The instruction may have changed which tables are in force (STAC, CLAC). 0: they are in force.
-fn same_tables(cpu: &mut Cpu) -> u64 {
-    let Some(centers) = cpu.tlb.centers(cpu.data_mode) else {
-        cpu.after = After::Look;
+/// Delivers an exception and goes on in its handler.
+fn raised(cpu: &mut Cpu) -> u64 {
+    if cpu.exceptions_held {
+        cpu.after = After::Raised;
+        return LEAVE;
+    }
+    cpu.config.ledger.work(Work::Exception, 1);
+    if cpu.deliver_exception().is_err() {
+        cpu.after = After::Shutdown;
+        return LEAVE;
+    }
+    give_flags(cpu);
+    at_rip(cpu)
+}
+
+/// Goes on at RIP, unless there is something to look at first.
+fn at_rip(cpu: &mut Cpu) -> u64 {
+    cpu.after = After::Look;
+    if !nothing_to_look_at(cpu) || !canonical(cpu.state.rip) {
         cpu.recheck = true;
-        return 1;
+        return LEAVE;
+    }
+    cpu.recheck = false;
+    change_privilege(cpu);
+    if use_tables(cpu) { AT_RIP } else { LEAVE }
+}
+
+/// True where the loop's look between two instructions would find nothing, and translated code is good for the mode.
+fn nothing_to_look_at(cpu: &Cpu) -> bool {
+    let (state, hot) = (&*cpu.state, cpu.state.hot());
+    let quiet =
+        cpu.config.signal.pending().is_empty() && cpu.stale.is_empty() && !cpu.yielding && cpu.pending_debug == 0;
+    let uninterrupted = hot.waits == 0 || state.rflags & IF == 0;
+    // Where nothing waits, STI has nothing to hold back.
+    let shadow = state.shadow == Shadow::MovSs || state.shadow == Shadow::Sti && hot.waits != 0;
+    let ordinary = state.rflags & (TF | RF) == 0 && !shadow && !state.halted && !cpu.watch;
+    let known = cpu.tlb.generation == cpu.seen_generation && units_of(cpu) == cpu.seen_units;
+    quiet && uninterrupted && ordinary && known && Jit::can_run(cpu)
+}
+
+/// Changes to the shadow stack and landing table of the current privilege. A kernel that is entered begins with an empty
+/// stack.
+pub(super) fn change_privilege(cpu: &mut Cpu) {
+    let user = usize::from(cpu.mode.cpl == 3);
+    let hot = cpu.state.hot_mut();
+    let before = hot.user as usize & 1;
+    if before != user {
+        hot.pointers[before] = hot.shadow;
+        hot.shadow = if user == 1 { hot.pointers[1] } else { hot.begins[0] };
+        hot.user = user as u64;
+    }
+    hot.landing = (user * LANDINGS * 8) as u64;
+}
+
+/// Puts the tables of the current mode in force. False where the host gives no address space for them.
+pub(super) fn use_tables(cpu: &mut Cpu) -> bool {
+    let pair = |centers: Centers| [centers.read + thunk::READ_BIAS, centers.write];
+    let current = cpu.tlb.centers(cpu.data_mode()).map(pair);
+    if cpu.mode.cpl == 0 && cpu.state.cr4 & cr4::SMAP != 0 {
+        // STAC and CLAC change between these.
+        for (at, mode) in [(0, DataMode::Supervisor), (1, DataMode::SupervisorAny)] {
+            let Some(tables) = cpu.tlb.centers(mode).map(pair) else { return false };
+            cpu.state.hot_mut().tables[at] = tables;
+        }
+    }
+    let Some([read, write]) = current else {
+        cpu.recheck = true;
+        return false;
     };
     let hot = cpu.state.hot_mut();
-    (hot.read, hot.write) = (centers.read + super::thunk::READ_BIAS, centers.write);
-    0
+    (hot.read, hot.write) = (read, write);
+    true
+}
+
+/// Drops the address that the callback would have gone on at.
+fn drop_return(cpu: &mut Cpu) {
+    cpu.state.hot_mut().shadow += 8;
 }

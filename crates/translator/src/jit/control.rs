@@ -30,9 +30,14 @@ impl Emit<'_> {
     }
 
     /// Room for a push: T2 is the new RSP, which the caller makes it. Returns where to write.
-    fn push_room(&mut self, live: bool, again: Label) -> At {
+    pub(super) fn push_room(&mut self, live: bool, again: Label) -> At {
         self.asm.lea(T2, At::Base(STACK, -8));
         self.check(Address::In(T2), Self::stack_access(true, live), again)
+    }
+
+    /// RSP becomes what [`Emit::push_room`] has left in T2.
+    pub(super) fn pushed(&mut self) {
+        self.asm.mov(STACK, T2);
     }
 
     pub(super) fn push_register(&mut self, source: &Source<'_>) -> Option<()> {
@@ -218,10 +223,14 @@ impl Emit<'_> {
         Some(())
     }
 
-    /// Calls the interpreter's handler for an instruction.
-    pub(super) fn interpret(&mut self, op: u64) {
+    /// Calls the interpreter's handler for an instruction; goes to it for good where the block ends there.
+    pub(super) fn interpret(&mut self, op: u64, last: bool) {
         self.asm.constant(T2, op);
-        self.asm.call_to(self.thunks().op);
+        if last {
+            self.asm.jmp_to(self.thunks().last);
+        } else {
+            self.asm.call_to(self.thunks().op);
+        }
         self.vectors = false;
     }
 
@@ -245,18 +254,6 @@ impl Emit<'_> {
         self.asm.load(T1, At::Index(super::emit::READ, T1, 3, -super::emit::BIAS));
         self.asm.constant(T2, addend.wrapping_neg());
         self.asm.lea(T1, At::Index(T1, T2, 0, 0));
-    }
-
-    /// RIP in the state becomes a constant.
-    pub(super) fn set_rip(&mut self, rip: u64) {
-        let at = self.field(offset::RIP);
-        match i32::try_from(rip as i64) {
-            Ok(short) => self.asm.store_constant(at, short),
-            Err(_) => {
-                self.asm.constant(T1, rip);
-                self.asm.store(at, T1);
-            }
-        }
     }
 
     /// A host instruction the processor runs as it is.

@@ -199,7 +199,7 @@ impl<'a> Emit<'a> {
         Address::In(T2)
     }
 
-    fn segment_base(&self, number: usize) -> At {
+    pub(super) fn segment_base(&self, number: usize) -> At {
         let base = std::mem::offset_of!(engine::state::Segment, base);
         self.field(offset::SEGMENTS + (number * size_of::<engine::state::Segment>() + base) as i32)
     }
@@ -446,14 +446,14 @@ impl<'a> Emit<'a> {
     }
 
     /// Saves the status flags in a register.
-    fn save_flags(&mut self, to: u8) {
+    pub(super) fn save_flags(&mut self, to: u8) {
         self.asm.store(self.field(offset::SCRATCH), reg::RAX);
         self.asm.raw(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
         self.asm.mov_32(to, reg::RAX);
         self.asm.load(reg::RAX, self.field(offset::SCRATCH));
     }
 
-    fn restore_flags(&mut self, from: u8) {
+    pub(super) fn restore_flags(&mut self, from: u8) {
         self.asm.store(self.field(offset::SCRATCH), reg::RAX);
         self.asm.mov_32(reg::RAX, from);
         self.asm.raw(&[0x04, 0x7f, 0x9e]); // add al, 127; sahf

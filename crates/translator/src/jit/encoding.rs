@@ -145,18 +145,6 @@ impl Encoding {
     }
 }
 
-impl At {
-    /// The same place, displaced.
-    pub(super) fn plus(self, more: i32) -> Self {
-        match self {
-            At::Base(base, displacement) => At::Base(base, displacement + more),
-            At::Index(base, index, scale, displacement) => At::Index(base, index, scale, displacement + more),
-            At::Scaled(index, scale, displacement) => At::Scaled(index, scale, displacement + more),
-            At::Absolute(displacement) => At::Absolute(displacement + more),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

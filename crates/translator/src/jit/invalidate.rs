@@ -2,7 +2,7 @@
 
 use memory::{Gpa, Gva};
 
-use super::{Jit, Seen, USER, mode_of};
+use super::{Jit, Seen, units_of};
 use crate::cpu::Cpu;
 use crate::mmu::{Access, Rights};
 use crate::shared::EVERY_PAGE;
@@ -13,13 +13,11 @@ impl Jit {
         for gpa in std::mem::take(&mut cpu.stale) {
             if gpa == EVERY_PAGE { self.forget_stale() } else { self.forget_if_stale(gpa) }
         }
-        let mode = mode_of(cpu);
         let now = Seen {
             generation: cpu.tlb.generation,
             upper_generation: cpu.tlb.upper_generation,
             code_writes: cpu.shared.ram.code_writes(),
-            units: mode & !USER,
-            user: mode & USER != 0,
+            units: units_of(cpu),
         };
         let before = std::mem::replace(&mut self.seen, now);
         if now.code_writes != before.code_writes {
@@ -32,13 +30,14 @@ impl Jit {
         }
         if now.generation != before.generation {
             // What user code returns to may not be there any more.
-            self.pointers[1] = self.shadows[1].begin();
+            let hot = cpu.state.hot_mut();
+            hot.pointers[1] = hot.begins[1];
+            if hot.user != 0 {
+                hot.shadow = hot.begins[1];
+            }
         }
         if now.units != before.units {
             self.forget_landings(cpu);
-        }
-        if before.user && !now.user {
-            self.pointers[0] = self.shadows[0].begin();
         }
     }
 
@@ -129,8 +128,10 @@ impl Jit {
     pub(super) fn forget_landings(&mut self, cpu: &mut Cpu) {
         for user in [0, 1] {
             cpu.state.landings(user).fill(self.thunks.land);
-            self.pointers[user] = self.shadows[user].begin();
         }
+        let hot = cpu.state.hot_mut();
+        hot.pointers = hot.begins;
+        hot.shadow = hot.begins[hot.user as usize & 1];
     }
 
     /// Empties the code cache.
@@ -145,6 +146,7 @@ impl Jit {
         self.pages.clear();
         self.upper.clear();
         self.full = false;
+        self.emptied += 1;
         self.forget_landings(cpu);
     }
 }

@@ -50,7 +50,6 @@ impl Jit {
             return Err(Ran::Look); // overwritten meanwhile: once more
         }
         let start = self.arena.next();
-        let length = translation.code.len() as u64;
         if self.arena.add(&translation.code).is_none() {
             return Ok(None);
         }
@@ -62,7 +61,6 @@ impl Jit {
         self.blocks.push(Block {
             key,
             start,
-            end: start + length,
             marks: first..self.marks.len() as u32,
             second: bytes.second,
             landing: 0,
@@ -113,7 +111,7 @@ impl Jit {
             return Ok(true);
         }
         let addend = cpu.vouch_for_code(second.linear, second.gpa);
-        let present = cpu.tlb.lookup_read(cpu.data_mode, second.linear, 1);
+        let present = cpu.tlb.lookup_read(cpu.data_mode(), second.linear, 1);
         let vouched = present.map(|host| (host as u64).wrapping_sub(second.linear)) == addend;
         if vouched { Ok(true) } else { Err(Ran::Unable) }
     }

@@ -23,6 +23,7 @@ mod fault;
 mod invalidate;
 mod link;
 mod live;
+mod privileged;
 mod same;
 mod template;
 mod thunk;
@@ -40,9 +41,10 @@ use crate::cpu::Cpu;
 use crate::home::Hot;
 use crate::mmu::DataMode;
 use crate::op::Op;
+use callback::Context;
 use emit::Site;
 use fault::{Active, Shadow};
-use template::{Templates, Unit};
+use template::{Kind, Templates, Unit};
 use thunk::{Thunks, exit};
 
 pub(crate) use callback::After;
@@ -67,6 +69,16 @@ const USER: u8 = 1 << 0;
 const X87: u8 = 1 << 1;
 const SSE: u8 = 1 << 2;
 const AVX: u8 = 1 << 3;
+/// RDTSC.
+const TIME: u8 = 1 << 4;
+
+/// What of the modes of code a change of privilege alone does not change.
+fn units_of(cpu: &Cpu) -> u8 {
+    let time = if cpu.state.cr4 & cr4::TSD == 0 { TIME } else { 0 };
+    mode_of(cpu) & !(USER | TIME) | time
+}
+/// STAC and CLAC do something.
+const ACCESS_CONTROL: u8 = 1 << 5;
 
 impl Key {
     /// CPL 3.
@@ -77,6 +89,16 @@ impl Key {
     /// An upper address.
     fn is_upper(self) -> bool {
         self.rip >> 63 != 0
+    }
+
+    /// Privilege and control registers let generated code do what an instruction does.
+    fn may(self, kind: Kind) -> bool {
+        match kind {
+            Kind::DisableInterrupts | Kind::EnableInterrupts | Kind::SwapGs => !self.is_user(),
+            Kind::SetAccessControl | Kind::ClearAccessControl => !self.is_user() && self.mode & ACCESS_CONTROL != 0,
+            Kind::ReadTsc => self.mode & TIME != 0,
+            _ => true,
+        }
     }
 
     /// Control registers let such instructions run.
@@ -110,6 +132,12 @@ fn mode_of(cpu: &Cpu) -> u8 {
     if cr0 & cr0::TS == 0 && cr4 & cr4::OSXSAVE != 0 && cpu.state.xcr0 & 6 == 6 {
         mode |= AVX;
     }
+    if cr4 & cr4::TSD == 0 || cpu.mode.cpl == 0 {
+        mode |= TIME;
+    }
+    if cr4 & cr4::SMAP != 0 {
+        mode |= ACCESS_CONTROL;
+    }
     mode
 }
 
@@ -136,7 +164,6 @@ struct Block {
     key: Key,
     /// Where it runs.
     start: u64,
-    end: u64,
     marks: std::ops::Range<u32>,
     /// Its one instruction lies across two pages.
     second: Option<translate::Second>,
@@ -159,6 +186,8 @@ pub(crate) enum Ran {
     Look,
     /// An exception is to be delivered.
     Raised,
+    /// A triple fault.
+    Shutdown,
     /// The interpreter is to run one instruction.
     One,
     /// This cannot be translated.
@@ -196,7 +225,6 @@ struct Seen {
     upper_generation: u64,
     code_writes: u64,
     units: u8,
-    user: bool,
 }
 
 /// The translator of one vCPU.
@@ -217,16 +245,18 @@ pub(crate) struct Jit {
     pages: Map<u64, Page>,
     /// Where upper pages with code lead, and whether in all address spaces.
     upper: Map<u64, (u64, bool)>,
-    shadows: [Shadow; 2],
-    /// Stack pointers on the shadow stacks.
-    pointers: [u64; 2],
+    _shadows: [Shadow; 2],
     active: Box<Active>,
+    context: Box<Context>,
     seen: Seen,
     /// The code cache has no room even to forget: it is to be emptied.
     full: bool,
+    /// How often it has been emptied.
+    emptied: u64,
 }
 
-// SAFETY: the pointer in `active` is to the vCPU's home, which moves between threads together with this.
+// SAFETY: the pointers in `active` and `context` are to the vCPU, which moves between threads together with this, and
+// are used only while it runs.
 unsafe impl Send for Jit {}
 
 impl Jit {
@@ -246,6 +276,7 @@ impl Jit {
             components: 3 | avx,
             on_miss: callback::on_miss as *const () as u64,
             on_op: callback::on_op as *const () as u64,
+            on_last: callback::on_last as *const () as u64,
             shadows: begins,
         };
         let (code, thunks) = thunk::build(arena.next(), &plan)?;
@@ -260,6 +291,8 @@ impl Jit {
             shadows: [(shadows[0].guard(), begins[0]), (shadows[1].guard(), begins[1])],
         });
         fault::install();
+        let hot = cpu.state.hot_mut();
+        (hot.begins, hot.pointers, hot.shadow) = (begins, begins, begins[0]);
         let mut jit = Self {
             low,
             floor: arena.used(),
@@ -274,11 +307,12 @@ impl Jit {
             ops: Vec::new(),
             pages: Map::default(),
             upper: Map::default(),
-            shadows,
-            pointers: begins,
+            _shadows: shadows,
             active,
+            context: Box::new(Context { cpu: std::ptr::null_mut(), jit: std::ptr::null() }),
             seen: Seen::default(),
             full: false,
+            emptied: 0,
         };
         jit.forget_landings(cpu);
         Some(jit)
@@ -294,9 +328,10 @@ impl Jit {
         let stack_aligned = cpu.state.gpr[4].is_multiple_of(8);
         let paged = cpu.state.cr0 & cr0::PG != 0;
         cpu.mode.is_64()
+            && matches!(cpu.mode.cpl, 0 | 3)
             && paged
             && stack_aligned
-            && cpu.data_mode != DataMode::Slow
+            && cpu.data_mode() != DataMode::Slow
             && cpu.state.rflags & rflags::TF == 0
     }
 
@@ -331,11 +366,14 @@ impl Jit {
             if !Self::can_run(cpu) {
                 return Ran::Unable;
             }
+            let emptied = self.emptied;
             let block = match self.find(cpu) {
                 Ok(block) => block,
                 Err(ran) => return ran,
             };
-            if why == exit::CHAIN {
+            if self.emptied != emptied {
+                // What was left is gone.
+            } else if why == exit::CHAIN {
                 self.link(cpu, value as u32, block);
             } else {
                 self.land(cpu, block);
@@ -349,10 +387,11 @@ impl Jit {
         match why {
             exit::POLL => {
                 cpu.state.rip = self.exits[value as usize].target;
+                cpu.recheck = true;
                 Ran::Look
             }
             exit::SITE => {
-                cpu.state.rip = self.sites[value as usize].rip;
+                cpu.state.rip = self.rip_of(value);
                 Ran::One
             }
             exit::FAULT => {
@@ -362,31 +401,27 @@ impl Jit {
             _ => match std::mem::take(&mut cpu.after) {
                 After::Look => Ran::Look,
                 After::Raised => Ran::Raised,
-                After::MissRaised => {
-                    cpu.state.rip = self.sites[value as usize].rip;
-                    Ran::Raised
-                }
-                After::MissOne => {
-                    cpu.state.rip = self.sites[value as usize].rip;
-                    Ran::One
-                }
+                After::Shutdown => Ran::Shutdown,
+                After::One => Ran::One,
             },
         }
     }
 
     /// Enters translated code. False where the host gives no address space for its tables.
     fn enter(&mut self, cpu: &mut Cpu, entry: u64) -> bool {
-        let Some(centers) = cpu.tlb.centers(cpu.data_mode) else { return false };
-        let context = std::ptr::from_mut::<Cpu>(cpu) as u64;
+        callback::change_privilege(cpu);
+        if !callback::use_tables(cpu) {
+            return false;
+        }
+        *self.context = Context { cpu: std::ptr::from_mut(cpu), jit: std::ptr::from_ref(self) };
         let signal = std::ptr::from_ref(cpu.config.signal.word()) as u64;
-        let user = usize::from(cpu.mode.cpl == 3);
+        let tsc = std::ptr::from_ref(cpu.config.tsc.word()) as u64;
         let status = cpu.flags.status();
-        let hot = cpu.state.hot_mut();
-        (hot.read, hot.write) = (centers.read + thunk::READ_BIAS, centers.write);
-        (hot.context, hot.signal) = (context, signal);
-        hot.flags = callback::to_hot(status);
-        hot.shadow = self.pointers[user];
         cpu.seen_generation = cpu.tlb.generation;
+        cpu.seen_units = self.seen.units;
+        let hot = cpu.state.hot_mut();
+        (hot.context, hot.signal, hot.tsc) = (std::ptr::from_ref(&*self.context) as u64, signal, tsc);
+        hot.flags = callback::to_hot(status);
         fault::enter(&raw const *self.active);
         // SAFETY: the thunk is such a function. Translated code touches guest RAM through entries of the soft TLB, the
         // vCPU's home, the shadow stacks, and `cpu` through the callbacks, which alone use it until this returns.
@@ -395,11 +430,14 @@ impl Jit {
             enter(entry);
         }
         fault::leave();
-        let hot = cpu.state.hot();
-        self.pointers[user] = hot.shadow;
-        let status = callback::from_hot(hot.flags);
+        let status = callback::from_hot(cpu.state.hot().flags);
         cpu.flags.set_status(status);
         true
+    }
+
+    /// The guest instruction of a site.
+    fn rip_of(&self, site: u64) -> u64 {
+        self.sites[site as usize].rip
     }
 
     /// The guest instruction whose translation is at a host address.

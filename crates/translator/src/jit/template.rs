@@ -37,6 +37,13 @@ pub(super) enum Kind {
     JumpIndirect,
     JumpIf,
     Return,
+    DisableInterrupts,
+    EnableInterrupts,
+    PushFlags,
+    SwapGs,
+    SetAccessControl,
+    ClearAccessControl,
+    ReadTsc,
     /// The interpreter's handler is called.
     Interpret,
     /// The same, and where to go on is only known after it.
@@ -256,6 +263,13 @@ fn special(instruction: &Instruction) -> Option<Kind> {
         Mov_r8_imm8 | Mov_r16_imm16 | Mov_r32_imm32 | Mov_r64_imm64 => Kind::MovConstant,
         Mov_AL_moffs8 | Mov_AX_moffs16 | Mov_EAX_moffs32 | Mov_RAX_moffs64 | Mov_moffs8_AL | Mov_moffs16_AX
         | Mov_moffs32_EAX | Mov_moffs64_RAX => Kind::MovAbsolute,
+        Cli => Kind::DisableInterrupts,
+        Sti => Kind::EnableInterrupts,
+        Pushfq => Kind::PushFlags,
+        Swapgs => Kind::SwapGs,
+        Stac => Kind::SetAccessControl,
+        Clac => Kind::ClearAccessControl,
+        Rdtsc => Kind::ReadTsc,
         Xchg_r16_AX | Xchg_r32_EAX | Xchg_r64_RAX => Kind::ExchangeAccumulator,
         Mov_r16_rm16 | Mov_r32_rm32 | Mov_r64_rm64 | Mov_rm8_r8 | Mov_rm16_r16 | Mov_rm32_r32 | Mov_rm64_r64
         | Mov_r8_rm8 | Mov_rm8_imm8 | Mov_rm16_imm16 | Mov_rm32_imm32 | Mov_rm64_imm32 => Kind::Same,

@@ -10,7 +10,7 @@
 //! registers in the XSAVE area, whenever the monitor runs.
 
 use super::asm::{Asm, At, Label, reg};
-use super::emit::{BIAS, HOST, READ, T1, T2, WRITE};
+use super::emit::{BIAS, HOST, READ, T1, T2, T3, WRITE};
 use crate::home::offset;
 
 /// Why generated code was left: [`crate::home::Hot::exit`].
@@ -25,7 +25,7 @@ pub(super) mod exit {
     pub(crate) const SITE: u64 = 3;
     /// A host instruction faulted.
     pub(crate) const FAULT: u64 = 4;
-    /// A callback has said what to do.
+    /// A callback has said what to do: [`crate::cpu::Cpu::after`].
     pub(crate) const LOOK: u64 = 5;
 }
 
@@ -44,13 +44,13 @@ pub(super) struct Thunks {
     pub site: u64,
     /// Entered by the signal handler.
     pub fault: u64,
-    /// RIP is in the state.
-    pub look: u64,
     /// Called. T1: number of a `Site`, T2: the address.
     pub miss_read: u64,
     pub miss_write: u64,
     /// Called. T2: an `Op`.
     pub op: u64,
+    /// Jumped to. T2: an `Op` that ends its block.
+    pub last: u64,
     /// Called. Brings the vector registers into the processor.
     pub vectors: u64,
     /// A return that is not to where the shadow stack says. T2: a guest address. One a privilege; user is 1.
@@ -62,10 +62,11 @@ pub(super) struct Plan {
     pub low: i32,
     /// Components XSAVE saves: what of x87, SSE and AVX the host has.
     pub components: u32,
-    /// `extern "sysv64" fn(cpu, write) -> u64`
+    /// `extern "sysv64" fn(context, write) -> u64`
     pub on_miss: u64,
-    /// `extern "sysv64" fn(cpu, op) -> u64`
+    /// `extern "sysv64" fn(context, op) -> u64`
     pub on_op: u64,
+    pub on_last: u64,
     /// Where the shadow stacks begin, one a privilege.
     pub shadows: [u64; 2],
 }
@@ -85,19 +86,24 @@ pub(super) fn build(base: u64, plan: &Plan) -> Option<(Vec<u8>, Thunks)> {
     thunks.land = b.exit(exit::LAND, Some(T2), leave);
     thunks.site = b.exit(exit::SITE, Some(T1), leave);
     thunks.fault = b.exit(exit::FAULT, None, leave);
-    thunks.look = b.exit(exit::LOOK, None, leave);
     thunks.miss_read = b.callback(plan.on_miss, Some(0), leave);
     thunks.miss_write = b.callback(plan.on_miss, Some(1), leave);
     thunks.op = b.callback(plan.on_op, None, leave);
+    thunks.last = b.callback(plan.on_last, None, leave);
     thunks.vectors = b.vectors();
     thunks.mismatch = [b.mismatch(false), b.mismatch(true)];
     Some((b.asm.finish()?, thunks))
 }
 
-/// Goes to where the landing table of a privilege says T2 is.
-pub(super) fn land(asm: &mut Asm, low: i32, user: bool) {
+/// T1 becomes the index of T2 in a landing table; flags stay.
+fn landing_index(asm: &mut Asm) {
     asm.rotate_right(T1, T2, 2);
     asm.raw(&[0x0f, 0xb7, 0xc9]); // movzx ecx, cx
+}
+
+/// Goes to where the landing table of a privilege says T2 is.
+pub(super) fn land(asm: &mut Asm, low: i32, user: bool) {
+    landing_index(asm);
     asm.jmp_at(At::Scaled(T1, 3, low + offset::landings(user)));
 }
 
@@ -171,7 +177,7 @@ impl Builder<'_> {
         self.asm.constant(reg::RAX, function);
         self.asm.call_register(reg::RAX);
         self.asm.load(reg::RSP, self.field(offset::SHADOW));
-        let out = self.asm.label();
+        let (out, leaves) = (self.asm.label(), self.asm.label());
         self.asm.test(reg::RAX, reg::RAX);
         self.asm.jcc(super::emit::condition::NOT_ZERO, out);
         if write.is_some() {
@@ -184,9 +190,14 @@ impl Builder<'_> {
         self.load_guest();
         self.asm.ret();
         self.asm.bind(out);
-        // The address to come back to is dropped.
-        self.asm.lea(reg::RSP, At::Base(reg::RSP, 8));
-        self.asm.store(self.field(offset::SHADOW), reg::RSP);
+        self.asm.compare_32(reg::RAX, super::callback::AT_RIP as i32);
+        self.asm.jcc(super::emit::condition::NOT_ZERO, leaves);
+        self.load_guest();
+        self.asm.load(T2, self.field(offset::RIP));
+        self.asm.load(T3, self.field(offset::LANDING));
+        landing_index(&mut self.asm);
+        self.asm.jmp_at(At::Index(T3, T1, 3, self.plan.low + offset::landings(false)));
+        self.asm.bind(leaves);
         self.asm.store_constant(self.field(offset::EXIT), exit::LOOK as i32);
         self.asm.jmp(leave);
         start

@@ -106,7 +106,7 @@ impl Jit {
         for source in sources.iter_mut().rev() {
             let instruction = &source.instruction;
             match source.template.kind {
-                Kind::Interpret | Kind::InterpretLast => live = live::ALL,
+                Kind::Interpret | Kind::InterpretLast | Kind::PushFlags => live = live::ALL,
                 Kind::JumpIf => {
                     live |= live::reads(instruction) | self.needs_flags(cpu, key, instruction.near_branch_target())
                 }
@@ -132,10 +132,22 @@ impl Jit {
             block.second_page(cpu, second)?;
         }
         let mut ended = false;
-        for source in &sources {
+        let mut enabled = false;
+        for (position, source) in sources.iter().enumerate() {
             block.emit.rip = source.instruction.ip();
             block.mark();
+            if source.template.kind == Kind::EnableInterrupts && sources.get(position + 1).is_some_and(goes_on) {
+                block.emit.set_interrupts(source, true);
+                block.emit.between();
+                enabled = true;
+                continue;
+            }
             ended = block.instruction(cpu, source);
+            if std::mem::take(&mut enabled) && !ended {
+                // The shadow of STI ends here.
+                let out = block.look_at(source.instruction.next_ip());
+                block.emit.look_for_interrupts(out);
+            }
             block.emit.between();
         }
         if !ended {
@@ -157,7 +169,7 @@ impl Jit {
             }
             let constants = decoder.get_constant_offsets(&instruction);
             let mut template = self.templates.get(&instruction, &cpu.features);
-            if !key.allows(template.unit) {
+            if !key.allows(template.unit) || !key.may(template.kind) {
                 template.kind = Kind::Interpret;
             }
             if template.kind == Kind::Interpret && (instruction.is_invalid() || disturbs_stack_pointer(&instruction)) {
@@ -204,6 +216,22 @@ impl Jit {
         }
         live::ALL
     }
+}
+
+/// True where the block goes on behind the instruction, whatever it does.
+fn goes_on(source: &Source<'_>) -> bool {
+    !matches!(
+        source.template.kind,
+        Kind::Jump
+            | Kind::JumpIf
+            | Kind::JumpIndirect
+            | Kind::Call
+            | Kind::CallIndirect
+            | Kind::Return
+            | Kind::Interpret
+            | Kind::InterpretLast
+            | Kind::EnableInterrupts
+    )
 }
 
 /// A block being emitted.
@@ -285,7 +313,17 @@ impl Block<'_> {
                 self.emit.jump_indirect(source, user, poll)
             }
             Kind::Return => self.emit.ret(source),
-            Kind::Interpret | Kind::InterpretLast => None,
+            Kind::PushFlags => self.emit.push_flags(source),
+            Kind::DisableInterrupts
+            | Kind::SwapGs
+            | Kind::SetAccessControl
+            | Kind::ClearAccessControl
+            | Kind::ReadTsc => {
+                self.privileged(source);
+                Some(())
+            }
+            // STI where its shadow cannot be seen to the end.
+            Kind::EnableInterrupts | Kind::Interpret | Kind::InterpretLast => None,
         };
         let kind = source.template.kind;
         if done.is_none() {
@@ -318,19 +356,25 @@ impl Block<'_> {
         false
     }
 
+    fn privileged(&mut self, source: &Source<'_>) {
+        match source.template.kind {
+            Kind::DisableInterrupts => self.emit.set_interrupts(source, false),
+            Kind::SetAccessControl => self.emit.set_access_control(source, true),
+            Kind::ClearAccessControl => self.emit.set_access_control(source, false),
+            Kind::ReadTsc => self.emit.read_tsc(),
+            _ => self.emit.swap_gs(),
+        }
+    }
+
     /// The interpreter does it. True where the block ends with it.
     fn interpret(&mut self, cpu: &mut Cpu, source: &Source<'_>) -> bool {
         let instruction = &source.instruction;
         let op = Box::new(cpu.op(instruction, source.bytes, instruction.ip(), u64::MAX));
         let address = std::ptr::from_ref::<Op>(&op).expose_provenance() as u64;
         self.ops.push(op);
-        self.emit.interpret(address);
         let last =
             source.template.kind != Kind::Interpret && self.ends(instruction) || disturbs_stack_pointer(instruction);
-        if last {
-            let look = self.emit.thunks().look;
-            self.emit.asm.jmp_to(look);
-        }
+        self.emit.interpret(address, last);
         last
     }
 

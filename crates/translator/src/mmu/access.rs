@@ -100,7 +100,7 @@ impl Cpu {
         locked: bool,
         change: impl Fn(W) -> W,
     ) -> Result<(W, W), Leave> {
-        if let Some(host) = self.tlb.lookup_write(self.data_mode, address, W::BYTES as u64) {
+        if let Some(host) = self.tlb.lookup_write(self.data_mode(), address, W::BYTES as u64) {
             // SAFETY: as in `write_linear`.
             return Ok(unsafe { modify_at(host, locked, change) });
         }
@@ -314,7 +314,7 @@ impl Cpu {
         if !canonical(address) || !canonical(address.wrapping_add(63)) {
             return Ok(false);
         }
-        let mode = self.data_mode;
+        let mode = self.data_mode();
         let translation = self.translate(Gva(address), access, Rights::Current)?;
         self.fill(address, access, Rights::Current, &translation);
         let hit = match access {
@@ -329,7 +329,7 @@ impl Cpu {
     pub(crate) fn vouch_for_code(&mut self, linear: u64, gpa: Gpa) -> Option<u64> {
         let region = self.shared.ram.region(gpa)?;
         let addend = (region.alias_base().as_ptr() as u64).wrapping_add(gpa.0 - region.start.0).wrapping_sub(linear);
-        let present = self.tlb.lookup_read(self.data_mode, linear, 1).map(|host| (host as u64).wrapping_sub(linear));
+        let present = self.tlb.lookup_read(self.data_mode(), linear, 1).map(|host| (host as u64).wrapping_sub(linear));
         if present != Some(addend) {
             let before = self.exception;
             match self.translate(Gva(linear), Access::Read, Rights::Current) {

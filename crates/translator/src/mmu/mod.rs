@@ -17,6 +17,6 @@ mod written;
 
 pub(crate) use address::canonical;
 pub(crate) use table::index as table_index;
-pub(crate) use tlb::{DataMode, Fill, Tlb};
+pub(crate) use tlb::{Centers, DataMode, Fill, Tlb};
 pub(crate) use walk::{Access, Rights};
 pub(crate) use written::{Where, Written};

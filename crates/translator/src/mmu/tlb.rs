@@ -31,6 +31,19 @@ pub(crate) enum DataMode {
     Slow = 3,
 }
 
+impl DataMode {
+    /// The mode with a number.
+    #[inline(always)]
+    pub(crate) fn from_number(number: u64) -> Self {
+        match number {
+            0 => Self::Supervisor,
+            1 => Self::User,
+            2 => Self::SupervisorAny,
+            _ => Self::Slow,
+        }
+    }
+}
+
 const VIEWS: usize = 3;
 /// Most slots of one vCPU: Linux uses six PCIDs, and zero.
 const MOST_SLOTS: usize = 7;

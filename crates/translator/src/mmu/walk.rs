@@ -267,7 +267,7 @@ impl Cpu {
     /// The data mode an access with `rights` uses in the TLB.
     pub(crate) fn data_mode_for(&self, rights: Rights) -> DataMode {
         match rights {
-            Rights::Current => self.data_mode,
+            Rights::Current => self.data_mode(),
             Rights::System if self.watch => DataMode::Slow,
             Rights::System => DataMode::Supervisor,
         }

@@ -53,6 +53,7 @@ impl Guest {
         state.xcr0 = 7;
         let mut io = Box::new(Nothing);
         cpu.attach_io(&mut *io);
+        cpu.exceptions_held = true;
         let jit = Jit::new(&mut cpu, 4 << 20);
         Self { cpu, jit, ram, _io: io }
     }
@@ -124,7 +125,7 @@ impl Guest {
             match jit.run(&mut self.cpu) {
                 // Of what comes after it.
                 Ran::Raised if self.cpu.state.rip != case.rip => return Ok(()),
-                Ran::Raised => return Err(()),
+                Ran::Raised | Ran::Shutdown => return Err(()),
                 Ran::One | Ran::Unable => return execute(&mut self.cpu),
                 // A string instruction that is not done yet.
                 Ran::Look if self.cpu.state.rip == case.rip && self.cpu.state.gpr[1] != count => {}

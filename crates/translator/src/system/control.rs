@@ -236,7 +236,7 @@ fn sti(cpu: &mut Cpu, op: &Op) -> Done {
         cpu.state.shadow = Shadow::Sti;
         cpu.sti_shadow_at = op.next;
         // Where nothing waits there is nothing to hold back; should the block end here, the boundary finds the shadow.
-        cpu.recheck |= cpu.interrupt_waits || !cpu.config.signal.pending().is_empty();
+        cpu.recheck |= cpu.state.hot().waits != 0 || !cpu.config.signal.pending().is_empty();
     }
     Ok(())
 }
