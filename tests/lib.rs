@@ -7,10 +7,21 @@
 //! The program is driven from outside only. The kernel is fetched once into the user's cache, as any user's would be.
 
 use std::ffi::OsStr;
-use std::io::Write;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use rustix::fs::{Mode, OFlags, open};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
+
+/// How long a test waits for something on a screen before it fails.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// How one run of the program ended.
 #[derive(Debug)]
@@ -84,6 +95,40 @@ impl Cordial {
         self
     }
 
+    /// Runs it on a terminal of its own, of 33 lines by 99 columns.
+    ///
+    /// # Panics
+    /// Where the host has no pseudo-terminals or no `setsid`, which util-linux has.
+    pub fn at_terminal(self) -> Terminal {
+        let keyboard = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a terminal");
+        grantpt(&keyboard).and_then(|()| unlockpt(&keyboard)).expect("its other end");
+        let path = ptsname(&keyboard, Vec::new()).expect("its name");
+        let line = open(&path, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()).expect("its other end");
+        let end = || Stdio::from(line.try_clone().expect("a descriptor"));
+        // A session with this as its controlling terminal: otherwise nobody tells the program of a new size.
+        let mut command = Command::new("setsid");
+        command.arg("--ctty").arg(self.0.get_program()).args(self.0.get_args());
+        for (name, value) in self.0.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        command.stdin(end()).stdout(end()).stderr(end());
+        let keyboard = File::from(keyboard);
+        let mut output = keyboard.try_clone().expect("a descriptor");
+        let (to, screen) = channel();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(length @ 1..) = output.read(&mut buffer)
+                && to.send(buffer[..length].to_vec()).is_ok()
+            {}
+        });
+        set_size(&keyboard, 33, 99);
+        let program = command.spawn().expect("the program runs");
+        Terminal { keyboard, line, screen, seen: String::new(), program }
+    }
+
     /// The command itself.
     pub fn command(&mut self) -> &mut Command {
         &mut self.0
@@ -107,6 +152,69 @@ impl Cordial {
             child.wait_with_output().expect("the program ends").into()
         })
     }
+}
+
+/// A terminal with the program on it, as a user has it.
+pub struct Terminal {
+    keyboard: File,
+    /// The program's end, kept open to look at its modes.
+    line: OwnedFd,
+    screen: Receiver<Vec<u8>>,
+    seen: String,
+    program: Child,
+}
+
+impl Terminal {
+    /// Waits until `text` is on the screen, behind all that was waited for before.
+    ///
+    /// # Panics
+    /// Where it does not come.
+    #[track_caller]
+    pub fn wait_for(&mut self, text: &str) {
+        loop {
+            if let Some(at) = self.seen.find(text) {
+                self.seen.drain(..at + text.len());
+                return;
+            }
+            match self.screen.recv_timeout(PATIENCE) {
+                Ok(bytes) => self.seen += &String::from_utf8_lossy(&bytes),
+                Err(error) => panic!("no {text:?} on the screen ({error}): {}", self.seen),
+            }
+        }
+    }
+
+    /// Presses keys.
+    pub fn press(&mut self, keys: &str) {
+        self.keyboard.write_all(keys.as_bytes()).expect("the terminal takes keys");
+    }
+
+    /// Changes the window's size.
+    pub fn resize(&self, rows: u16, columns: u16) {
+        set_size(&self.keyboard, rows, columns);
+    }
+
+    /// True where the line discipline is that of a shell: whole lines, echoed.
+    pub fn is_cooked(&self) -> bool {
+        let modes = tcgetattr(&self.line).expect("a terminal has modes").local_modes;
+        modes.contains(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG)
+    }
+
+    /// Waits for the program's end; its status.
+    pub fn status(&mut self) -> Option<i32> {
+        self.program.wait().expect("the program ends").code()
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let _ = self.program.kill();
+        let _ = self.program.wait();
+    }
+}
+
+fn set_size(terminal: &File, rows: u16, columns: u16) {
+    let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    tcsetwinsize(terminal, size).expect("a terminal has a size");
 }
 
 /// The program's file, built for these tests if it is not there yet or is older than its sources.

@@ -221,24 +221,13 @@ fn lock(this: &Mutex<PowerManagement>) -> MutexGuard<'_, PowerManagement> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::interrupt::InterruptSink;
+    use crate::interrupt::fixture::Recorder;
     use host::fake::{FakeClock, FakeTimers};
-
-    #[derive(Default)]
-    struct Sink(Mutex<bool>);
-
-    impl InterruptSink for Sink {
-        fn set_line(&self, gsi: u32, level: bool) {
-            assert_eq!(gsi, SCI_GSI);
-            *self.0.lock().unwrap() = level;
-        }
-        fn message(&self, _address: u64, _data: u32) {}
-    }
 
     struct Bench {
         device: Arc<Mutex<PowerManagement>>,
         timers: FakeTimers,
-        sink: Arc<Sink>,
+        sink: Arc<Recorder>,
         power: PowerSwitch,
     }
 
@@ -246,8 +235,8 @@ mod tests {
         fn new() -> Self {
             let clock = FakeClock::new();
             let timers = FakeTimers::new(clock.clone());
-            let (sink, power) = (Arc::new(Sink::default()), PowerSwitch::default());
-            let line = IrqLine::new(Arc::clone(&sink) as Arc<dyn InterruptSink>, SCI_GSI);
+            let (sink, power) = (Arc::new(Recorder::default()), PowerSwitch::default());
+            let line = sink.line(SCI_GSI);
             let device = PowerManagement::new(power.clone(), line, Arc::new(clock), &timers);
             Self { device, timers, sink, power }
         }
@@ -263,7 +252,7 @@ mod tests {
         }
 
         fn sci(&self) -> bool {
-            *self.sink.0.lock().unwrap()
+            self.sink.level(SCI_GSI)
         }
     }
 

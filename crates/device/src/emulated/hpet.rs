@@ -382,22 +382,13 @@ impl MmioDevice for Hpet {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::interrupt::fixture::Recorder;
     use host::fake::{FakeClock, FakeTimers};
-
-    #[derive(Default)]
-    struct Sink(Mutex<Vec<(u32, bool)>>);
-
-    impl InterruptSink for Sink {
-        fn set_line(&self, gsi: u32, level: bool) {
-            self.0.lock().unwrap().push((gsi, level));
-        }
-        fn message(&self, _address: u64, _data: u32) {}
-    }
 
     struct Bench {
         hpet: Arc<Mutex<Hpet>>,
         timers: FakeTimers,
-        sink: Arc<Sink>,
+        sink: Arc<Recorder>,
         replacement: LegacyReplacement,
     }
 
@@ -405,9 +396,8 @@ mod tests {
         fn new() -> Self {
             let clock = FakeClock::new();
             let timers = FakeTimers::new(clock.clone());
-            let (sink, replacement) = (Arc::new(Sink::default()), LegacyReplacement::default());
-            let as_sink = Arc::clone(&sink) as Arc<dyn InterruptSink>;
-            let hpet = Hpet::new(Arc::new(clock), &timers, as_sink, replacement.clone());
+            let (sink, replacement) = (Arc::new(Recorder::default()), LegacyReplacement::default());
+            let hpet = Hpet::new(Arc::new(clock), &timers, sink.sink(), replacement.clone());
             Self { hpet, timers, sink, replacement }
         }
 
@@ -422,7 +412,7 @@ mod tests {
         }
 
         fn edges(&self) -> Vec<u32> {
-            let changes = std::mem::take(&mut *self.sink.0.lock().unwrap());
+            let changes = self.sink.lines();
             changes.into_iter().filter(|(_, level)| *level).map(|(gsi, _)| gsi).collect()
         }
     }
@@ -488,12 +478,12 @@ mod tests {
         bench.set(0x148, 10);
         bench.set(0x10, 1);
         bench.timers.advance(100);
-        assert_eq!(*bench.sink.0.lock().unwrap(), [(16, true)]);
+        assert_eq!(bench.sink.lines(), [(16, true)]);
         assert_eq!(bench.get(0x20), 4);
         bench.set(0x20, 3);
         assert_eq!(bench.get(0x20), 4);
         bench.set(0x20, 4);
-        assert_eq!(*bench.sink.0.lock().unwrap(), [(16, true), (16, false)]);
+        assert_eq!(bench.sink.lines(), [(16, false)]);
     }
 
     #[test]
@@ -513,7 +503,7 @@ mod tests {
     #[test]
     fn legacy_replacement_takes_the_old_timers_lines() {
         let bench = Bench::new();
-        let line = LegacyLine::new(Arc::clone(&bench.sink) as Arc<dyn InterruptSink>, 0, &bench.replacement);
+        let line = LegacyLine::new(bench.sink.sink(), 0, &bench.replacement);
         line.set(true);
         assert_eq!(bench.edges(), [0]);
         for index in 0..2 {

@@ -204,22 +204,11 @@ impl BytePortDevice for Port {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::interrupt::InterruptSink;
+    use crate::interrupt::fixture::Recorder;
 
-    #[derive(Default)]
-    struct Sink(Mutex<Vec<bool>>);
-
-    impl InterruptSink for Sink {
-        fn set_line(&self, gsi: u32, level: bool) {
-            assert_eq!(gsi, 1);
-            self.0.lock().unwrap().push(level);
-        }
-        fn message(&self, _address: u64, _data: u32) {}
-    }
-
-    fn bench() -> (Bus, Arc<Sink>, PowerSwitch) {
-        let (bus, sink, power) = (Bus::default(), Arc::new(Sink::default()), PowerSwitch::default());
-        I8042::new(power.clone(), IrqLine::new(Arc::clone(&sink) as Arc<dyn InterruptSink>, 1)).place(&bus).unwrap();
+    fn bench() -> (Bus, Arc<Recorder>, PowerSwitch) {
+        let (bus, sink, power) = (Bus::default(), Arc::new(Recorder::default()), PowerSwitch::default());
+        I8042::new(power.clone(), sink.line(1)).place(&bus).unwrap();
         (bus, sink, power)
     }
 
@@ -251,12 +240,12 @@ mod tests {
         let (bus, sink, _) = bench();
         bus.port_write(0x64, &[0x60]);
         bus.port_write(0x60, &[0x45]);
-        sink.0.lock().unwrap().clear();
+        sink.lines();
         bus.port_write(0x60, &[0xf2]);
         let timed_out = status::OUTPUT_FULL | status::TIMEOUT;
         assert_eq!(inb(&bus, 0x64) & timed_out, timed_out);
         assert_eq!(inb(&bus, 0x60), NOBODY_ANSWERS);
-        assert_eq!(*sink.0.lock().unwrap(), [true, false]);
+        assert_eq!(sink.lines(), [(1, true), (1, false)]);
     }
 
     #[test]

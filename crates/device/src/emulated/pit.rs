@@ -405,35 +405,22 @@ impl BytePortDevice for SpeakerPort {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::interrupt::InterruptSink;
+    use crate::interrupt::fixture::Recorder;
     use host::fake::{FakeClock, FakeTimers};
-
-    #[derive(Default)]
-    struct Sink(Mutex<(bool, usize)>);
-
-    impl InterruptSink for Sink {
-        fn set_line(&self, gsi: u32, level: bool) {
-            assert_eq!(gsi, IRQ);
-            let mut state = self.0.lock().unwrap();
-            state.1 += usize::from(level && !state.0);
-            state.0 = level;
-        }
-        fn message(&self, _address: u64, _data: u32) {}
-    }
 
     struct Bench {
         bus: Bus,
         pit: Arc<Mutex<Pit>>,
         timers: FakeTimers,
-        sink: Arc<Sink>,
+        sink: Arc<Recorder>,
     }
 
     impl Bench {
         fn new() -> Self {
             let clock = FakeClock::new();
             let timers = FakeTimers::new(clock.clone());
-            let (bus, sink) = (Bus::default(), Arc::new(Sink::default()));
-            let line = LegacyLine::new(Arc::clone(&sink) as Arc<dyn InterruptSink>, IRQ, &Default::default());
+            let (bus, sink) = (Bus::default(), Arc::new(Recorder::default()));
+            let line = LegacyLine::new(sink.sink(), IRQ, &Default::default());
             let pit = Pit::new(Arc::new(clock), &timers, line);
             Pit::place(&pit, &bus).unwrap();
             Self { bus, pit, timers, sink }
@@ -464,7 +451,7 @@ mod tests {
         }
 
         fn interrupts(&self) -> usize {
-            self.sink.0.lock().unwrap().1
+            self.sink.rises(IRQ)
         }
     }
 
@@ -492,10 +479,10 @@ mod tests {
         assert_eq!((bench.interrupts(), bench.count(0)), (0, 1));
         bench.tick(2);
         assert_eq!(bench.interrupts(), 1);
-        assert!(bench.sink.0.lock().unwrap().0);
+        assert!(bench.sink.level(IRQ));
         assert!(bench.count(0) >= 0xfffe, "goes on below zero");
         bench.outb(0x40, &[1]);
-        assert!(!bench.sink.0.lock().unwrap().0);
+        assert!(!bench.sink.level(IRQ));
         bench.outb(0x40, &[0]);
         bench.tick(2);
         assert_eq!(bench.interrupts(), 2);

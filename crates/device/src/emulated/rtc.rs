@@ -388,34 +388,21 @@ fn days_from_civil(year: u32, month: u32, day: u32) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::interrupt::InterruptSink;
+    use crate::interrupt::fixture::Recorder;
     use host::fake::{FakeClock, FakeTimers};
-
-    #[derive(Default)]
-    struct Sink(Mutex<(bool, usize)>);
-
-    impl InterruptSink for Sink {
-        fn set_line(&self, gsi: u32, level: bool) {
-            assert_eq!(gsi, IRQ);
-            let mut state = self.0.lock().unwrap();
-            state.1 += usize::from(level && !state.0);
-            state.0 = level;
-        }
-        fn message(&self, _address: u64, _data: u32) {}
-    }
 
     struct Bench {
         rtc: Arc<Mutex<Rtc>>,
         timers: FakeTimers,
-        sink: Arc<Sink>,
+        sink: Arc<Recorder>,
     }
 
     impl Bench {
         fn new() -> Self {
             let clock = FakeClock::new();
             let timers = FakeTimers::new(clock.clone());
-            let sink = Arc::new(Sink::default());
-            let line = LegacyLine::new(Arc::clone(&sink) as Arc<dyn InterruptSink>, IRQ, &Default::default());
+            let sink = Arc::new(Recorder::default());
+            let line = LegacyLine::new(sink.sink(), IRQ, &Default::default());
             let memory = CmosMemory { below_4g: 0xc000_0000, above_4g: 5 << 30, cpus: 4 };
             Self { rtc: Rtc::new(Arc::new(clock), &timers, line, memory), timers, sink }
         }
@@ -435,7 +422,7 @@ mod tests {
         }
 
         fn interrupts(&self) -> usize {
-            self.sink.0.lock().unwrap().1
+            self.sink.rises(IRQ)
         }
     }
 
@@ -506,7 +493,7 @@ mod tests {
         bench.timers.advance(NS);
         assert_eq!(bench.interrupts(), 3, "22:13:30");
         lock(&bench.rtc).reset();
-        assert!(!bench.sink.0.lock().unwrap().0);
+        assert!(!bench.sink.level(IRQ));
     }
 
     #[test]

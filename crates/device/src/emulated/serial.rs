@@ -451,18 +451,7 @@ impl BytePortDevice for Uart {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::interrupt::InterruptSink;
-
-    #[derive(Default)]
-    struct Sink(Mutex<bool>);
-
-    impl InterruptSink for Sink {
-        fn set_line(&self, gsi: u32, level: bool) {
-            assert_eq!(gsi, COM1_IRQ);
-            *self.0.lock().unwrap() = level;
-        }
-        fn message(&self, _address: u64, _data: u32) {}
-    }
+    use crate::interrupt::fixture::Recorder;
 
     /// Blocks while its gate is locked.
     #[derive(Clone, Default)]
@@ -486,14 +475,14 @@ mod tests {
 
     struct Bench {
         port: SerialPort,
-        sink: Arc<Sink>,
+        sink: Arc<Recorder>,
         output: Gated,
     }
 
     impl Bench {
         fn new() -> Self {
-            let (sink, output) = (Arc::new(Sink::default()), Gated::default());
-            let line = IrqLine::new(Arc::clone(&sink) as Arc<dyn InterruptSink>, COM1_IRQ);
+            let (sink, output) = (Arc::new(Recorder::default()), Gated::default());
+            let line = sink.line(COM1_IRQ);
             let port = SerialPort::start(line, Box::new(output.clone())).unwrap();
             Self { port, sink, output }
         }
@@ -507,7 +496,7 @@ mod tests {
         }
 
         fn line(&self) -> bool {
-            *self.sink.0.lock().unwrap()
+            self.sink.level(COM1_IRQ)
         }
     }
 

@@ -86,21 +86,12 @@ impl MmioDevice for DeviceMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[derive(Default)]
-    struct Sink(Mutex<Vec<(u32, bool)>>);
-
-    impl InterruptSink for Sink {
-        fn set_line(&self, gsi: u32, level: bool) {
-            self.0.lock().unwrap().push((gsi, level));
-        }
-        fn message(&self, _address: u64, _data: u32) {}
-    }
+    use crate::interrupt::fixture::Recorder;
 
     #[test]
     fn latch_lines_and_memory_answer_at_every_width() {
-        let (bus, sink) = (Bus::default(), Arc::new(Sink::default()));
-        place(&bus, Arc::clone(&sink) as Arc<dyn InterruptSink>).unwrap();
+        let (bus, sink) = (Bus::default(), Arc::new(Recorder::default()));
+        place(&bus, sink.sink()).unwrap();
         bus.port_write(0xe0, &0x1234_5678_u32.to_le_bytes());
         bus.port_write(0xe9, &[0xff]);
         bus.port_write(0xe4, &[0; 4]);
@@ -113,7 +104,7 @@ mod tests {
 
         bus.port_write(0x200e, &[1]);
         bus.port_write(0x200e, &[0]);
-        assert_eq!(*sink.0.lock().unwrap(), [(14, true), (14, false)]);
+        assert_eq!(sink.lines(), [(14, true), (14, false)]);
 
         let pattern: Vec<u8> = (0..64).collect();
         let mut back = [0; 64];

@@ -11,6 +11,8 @@
 use std::sync::Arc;
 
 mod chips;
+#[cfg(test)]
+pub(crate) mod fixture;
 pub mod ioapic;
 pub mod lapic;
 mod message;

@@ -1,6 +1,6 @@
 use super::*;
+use crate::interrupt::fixture::Recorder;
 use crate::pci::Capability;
-use crate::pci::interrupt::tests::Recorder;
 
 /// A function with one 64-bit memory BAR and one port BAR that remember the last byte stored.
 #[derive(Default)]

@@ -103,42 +103,14 @@ impl FunctionInterrupts {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-    use crate::interrupt::InterruptSink;
-
-    /// Notes what arrives at the interrupt chips.
-    #[derive(Default)]
-    pub(crate) struct Recorder {
-        messages: Mutex<Vec<(u64, u32)>>,
-        lines: Mutex<Vec<(u32, bool)>>,
-    }
-
-    impl InterruptSink for Recorder {
-        fn set_line(&self, gsi: u32, level: bool) {
-            self.lines.lock().unwrap().push((gsi, level));
-        }
-        fn message(&self, address: u64, data: u32) {
-            self.messages.lock().unwrap().push((address, data));
-        }
-    }
-
-    impl Recorder {
-        /// Takes the messages seen so far.
-        pub(crate) fn messages(&self) -> Vec<(u64, u32)> {
-            std::mem::take(&mut self.messages.lock().unwrap())
-        }
-
-        /// Takes the line changes seen so far.
-        pub(crate) fn lines(&self) -> Vec<(u32, bool)> {
-            std::mem::take(&mut self.lines.lock().unwrap())
-        }
-    }
+    use crate::interrupt::fixture::Recorder;
 
     #[test]
     fn a_shared_line_is_the_or_of_its_pins_and_the_disable_bit_takes_one_out() {
         let recorder = Arc::new(Recorder::default());
-        let line = Arc::new(SharedLine::new(IrqLine::new(recorder.clone(), 17)));
+        let line = Arc::new(SharedLine::new(recorder.line(17)));
         let (first, second) = (Arc::new(Intx::new(line.clone(), 1)), Arc::new(Intx::new(line, 5)));
         let wires = |intx: &Arc<Intx>| FunctionInterrupts::new(None, Some(intx.clone()));
         wires(&first).set_intx(true);

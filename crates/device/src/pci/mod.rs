@@ -19,9 +19,6 @@ mod config;
 mod interrupt;
 mod msix;
 
-#[cfg(test)]
-pub(crate) use interrupt::tests;
-
 pub use bus::{ConfigPorts, Ecam, Error, PciBus, Route, Slot, Windows};
 pub use config::{Bar, BarKind, Capability, ConfigSpace, Identity};
 pub use interrupt::FunctionInterrupts;

@@ -180,7 +180,7 @@ impl Msix {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pci::interrupt::tests::Recorder;
+    use crate::interrupt::fixture::Recorder;
 
     fn entry(address: u64, data: u32, control: u32) -> Vec<u8> {
         [&address.to_le_bytes()[..], &data.to_le_bytes(), &control.to_le_bytes()].concat()

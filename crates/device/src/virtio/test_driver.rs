@@ -7,7 +7,7 @@ use memory::{Gpa, GuestRam};
 
 use super::{Handle, VirtioDevice, VirtioPci, feature};
 use crate::bus::{Bus, MmioDevice};
-use crate::pci::tests::Recorder;
+use crate::interrupt::fixture::Recorder;
 use crate::pci::{Ecam, PciBus, PciFunction, Windows};
 
 pub(super) const NEXT: u16 = 1;

@@ -144,8 +144,9 @@ impl ControlWork {
         } else if std::mem::take(&mut news.opened) {
             message(event::PORT_OPEN, 1, &[])
         } else if std::mem::take(&mut news.size) {
-            // struct virtio_console_resize: columns first. Linux read it the other way round until 6.16, and until early
-            // 2026 in its stable branches; nothing tells which a guest has, so it gets what the specification says.
+            // struct virtio_console_resize: columns first. Linux read it the other way round before its commit
+            // 5326ab737a47 (2025; in stable branches since 2026, Debian's 6.1.192 has it). Nothing tells which a guest
+            // has, so it gets what the specification says.
             let (columns, rows) = self.shared.size();
             message(event::RESIZE, 0, &[columns.to_le_bytes(), rows.to_le_bytes()].concat())
         } else {
