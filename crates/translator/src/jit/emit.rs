@@ -127,7 +127,17 @@ pub(super) struct Emit<'a> {
 impl<'a> Emit<'a> {
     pub(super) fn new(at: u64, low: i32, thunks: &'a Thunks, sites: &'a mut Vec<Site>) -> Self {
         let asm = Asm::new(at);
-        Self { asm, low, thunks, sites, colds: Vec::new(), pending: Vec::new(), oldest: 0, rip: 0, vectors: false }
+        Self {
+            asm,
+            low,
+            thunks,
+            sites,
+            colds: Vec::with_capacity(64),
+            pending: Vec::new(),
+            oldest: 0,
+            rip: 0,
+            vectors: false,
+        }
     }
 
     pub(super) fn thunks(&self) -> &'a Thunks {

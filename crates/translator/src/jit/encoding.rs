@@ -1,6 +1,6 @@
 //! The parts of an instruction's encoding, and how it is put together again with other registers.
 
-use super::asm::{Asm, At, Place, extension};
+use super::asm::{Asm, Place, extension};
 
 /// An instruction of 64-bit code taken apart (Intel SDM vol. 2, 2.1 to 2.3). Instructions with a ModRM byte only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,7 +148,7 @@ impl Encoding {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::jit::asm::reg;
+    use crate::jit::asm::{At, reg};
     use iced_x86::{Decoder, DecoderOptions, Formatter as _, IntelFormatter};
 
     fn again(bytes: &[u8], operands: Operands, byte_registers: &[u8], immediate: &[u8]) -> String {

@@ -70,7 +70,7 @@ impl Emit<'_> {
             write: source.template.stores,
             aligned: source.template.aligned || on_stack(&source.instruction, bytes),
             refused: source.template.aligned,
-            anywhere: bytes >= 16,
+            anywhere: bytes > 16,
             live: source.live,
         };
         Some(self.check(address, access, again))

@@ -119,8 +119,8 @@ impl Jit {
             emit: Emit::new(at, self.low, &self.thunks, &mut self.sites),
             key,
             first_exit: self.exits.len() as u32,
-            exits: Vec::new(),
-            marks: Vec::new(),
+            exits: Vec::with_capacity(8),
+            marks: Vec::with_capacity(sources.len()),
             ops: Vec::new(),
             start: None,
         };
@@ -160,7 +160,7 @@ impl Jit {
 
     fn decode<'b>(&mut self, cpu: &mut Cpu, key: Key, bytes: &'b [u8], most: usize) -> Vec<Source<'b>> {
         let mut decoder = Decoder::with_ip(64, bytes, key.rip, DecoderOptions::AMD);
-        let mut sources: Vec<Source<'b>> = Vec::with_capacity(16);
+        let mut sources: Vec<Source<'b>> = Vec::with_capacity(MOST);
         while sources.len() < most && decoder.position() < bytes.len() {
             let at = decoder.position();
             let instruction = decoder.decode();
