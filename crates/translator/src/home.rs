@@ -135,6 +135,7 @@ pub(crate) mod offset {
     pub(crate) const RFLAGS: i32 = STATE + offset_of!(CpuState, rflags) as i32;
     pub(crate) const SEGMENTS: i32 = STATE + offset_of!(CpuState, segments) as i32;
     pub(crate) const KERNEL_GS_BASE: i32 = STATE + offset_of!(CpuState, kernel_gs_base) as i32;
+    pub(crate) const TSC_AUX: i32 = STATE + offset_of!(CpuState, tsc_aux) as i32;
     pub(crate) const XSAVE: i32 = STATE + offset_of!(CpuState, xsave) as i32;
     pub(crate) const HOT: i32 = offset_of!(Layout, hot) as i32;
 

@@ -194,6 +194,11 @@ pub(crate) enum Ran {
     Unable,
 }
 
+/// CPUID.80000001H:EDX.RDTSCP (AMD APM vol. 3, E.4.2).
+fn has_rdtscp() -> bool {
+    core::arch::x86_64::__cpuid(0x8000_0001).edx & 1 << 27 != 0
+}
+
 /// A hasher for keys that are numbers already.
 #[derive(Default)]
 pub(super) struct Mix(u64);
@@ -263,8 +268,8 @@ impl Jit {
     /// A translator for a vCPU; `None` where the host lacks what it takes, with the reason in the log.
     pub(crate) fn new(cpu: &mut Cpu, cache: usize) -> Option<Self> {
         let low = cpu.state.low().or_else(|| Self::unusable("no memory below 2 GiB is free"))?;
-        if !(is_x86_feature_detected!("bmi2") && is_x86_feature_detected!("xsave")) {
-            return Self::unusable("the processor lacks BMI2 or XSAVE");
+        if !(is_x86_feature_detected!("bmi2") && is_x86_feature_detected!("xsave") && has_rdtscp()) {
+            return Self::unusable("the processor lacks BMI2, XSAVE or RDTSCP");
         }
         let made =
             || -> std::io::Result<_> { Ok((Arena::new(cache.max(LEAST_CACHE))?, [Shadow::new()?, Shadow::new()?])) };

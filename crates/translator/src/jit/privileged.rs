@@ -1,5 +1,7 @@
 //! What kernels do all the time, without leaving translated code: interrupt flag, flags image, GS, access control, time.
 
+use iced_x86::Mnemonic;
+
 use super::asm::{At, Label, Place, reg};
 use super::emit::{Emit, READ, T1, T2, T3, WRITE};
 use super::same::Source;
@@ -10,7 +12,9 @@ use crate::mmu::DataMode;
 const IF: u8 = 1 << 1;
 const AC: u8 = 1 << 2;
 
-const READ_RDTSC: [u8; 2] = [0x0f, 0x31];
+const RDTSC: [u8; 2] = [0x0f, 0x31];
+const RDTSCP: [u8; 3] = [0x0f, 0x01, 0xf9];
+const RCX: usize = engine::state::gpr::RCX;
 const STATUS: u64 = engine::state::rflags::STATUS;
 const GS: usize = engine::state::seg::GS;
 
@@ -84,9 +88,15 @@ impl Emit<'_> {
         self.asm.store(self.field(offset::WRITE), WRITE);
     }
 
-    /// RDTSC: the host's counter, moved by the guest's offset. Flags stay.
-    pub(super) fn read_tsc(&mut self) {
-        self.asm.raw(&READ_RDTSC);
+    /// RDTSC and RDTSCP: the host's counter, moved by the guest's offset. Flags stay.
+    pub(super) fn read_tsc(&mut self, source: &Source<'_>) {
+        if source.instruction.mnemonic() == Mnemonic::Rdtscp {
+            self.asm.raw(&RDTSCP); // its ECX is the host's
+            self.asm.load_32(T1, self.field(offset::TSC_AUX));
+            self.set(RCX, T1);
+        } else {
+            self.asm.raw(&RDTSC);
+        }
         self.asm.rotate_right(reg::RDX, reg::RDX, 32);
         self.asm.lea(reg::RAX, At::Index(reg::RAX, reg::RDX, 0, 0));
         self.asm.load(T1, self.field(offset::TSC));

@@ -269,7 +269,7 @@ fn special(instruction: &Instruction) -> Option<Kind> {
         Swapgs => Kind::SwapGs,
         Stac => Kind::SetAccessControl,
         Clac => Kind::ClearAccessControl,
-        Rdtsc => Kind::ReadTsc,
+        Rdtsc | Rdtscp => Kind::ReadTsc,
         Xchg_r16_AX | Xchg_r32_EAX | Xchg_r64_RAX => Kind::ExchangeAccumulator,
         Mov_r16_rm16 | Mov_r32_rm32 | Mov_r64_rm64 | Mov_rm8_r8 | Mov_rm16_r16 | Mov_rm32_r32 | Mov_rm64_r64
         | Mov_r8_rm8 | Mov_rm8_imm8 | Mov_rm16_imm16 | Mov_rm32_imm32 | Mov_rm64_imm32 => Kind::Same,
@@ -278,7 +278,9 @@ fn special(instruction: &Instruction) -> Option<Kind> {
 }
 
 fn general(instruction: &Instruction, features: &Features) -> Kind {
-    if let Some(kind) = special(instruction) {
+    if let Some(kind) = special(instruction)
+        && (instruction.mnemonic() != Mnemonic::Rdtscp || features.rdtscp)
+    {
         return kind;
     }
     use Mnemonic::*;

@@ -361,7 +361,7 @@ impl Block<'_> {
             Kind::DisableInterrupts => self.emit.set_interrupts(source, false),
             Kind::SetAccessControl => self.emit.set_access_control(source, true),
             Kind::ClearAccessControl => self.emit.set_access_control(source, false),
-            Kind::ReadTsc => self.emit.read_tsc(),
+            Kind::ReadTsc => self.emit.read_tsc(source),
             _ => self.emit.swap_gs(),
         }
     }
