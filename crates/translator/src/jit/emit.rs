@@ -122,10 +122,12 @@ pub(super) struct Emit<'a> {
     pub rip: u64,
     /// Vector registers are known to be in the processor.
     pub vectors: bool,
+    /// Short jumps land at once, so that none is too long: for blocks that did not come out otherwise.
+    careful: bool,
 }
 
 impl<'a> Emit<'a> {
-    pub(super) fn new(at: u64, low: i32, thunks: &'a Thunks, sites: &'a mut Vec<Site>) -> Self {
+    pub(super) fn new(at: u64, low: i32, thunks: &'a Thunks, sites: &'a mut Vec<Site>, careful: bool) -> Self {
         let asm = Asm::new(at);
         Self {
             asm,
@@ -137,6 +139,7 @@ impl<'a> Emit<'a> {
             oldest: 0,
             rip: 0,
             vectors: false,
+            careful,
         }
     }
 
@@ -304,6 +307,9 @@ impl<'a> Emit<'a> {
             }
             self.pending.push((near, miss));
             self.asm.jrcxz(near);
+            if self.careful {
+                self.land_pending();
+            }
         } else {
             self.asm.test(T1, T1);
             self.asm.jcc(condition::ZERO, miss);
@@ -375,12 +381,17 @@ impl<'a> Emit<'a> {
 
     /// Between two instructions: gives short jumps a place to land before it is too far.
     pub(super) fn between(&mut self) {
-        if !self.pending.is_empty() && self.asm.len() - self.oldest > 40 {
-            let over = self.asm.label();
-            self.asm.jmp_short(over);
-            self.island();
-            self.asm.bind(over);
+        if !self.pending.is_empty() && self.asm.len() - self.oldest > 30 {
+            self.land_pending();
         }
+    }
+
+    /// Gives short jumps a place to land here, and goes on behind it.
+    fn land_pending(&mut self) {
+        let over = self.asm.label();
+        self.asm.jmp_short(over);
+        self.island();
+        self.asm.bind(over);
     }
 
     fn island(&mut self) {

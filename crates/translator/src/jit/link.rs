@@ -42,10 +42,15 @@ impl Jit {
     /// Translates a block and keeps it. `None`: the code cache is full.
     fn make(&mut self, cpu: &mut Cpu, key: Key, bytes: &super::translate::Bytes) -> Result<Option<u32>, Ran> {
         let sites = self.sites.len();
-        let Some(translation) = self.translate(cpu, key, bytes) else {
+        let mut translation = None;
+        for careful in [false, true] {
+            translation = self.translate(cpu, key, bytes, careful);
+            if translation.is_some() {
+                break;
+            }
             self.sites.truncate(sites);
-            return Err(Ran::Unable);
-        };
+        }
+        let Some(translation) = translation else { return Err(Ran::Unable) };
         if !bytes.are_current() {
             return Err(Ran::Look); // overwritten meanwhile: once more
         }
@@ -153,7 +158,7 @@ impl Jit {
         if landing != 0 {
             return;
         }
-        let mut emit = Emit::new(self.arena.next(), self.low, &self.thunks, &mut self.sites);
+        let mut emit = Emit::new(self.arena.next(), self.low, &self.thunks, &mut self.sites, false);
         let right = emit.asm.label();
         emit.difference(T2, key.rip);
         emit.asm.jrcxz(right);

@@ -88,7 +88,7 @@ impl Jit {
     }
 
     /// Translates a block to run at the end of the code cache. `None`: it cannot be done.
-    pub(super) fn translate(&mut self, cpu: &mut Cpu, key: Key, bytes: &Bytes) -> Option<Translation> {
+    pub(super) fn translate(&mut self, cpu: &mut Cpu, key: Key, bytes: &Bytes, careful: bool) -> Option<Translation> {
         let across = bytes.second.is_some();
         let mut sources = self.decode(cpu, key, &bytes.bytes, if across { 1 } else { MOST });
         let last = sources.last()?;
@@ -116,7 +116,7 @@ impl Jit {
         }
         let at = self.arena.next();
         let mut block = Block {
-            emit: Emit::new(at, self.low, &self.thunks, &mut self.sites),
+            emit: Emit::new(at, self.low, &self.thunks, &mut self.sites, careful),
             key,
             first_exit: self.exits.len() as u32,
             exits: Vec::with_capacity(8),
