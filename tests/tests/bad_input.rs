@@ -39,6 +39,9 @@ fn flags_and_values() {
     refused(&["-m", "1000T"], SETUP, "the host has");
     refused(&["-m", "lots"], SETUP, "not a size");
     refused(&["--engine", "warp"], SETUP, "not one of auto, translate, kvm");
+    refused(&["--code-cache", "1K"], SETUP, "code-cache \"1K\" (command line): not between 64 KiB and 1 GiB");
+    refused(&["--code-cache", "some"], SETUP, "not a size");
+    refused(&["--engine-check", "on"], SETUP, "not one of off, interpret, lockstep");
     refused(&["--dialect", "cordial"], SETUP, "not part of this version");
     refused(&["--console", "vga"], SETUP, "not one of");
     refused(&["--timeout", "0"], SETUP, "not a duration");
@@ -112,16 +115,19 @@ fn configuration() {
     write("[defaults]\ncpux = 3\n");
     let done = Cordial::new(&["run", "--print-config"]).directory(directory.path()).done();
     one_line(&done, SETUP, "cordial.toml: unknown key \"cpux\"; did you mean \"cpu\"?");
-    write("[defaults]\ncpus = 3\nmem = \"2G\"\n");
+    write("[defaults]\ncpus = 3\nmem = \"2G\"\nengine-check = \"interpret\"\n");
     let done = Cordial::new(&["run", "--print-config", "-m", "3G"])
         .directory(directory.path())
         .env("CORDIAL_ENGINE", "translate")
+        .env("CORDIAL_CODE_CACHE", "1M")
         .done();
     assert_eq!(done.status, 0, "{}", done.stderr);
     for line in [
         "cpus = \"3\" # cordial.toml",
         "mem = \"3G\" # command line",
         "engine = \"translate\" # environment CORDIAL_ENGINE",
+        "code-cache = \"1M\" # environment CORDIAL_CODE_CACHE",
+        "engine-check = \"interpret\" # cordial.toml",
     ] {
         assert!(done.text().contains(line), "{line} in {}", done.text());
     }

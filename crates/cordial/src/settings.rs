@@ -31,10 +31,16 @@ const fn key(name: &'static str, default: Option<&'static str>, help: &'static s
 }
 
 /// Everything that can be set, in the order `--print-config` shows it.
-pub const KEYS: [Key; 20] = [
+pub const KEYS: [Key; 22] = [
     key("cpus", None, "virtual CPUs; default: the host's, at most 2"),
     key("mem", Some("1G"), "memory; K, M, G or T; a plain number is MiB"),
     key("engine", Some("auto"), "auto, translate or kvm"),
+    key("code-cache", Some("64M"), "translated code that each vCPU keeps: 64K to 1G; a plain number is MiB"),
+    key(
+        "engine-check",
+        Some("off"),
+        "off, interpret (nothing is translated) or lockstep (compare translator and interpreter)",
+    ),
     key("cpu", Some(engine::cpu_model::DEFAULT), "the CPU model the guest sees"),
     key("dialect", Some("kvm"), "paravirtual dialects offered: kvm or none"),
     key("kernel", None, "a path, host, debian or debian=VERSION; default: the first that is found"),

@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 use crate::settings::{Setting, Settings};
-use machine::plan::{Dialects, DiskMode, DiskPlan, EngineChoice};
+use machine::plan::{Dialects, DiskMode, DiskPlan, EngineCheck, EngineChoice};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -114,6 +114,28 @@ pub fn human(bytes: u64) -> String {
 pub fn engine(settings: &Settings) -> Result<EngineChoice, Failure> {
     let known = [("auto", EngineChoice::Auto), ("translate", EngineChoice::Translate), ("kvm", EngineChoice::Kvm)];
     Ok(read(settings, "engine", |text| one_of(text, &known))?.unwrap_or_default())
+}
+
+/// Bytes of translated code that each vCPU keeps.
+///
+/// # Errors
+/// Not a size, or out of range.
+pub fn code_cache(settings: &Settings) -> Result<u64, Failure> {
+    use machine::plan::{LEAST_CODE_CACHE, MOST_CODE_CACHE};
+    let parse = |text: &str| match size(text)? {
+        bytes if (LEAST_CODE_CACHE..=MOST_CODE_CACHE).contains(&bytes) => Ok(bytes),
+        _ => Err(format!("not between {} and {}", human(LEAST_CODE_CACHE), human(MOST_CODE_CACHE))),
+    };
+    Ok(read(settings, "code-cache", parse)?.unwrap_or(64 << 20))
+}
+
+/// What the engine checks of itself.
+///
+/// # Errors
+/// An unknown name.
+pub fn engine_check(settings: &Settings) -> Result<EngineCheck, Failure> {
+    let known = [("off", EngineCheck::Off), ("interpret", EngineCheck::Interpret), ("lockstep", EngineCheck::Lockstep)];
+    Ok(read(settings, "engine-check", |text| one_of(text, &known))?.unwrap_or_default())
 }
 
 /// Which dialects.
@@ -274,6 +296,13 @@ mod tests {
         assert!(memory(&settings("mem", "64G"), 1 << 34).is_err());
         let wrong = message(engine(&settings("engine", "kvn")).unwrap_err());
         assert_eq!(wrong, "engine \"kvn\" (command line): not one of auto, translate, kvm; did you mean \"kvm\"?");
+        let wrong = message(code_cache(&settings("code-cache", "63K")).unwrap_err());
+        assert_eq!(wrong, "code-cache \"63K\" (command line): not between 64 KiB and 1 GiB");
+        assert!(code_cache(&settings("code-cache", "2G")).is_err());
+        assert_eq!(code_cache(&settings("code-cache", "64K")).unwrap(), 64 << 10);
+        assert_eq!(code_cache(&Settings::default()).unwrap(), 64 << 20);
+        let wrong = message(engine_check(&settings("engine-check", "lock")).unwrap_err());
+        assert!(wrong.contains("not one of off, interpret, lockstep"), "{wrong}");
         let wrong = message(dialects(&settings("dialect", "cordial")).unwrap_err());
         assert!(wrong.contains("not part of this version"), "{wrong}");
         assert!(dialects(&settings("dialect", "none")).unwrap().is_none());

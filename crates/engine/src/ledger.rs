@@ -86,10 +86,14 @@ impl Cause {
 pub enum Work {
     /// Guest instructions executed.
     Instructions,
-    /// Blocks decoded.
+    /// Blocks decoded for the interpreter.
     Decode,
-    /// Decoded blocks found stale because their bytes were written.
+    /// Blocks translated.
+    Translate,
+    /// Decoded or translated blocks dropped because their bytes were written.
     SelfModified,
+    /// Times a full code cache was emptied.
+    CacheEmptied,
     /// Soft-TLB fills (page walks).
     TlbFill,
     /// Soft-TLB flushes.
@@ -100,15 +104,25 @@ pub enum Work {
 
 impl Work {
     /// All kinds, in table order.
-    pub const ALL: [Self; 6] =
-        [Self::Instructions, Self::Decode, Self::SelfModified, Self::TlbFill, Self::TlbFlush, Self::Exception];
+    pub const ALL: [Self; 8] = [
+        Self::Instructions,
+        Self::Decode,
+        Self::Translate,
+        Self::SelfModified,
+        Self::CacheEmptied,
+        Self::TlbFill,
+        Self::TlbFlush,
+        Self::Exception,
+    ];
 
     /// The name in tables and JSON.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Instructions => "instructions",
             Self::Decode => "decode",
+            Self::Translate => "translate",
             Self::SelfModified => "self-modified",
+            Self::CacheEmptied => "cache-emptied",
             Self::TlbFill => "tlb-fill",
             Self::TlbFlush => "tlb-flush",
             Self::Exception => "exception",

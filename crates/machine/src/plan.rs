@@ -8,6 +8,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::Serialize;
+use translator::{Check, Config};
+
+pub use translator::{LEAST_CODE_CACHE, MOST_CODE_CACHE};
 
 /// Fewest bytes of RAM a machine can have: the legacy megabyte and something above it.
 pub const MIN_MEMORY: u64 = 2 << 20;
@@ -27,6 +30,19 @@ pub enum EngineChoice {
     Translate,
     /// The host kernel's, through `/dev/kvm`.
     Kvm,
+}
+
+/// What the translating engine checks of itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineCheck {
+    /// Nothing.
+    #[default]
+    Off,
+    /// Nothing is translated: all guest code is interpreted.
+    Interpret,
+    /// Each translated block, each time it runs, against the interpreter.
+    Lockstep,
 }
 
 /// Which paravirtual dialects the guest is offered.
@@ -110,6 +126,10 @@ pub struct Plan {
     pub memory: u64,
     /// Which engine.
     pub engine: EngineChoice,
+    /// Bytes of translated code that each vCPU keeps, [`LEAST_CODE_CACHE`]..=[`MOST_CODE_CACHE`].
+    pub code_cache: u64,
+    /// What the engine checks of itself.
+    pub engine_check: EngineCheck,
     /// A name `engine::cpu_model` knows.
     pub cpu_model: String,
     /// Which dialects.
@@ -135,6 +155,8 @@ impl Plan {
             cpus: 1,
             memory: 1 << 30,
             engine: EngineChoice::Auto,
+            code_cache: Config::default().code_cache,
+            engine_check: EngineCheck::Off,
             cpu_model: engine::cpu_model::DEFAULT.into(),
             dialects: Dialects::default(),
             kernel: kernel.into(),
@@ -157,6 +179,9 @@ impl Plan {
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.memory) || !self.memory.is_multiple_of(memory::PAGE_SIZE) {
             return Err(Invalid::Memory(self.memory));
         }
+        if !(LEAST_CODE_CACHE..=MOST_CODE_CACHE).contains(&self.code_cache) {
+            return Err(Invalid::CodeCache(self.code_cache));
+        }
         if self.dialects.cordial {
             return Err(Invalid::Dialect);
         }
@@ -171,6 +196,15 @@ impl Plan {
         }
         Ok(())
     }
+
+    /// How our own engine is to work.
+    pub(crate) fn translator(&self) -> Config {
+        Config {
+            code_cache: self.code_cache,
+            check: if self.engine_check == EngineCheck::Lockstep { Check::Lockstep } else { Check::Off },
+            translate: self.engine_check != EngineCheck::Interpret,
+        }
+    }
 }
 
 /// A value no machine can have.
@@ -182,6 +216,9 @@ pub enum Invalid {
     /// Too little or too much memory.
     #[error("{0} bytes of memory asked for; a machine has 2 MiB to 512 GiB in whole 4 KiB pages: change --mem")]
     Memory(u64),
+    /// Too little or too much.
+    #[error("a code cache of {0} bytes asked for; it has 64 KiB to 1 GiB: change --code-cache")]
+    CodeCache(u64),
     /// Not built.
     #[error("the cordial dialect is not part of this version yet: use --dialect kvm or --dialect none")]
     Dialect,
@@ -203,6 +240,15 @@ mod tests {
     }
 
     #[test]
+    fn checks_become_the_engines_settings() {
+        let config = |engine_check| Plan { engine_check, code_cache: 1 << 20, ..Plan::new("vmlinuz") }.translator();
+        let off = Config { code_cache: 1 << 20, check: Check::Off, translate: true };
+        assert_eq!(config(EngineCheck::Off), off);
+        assert_eq!(config(EngineCheck::Interpret), Config { translate: false, ..off });
+        assert_eq!(config(EngineCheck::Lockstep), Config { check: Check::Lockstep, ..off });
+    }
+
+    #[test]
     fn impossible_values_are_named() {
         let with = |change: fn(&mut Plan)| {
             let mut plan = Plan::new("vmlinuz");
@@ -214,6 +260,8 @@ mod tests {
         assert_eq!(with(|plan| plan.memory = 0), Invalid::Memory(0));
         assert_eq!(with(|plan| plan.memory = (4 << 20) + 1), Invalid::Memory((4 << 20) + 1));
         assert_eq!(with(|plan| plan.memory = u64::MAX), Invalid::Memory(u64::MAX));
+        assert_eq!(with(|plan| plan.code_cache = 65535), Invalid::CodeCache(65535));
+        assert_eq!(with(|plan| plan.code_cache = (1 << 30) + 1), Invalid::CodeCache((1 << 30) + 1));
         assert_eq!(with(|plan| plan.dialects.cordial = true), Invalid::Dialect);
         assert_eq!(with(|plan| plan.command_line = "a\0b".into()), Invalid::CommandLine);
         let disk = |serial: &str| DiskPlan { path: "d".into(), mode: DiskMode::ReadOnly, serial: Some(serial.into()) };

@@ -52,7 +52,7 @@ impl Machine {
     pub fn assemble(plan: &Plan, ends: Attachments) -> Result<Self, Error> {
         plan.check()?;
         select_engine(plan.engine)?;
-        Self::on(plan, ends, |ram| Box::new(Translator::new(ram)))
+        Self::on(plan, ends, |ram| Box::new(Translator::new(ram, plan.translator())))
     }
 
     /// Assembles on the engine that `engine` makes.

@@ -15,7 +15,10 @@
 #![allow(unsafe_code)] // the fence: guest memory by pointer, native stubs
 
 mod arena;
+#[cfg(test)]
+mod bare;
 mod block;
+mod config;
 mod cpu;
 mod decode;
 mod exec;
@@ -40,6 +43,8 @@ use memory::GuestRam;
 
 use crate::shared::Shared;
 
+pub use crate::config::{Check, Config, LEAST_CODE_CACHE, MOST_CODE_CACHE};
+
 /// The translating engine for one VM.
 pub struct Translator {
     shared: Arc<Shared>,
@@ -47,8 +52,8 @@ pub struct Translator {
 
 impl Translator {
     /// An engine whose vCPUs run in `ram`.
-    pub fn new(ram: GuestRam) -> Self {
-        Self { shared: Arc::new(Shared::new(ram)) }
+    pub fn new(ram: GuestRam, config: Config) -> Self {
+        Self { shared: Arc::new(Shared::new(ram, config)) }
     }
 }
 

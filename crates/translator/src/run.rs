@@ -8,7 +8,7 @@ use engine::{CpuIo, CpuState, Error, Exit, Signals, Vcpu, VcpuConfig};
 
 use crate::block::{Block, Blocks};
 use crate::cpu::Cpu;
-use crate::jit::{self, Jit, Ran};
+use crate::jit::{Jit, Ran};
 use crate::op::Leave;
 use crate::shared::Shared;
 
@@ -35,7 +35,7 @@ pub(crate) struct Runner {
 impl Runner {
     pub(crate) fn new(shared: Arc<Shared>, config: VcpuConfig) -> Result<Self, Error> {
         let mut cpu = Cpu::new(shared, config)?;
-        let jit = if std::env::var_os("CORDIAL_NO_JIT").is_some() { None } else { Jit::new(&mut cpu, jit::CODE_CACHE) };
+        let jit = if cpu.shared.config.translate { Jit::new(&mut cpu) } else { None };
         Ok(Self { cpu, blocks: Blocks::new(), jit })
     }
 

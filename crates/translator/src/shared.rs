@@ -11,6 +11,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use engine::{Signal, Signals};
 use memory::{Gpa, GuestRam};
 
+use crate::config::Config;
+
 /// Stands for all pages in what [`Link::answer`] hands out.
 pub(crate) const EVERY_PAGE: Gpa = Gpa(u64::MAX);
 /// Pages remembered one by one.
@@ -20,6 +22,8 @@ const MOST_PAGES: usize = 1024;
 pub(crate) struct Shared {
     /// Guest RAM.
     pub ram: GuestRam,
+    /// How the engine is to work.
+    pub config: Config,
     links: Mutex<Vec<Arc<Link>>>,
     /// Taken for locked accesses that cross a page, which no host instruction can do for us.
     pub split_lock: Mutex<()>,
@@ -35,8 +39,8 @@ pub(crate) struct Link {
 }
 
 impl Shared {
-    pub(crate) fn new(ram: GuestRam) -> Self {
-        Self { ram, links: Mutex::default(), split_lock: Mutex::default() }
+    pub(crate) fn new(ram: GuestRam, config: Config) -> Self {
+        Self { ram, config, links: Mutex::default(), split_lock: Mutex::default() }
     }
 
     /// Registers a vCPU.
@@ -126,7 +130,7 @@ mod tests {
 
     #[test]
     fn a_sleeping_vcpu_is_not_waited_for_but_flushes_when_it_comes_back() {
-        let shared = Shared::new(GuestRam::new(&[(Gpa(0), 0x1000)]).unwrap());
+        let shared = Shared::new(GuestRam::new(&[(Gpa(0), 0x1000)]).unwrap(), Config::default());
         let (one, two) = (shared.link(Arc::default()), shared.link(Arc::default()));
         assert!(!one.enter());
         shared.tell_others(&one, Gpa(0x5000), || {});
@@ -139,7 +143,7 @@ mod tests {
 
     #[test]
     fn a_running_vcpu_is_waited_for() {
-        let shared = Arc::new(Shared::new(GuestRam::new(&[(Gpa(0), 0x1000)]).unwrap()));
+        let shared = Arc::new(Shared::new(GuestRam::new(&[(Gpa(0), 0x1000)]).unwrap(), Config::default()));
         let (one, two) = (shared.link(Arc::default()), shared.link(Arc::default()));
         assert!(!one.enter() && !two.enter());
         let other = Arc::clone(&two);

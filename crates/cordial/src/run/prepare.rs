@@ -10,7 +10,7 @@ use crate::settings::Settings;
 use crate::userland::{Busybox, PATH};
 use crate::values::{self, Console, human};
 use machine::Plan;
-use machine::plan::{Dialects, DiskPlan, EngineChoice, Payload};
+use machine::plan::{Dialects, DiskPlan, EngineCheck, EngineChoice, Payload};
 use protocol::Command;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -27,6 +27,10 @@ pub struct Options {
     pub memory: u64,
     /// Which engine.
     pub engine: EngineChoice,
+    /// Bytes of translated code that each vCPU keeps.
+    pub code_cache: u64,
+    /// What the engine checks of itself.
+    pub engine_check: EngineCheck,
     /// Which dialects.
     pub dialects: Dialects,
     /// A name the engine knows.
@@ -66,6 +70,8 @@ impl Options {
             cpus: values::cpus(settings, host_cpus)?,
             memory: values::memory(settings, host_memory()?)?,
             engine: values::engine(settings)?,
+            code_cache: values::code_cache(settings)?,
+            engine_check: values::engine_check(settings)?,
             dialects: values::dialects(settings)?,
             cpu_model: cpu_model(settings)?,
             disks: values::disks(settings)?,
@@ -132,6 +138,8 @@ pub fn prepare(options: Options, arguments: &RunArguments, settings: &Settings) 
         cpus: options.cpus,
         memory: options.memory,
         engine: options.engine,
+        code_cache: options.code_cache,
+        engine_check: options.engine_check,
         cpu_model: options.cpu_model.clone(),
         dialects: options.dialects,
         initrd: match &options.initrd {

@@ -1,5 +1,6 @@
 //! Forgetting blocks: when code is overwritten, when the kernel's pages move, when the code cache is full.
 
+use engine::ledger::Work;
 use memory::{Gpa, Gva};
 
 use super::{Jit, Seen, units_of};
@@ -11,7 +12,7 @@ impl Jit {
     /// Looks at all that may have changed since translated code last ran.
     pub(super) fn catch_up(&mut self, cpu: &mut Cpu) {
         for gpa in std::mem::take(&mut cpu.stale) {
-            if gpa == EVERY_PAGE { self.forget_stale() } else { self.forget_if_stale(gpa) }
+            if gpa == EVERY_PAGE { self.forget_stale(cpu) } else { self.forget_if_stale(cpu, gpa) }
         }
         let now = Seen {
             generation: cpu.tlb.generation,
@@ -21,7 +22,7 @@ impl Jit {
         };
         let before = std::mem::replace(&mut self.seen, now);
         if now.code_writes != before.code_writes {
-            self.forget_stale(); // a device, perhaps
+            self.forget_stale(cpu); // a device, perhaps
         }
         if now.upper_generation != before.upper_generation {
             self.look_up_again(cpu, true);
@@ -42,23 +43,24 @@ impl Jit {
     }
 
     /// Forgets the blocks of all pages whose code has been overwritten.
-    fn forget_stale(&mut self) {
+    fn forget_stale(&mut self, cpu: &Cpu) {
         let stale: Vec<u64> =
             self.pages.iter().filter(|(_, page)| !page.version.is_current()).map(|(page, _)| page << 12).collect();
         for gpa in stale {
-            self.forget_page(gpa);
+            self.forget_page(cpu, gpa);
         }
     }
 
-    fn forget_if_stale(&mut self, gpa: Gpa) {
+    fn forget_if_stale(&mut self, cpu: &Cpu, gpa: Gpa) {
         if self.pages.get(&(gpa.0 >> 12)).is_some_and(|page| !page.version.is_current()) {
-            self.forget_page(gpa.0);
+            self.forget_page(cpu, gpa.0);
         }
     }
 
-    /// Forgets the blocks of a page.
-    pub(super) fn forget_page(&mut self, gpa: u64) {
+    /// Forgets the blocks of a page that has been written to.
+    pub(super) fn forget_page(&mut self, cpu: &Cpu, gpa: u64) {
         if let Some(page) = self.pages.remove(&(gpa >> 12)) {
+            cpu.config.ledger.work(Work::SelfModified, page.blocks.len() as u64);
             for block in page.blocks {
                 self.forget_block(block);
             }
@@ -136,6 +138,8 @@ impl Jit {
 
     /// Empties the code cache.
     pub(super) fn forget_everything(&mut self, cpu: &mut Cpu) {
+        Self::count(cpu, Work::CacheEmptied);
+        self.emptied += 1;
         self.arena.truncate(self.floor);
         self.blocks.clear();
         self.by_key.clear();
@@ -146,7 +150,6 @@ impl Jit {
         self.pages.clear();
         self.upper.clear();
         self.full = false;
-        self.emptied += 1;
         self.forget_landings(cpu);
     }
 }

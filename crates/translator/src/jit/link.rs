@@ -21,7 +21,6 @@ impl Jit {
         {
             return Ok(block);
         }
-        Self::count(cpu, Work::Decode);
         let mut emptied = false;
         loop {
             let bytes = match self.fetch(cpu, &place) {
@@ -62,6 +61,7 @@ impl Jit {
         self.marks.extend(translation.marks);
         self.exits.extend(translation.exits);
         self.ops.extend(translation.ops);
+        Self::count(cpu, Work::Translate);
         let block = self.blocks.len() as u32;
         self.blocks.push(Block {
             key,
@@ -94,7 +94,7 @@ impl Jit {
     pub(super) fn mark_page(&mut self, cpu: &mut Cpu, gpa: u64, bytes: u64) -> Version {
         let version = cpu.mark_code(gpa, bytes);
         if self.pages.get(&(gpa >> 12)).is_some_and(|page| !page.version.is_current()) {
-            self.forget_page(gpa);
+            self.forget_page(cpu, gpa);
         }
         self.pages.entry(gpa >> 12).or_insert_with(|| Page { version, blocks: Vec::new() });
         version

@@ -26,6 +26,8 @@ mod live;
 mod privileged;
 mod same;
 mod template;
+#[cfg(test)]
+mod tests;
 mod thunk;
 mod translate;
 
@@ -37,6 +39,7 @@ use engine::state::{cr0, cr4, rflags};
 
 use crate::arena::Arena;
 use crate::block::Version;
+use crate::config::{LEAST_CODE_CACHE, MOST_CODE_CACHE};
 use crate::cpu::Cpu;
 use crate::home::Hot;
 use crate::mmu::DataMode;
@@ -48,11 +51,6 @@ use template::{Kind, Templates, Unit};
 use thunk::{Thunks, exit};
 
 pub(crate) use callback::After;
-
-/// Bytes of code kept, where nobody says otherwise.
-pub(crate) const CODE_CACHE: usize = 64 << 20;
-/// Least that is worth having.
-const LEAST_CACHE: usize = 64 << 10;
 
 /// What a block was translated from and for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -256,7 +254,7 @@ pub(crate) struct Jit {
     seen: Seen,
     /// The code cache has no room even to forget: it is to be emptied.
     full: bool,
-    /// How often it has been emptied.
+    /// How often the code cache has been emptied: numbers of blocks and exits from before mean nothing after.
     emptied: u64,
 }
 
@@ -266,13 +264,13 @@ unsafe impl Send for Jit {}
 
 impl Jit {
     /// A translator for a vCPU; `None` where the host lacks what it takes, with the reason in the log.
-    pub(crate) fn new(cpu: &mut Cpu, cache: usize) -> Option<Self> {
+    pub(crate) fn new(cpu: &mut Cpu) -> Option<Self> {
+        let cache = cpu.shared.config.code_cache.clamp(LEAST_CODE_CACHE, MOST_CODE_CACHE) as usize;
         let low = cpu.state.low().or_else(|| Self::unusable("no memory below 2 GiB is free"))?;
         if !(is_x86_feature_detected!("bmi2") && is_x86_feature_detected!("xsave") && has_rdtscp()) {
             return Self::unusable("the processor lacks BMI2, XSAVE or RDTSCP");
         }
-        let made =
-            || -> std::io::Result<_> { Ok((Arena::new(cache.max(LEAST_CACHE))?, [Shadow::new()?, Shadow::new()?])) };
+        let made = || -> std::io::Result<_> { Ok((Arena::new(cache)?, [Shadow::new()?, Shadow::new()?])) };
         let (mut arena, shadows) = made().map_err(|error| Self::unusable::<()>(&error.to_string())).ok()?;
         let begins = [shadows[0].begin(), shadows[1].begin()];
         let avx = if is_x86_feature_detected!("avx") { 4 } else { 0 };
@@ -350,6 +348,9 @@ impl Jit {
             Ok(block) => self.blocks[block as usize].start,
             Err(ran) => return ran,
         };
+        if self.full {
+            return Ran::Look;
+        }
         loop {
             if !self.enter(cpu, entry) {
                 return Ran::Unable;
@@ -376,12 +377,13 @@ impl Jit {
                 Ok(block) => block,
                 Err(ran) => return ran,
             };
-            if self.emptied != emptied {
-                // What was left is gone.
-            } else if why == exit::CHAIN {
-                self.link(cpu, value as u32, block);
-            } else {
+            if self.full {
+                return Ran::Look; // what was to be forgotten could not be: nothing may be entered before it is
+            }
+            if why == exit::LAND {
                 self.land(cpu, block);
+            } else if self.emptied == emptied {
+                self.link(cpu, value as u32, block);
             }
             entry = self.blocks[block as usize].start;
         }

@@ -11,10 +11,13 @@ use memory::{Gpa, GuestRam};
 use super::case::{
     ARENA, ARENA_BYTES, CODE, CODE_BYTES, Case, Code, DATA_LIMIT_16, NO_VECTOR, Outcome, READ_ONLY, XSAVE_BYTES,
 };
+use crate::config::{Check, Config};
 use crate::cpu::{Cpu, vector};
 use crate::jit::{Jit, Ran};
 use crate::op::Leave;
 use crate::shared::Shared;
+
+const CONFIG: Config = Config { code_cache: 4 << 20, check: Check::Off, translate: true };
 
 /// Guest-physical places: four levels of page tables, code, data.
 const TABLES: u64 = 0x1000;
@@ -44,7 +47,7 @@ impl Guest {
             ledger: Arc::default(),
             tsc: Arc::default(),
         };
-        let mut cpu = Cpu::new(Arc::new(Shared::new(ram.clone())), config).unwrap();
+        let mut cpu = Cpu::new(Arc::new(Shared::new(ram.clone(), CONFIG)), config).unwrap();
         let state = &mut *cpu.state;
         state.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::PG;
         state.cr3 = TABLES;
@@ -54,7 +57,7 @@ impl Guest {
         let mut io = Box::new(Nothing);
         cpu.attach_io(&mut *io);
         cpu.exceptions_held = true;
-        let jit = Jit::new(&mut cpu, 4 << 20);
+        let jit = Jit::new(&mut cpu);
         Self { cpu, jit, ram, _io: io }
     }
 

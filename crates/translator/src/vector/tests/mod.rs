@@ -58,7 +58,7 @@ impl Bench {
             ledger: Arc::default(),
             tsc: Arc::default(),
         };
-        let mut cpu = Cpu::new(Arc::new(Shared::new(ram)), config).unwrap();
+        let mut cpu = Cpu::new(Arc::new(Shared::new(ram, crate::config::Config::default())), config).unwrap();
         cpu.state.cr0 = cr0::PE | cr0::PG | cr0::NE | cr0::MP | cr0::ET;
         cpu.state.cr3 = 0x1000;
         cpu.state.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;

@@ -1,0 +1,42 @@
+//! The engine's settings: results are the same, whatever they are.
+
+use serde_json::Value;
+use tests::Cordial;
+
+/// Loops, pipes and programs on two processors at once, with results that anyone can work out.
+const WORK: &str = "\
+    count() { i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done; echo $i; }; \
+    count > /tmp/a & count > /tmp/b & \
+    seq 1 20000 > /tmp/numbers; sort -n -r /tmp/numbers | head -n 1; \
+    seq 1 20000 | sort | sha256sum; sha256sum < /tmp/numbers; \
+    wait; cat /tmp/a /tmp/b";
+
+/// What the host says of the same.
+fn expected() -> String {
+    let mut command = std::process::Command::new("busybox");
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let script = WORK.replace("/tmp/", &format!("{}/", directory.path().display()));
+    let output = command.args(["sh", "-c", &script]).output().expect("busybox runs");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn a_tiny_code_cache_gives_right_results() {
+    let done = Cordial::run(&["--json", "-c", "2", "--code-cache", "256K", "--", "sh", "-c", WORK]).done();
+    assert_eq!(done.status, 0, "{}", done.stderr);
+    let document: Value = serde_json::from_slice(&done.stdout).expect("one JSON document");
+    assert_eq!(document["stdout"]["text"], expected().as_str(), "{}", done.stderr);
+    let work = &document["exits"]["work"];
+    assert!(work["cache-emptied"].as_u64().unwrap() > 100, "{work}");
+    assert!(work["translate"].as_u64().unwrap() > 100_000, "{work}");
+}
+
+#[test]
+fn an_interpreted_guest_translates_nothing() {
+    let done = Cordial::run(&["--json", "--engine-check", "interpret", "--", "echo", "interpreted"]).done();
+    assert_eq!(done.status, 0, "{}", done.stderr);
+    let document: Value = serde_json::from_slice(&done.stdout).expect("one JSON document");
+    assert_eq!(document["stdout"]["text"], "interpreted\n");
+    assert_eq!(document["exits"]["work"]["translate"], 0);
+    assert_eq!(document["plan"]["engine_check"], "interpret");
+}
