@@ -33,8 +33,8 @@ impl Bare {
     pub(crate) fn new(code: &[u8], config: Config) -> Self {
         let ram = GuestRam::new(&[(Gpa(0), 2 << 20)]).unwrap();
         for (at, entry) in [
-            (TABLES, TABLES + 0x1000 | PRESENT_WRITABLE),
-            (TABLES + 0x1000, TABLES + 0x2000 | PRESENT_WRITABLE),
+            (TABLES, (TABLES + 0x1000) | PRESENT_WRITABLE),
+            (TABLES + 0x1000, (TABLES + 0x2000) | PRESENT_WRITABLE),
             (TABLES + 0x2000, PRESENT_WRITABLE | LARGE),
         ] {
             ram.write_value(Gpa(at), &entry).unwrap();

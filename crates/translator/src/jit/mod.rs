@@ -244,6 +244,7 @@ pub(crate) struct Jit {
     sites: Vec<Site>,
     marks: Vec<Mark>,
     /// Operations that translated code has the addresses of.
+    #[expect(clippy::vec_box, reason = "translated code has their addresses")]
     ops: Vec<Box<Op>>,
     pages: Map<u64, Page>,
     /// Where upper pages with code lead, and whether in all address spaces.

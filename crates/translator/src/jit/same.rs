@@ -5,7 +5,7 @@ use iced_x86::{ConstantOffsets, Instruction, OpKind, Register};
 use super::asm::{At, Label, Place, reg};
 use super::emit::{Access, Address, Emit, HOST, T1, T2, T3};
 use super::encoding::{Encoding, Operands};
-use super::template::{Field, Template};
+use super::template::{Field, Kind, Template};
 
 const RCX: usize = 1;
 const RSP: u8 = 4;
@@ -336,7 +336,7 @@ fn wide_stack_pointer(instruction: &Instruction) -> bool {
 }
 
 /// True where an instruction that writes RSP certainly leaves it a multiple of 8.
-pub(super) fn keeps_alignment(instruction: &Instruction) -> bool {
+fn keeps_alignment(instruction: &Instruction) -> bool {
     use iced_x86::Mnemonic::{Add, And, Sub};
     instruction.op0_register() == Register::RSP
         && instruction.op1_kind() != OpKind::Register
@@ -345,8 +345,25 @@ pub(super) fn keeps_alignment(instruction: &Instruction) -> bool {
         && instruction.immediate(1).is_multiple_of(8)
 }
 
+/// True where a translated instruction may leave RSP other than a multiple of 8.
+pub(super) fn moves_stack_pointer(source: &Source<'_>) -> bool {
+    let instruction = &source.instruction;
+    let names = || {
+        (0..instruction.op_count()).any(|position| {
+            instruction.op_kind(position) == OpKind::Register
+                && instruction.op_register(position).full_register() == Register::RSP
+        })
+    };
+    match source.template.kind {
+        Kind::Leave => true,
+        Kind::PopRegister | Kind::MovConstant | Kind::ExchangeAccumulator | Kind::Bswap => names(),
+        Kind::Same | Kind::Lea => writes_stack_pointer(source) && !keeps_alignment(instruction),
+        _ => false,
+    }
+}
+
 /// True where a general-purpose register operand that is written is RSP or a part of it.
-pub(super) fn writes_stack_pointer(source: &Source<'_>) -> bool {
+fn writes_stack_pointer(source: &Source<'_>) -> bool {
     let template = &source.template;
     let Some(encoding) = Encoding::parse(source.bytes) else { return false };
     let of_stack = |field: Field, number: u8| field.general && field.written && number == RSP;

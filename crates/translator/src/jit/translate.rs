@@ -9,7 +9,7 @@ use memory::{Gpa, Gva, PAGE_SIZE};
 
 use super::asm::Label;
 use super::emit::{Emit, T1};
-use super::same::{Source, keeps_alignment, writes_stack_pointer};
+use super::same::{Source, moves_stack_pointer};
 use super::template::{Kind, Unit, disturbs_stack_pointer};
 use super::{Exit, Jit, Key, Mark, live};
 use crate::block::Version;
@@ -55,6 +55,7 @@ pub(super) struct Translation {
     pub code: Vec<u8>,
     pub exits: Vec<Exit>,
     pub marks: Vec<Mark>,
+    #[expect(clippy::vec_box, reason = "translated code has their addresses")]
     pub ops: Vec<Box<Op>>,
 }
 
@@ -241,6 +242,7 @@ struct Block<'a> {
     first_exit: u32,
     exits: Vec<Exit>,
     marks: Vec<Mark>,
+    #[expect(clippy::vec_box, reason = "translated code has their addresses")]
     ops: Vec<Box<Op>>,
     start: Option<Label>,
 }
@@ -338,18 +340,7 @@ impl Block<'_> {
             Kind::JumpIndirect | Kind::Return => return true,
             _ => {}
         }
-        let pops_stack_pointer =
-            kind == Kind::PopRegister && source.instruction.op0_register() == iced_x86::Register::RSP;
-        let moved = pops_stack_pointer
-            || kind == Kind::Leave
-            || matches!(kind, Kind::MovConstant | Kind::ExchangeAccumulator | Kind::Bswap)
-                && (0..source.instruction.op_count()).any(|position| {
-                    source.instruction.op_register(position).full_register() == iced_x86::Register::RSP
-                })
-            || matches!(kind, Kind::Same | Kind::Lea)
-                && writes_stack_pointer(source)
-                && !keeps_alignment(&source.instruction);
-        if moved {
+        if moves_stack_pointer(source) {
             let out = self.look_at(source.instruction.next_ip());
             self.emit.check_stack_pointer(out);
         }
