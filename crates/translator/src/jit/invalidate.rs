@@ -77,7 +77,7 @@ impl Jit {
             return;
         }
         self.by_key.remove(&key);
-        match self.leave_for(key.rip) {
+        match self.leave_instead(block) {
             Some(target) => {
                 let mut jump = [0xe9, 0, 0, 0, 0];
                 jump[1..].copy_from_slice(&(target.wrapping_sub(start + 5) as u32).to_le_bytes());

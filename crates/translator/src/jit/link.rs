@@ -126,6 +126,9 @@ impl Jit {
         let exit = self.exits[exit as usize];
         let key = self.blocks[block as usize].key;
         let Some(at) = exit.at else { return };
+        if exit.instead.is_some_and(|old| self.blocks[old as usize].key != key) {
+            return;
+        }
         let target = if exit.page == key.rip >> 12 || key.is_upper() {
             self.blocks[block as usize].start
         } else {
@@ -193,10 +196,16 @@ impl Jit {
         Some(Ran::One)
     }
 
-    /// A piece of code that leaves for an instruction pointer.
-    pub(super) fn leave_for(&mut self, target: u64) -> Option<u64> {
+    /// A piece of code that leaves for what a forgotten block was for, until the jump at its start is linked to a new one.
+    pub(super) fn leave_instead(&mut self, block: u32) -> Option<u64> {
+        let Block { key, start, .. } = self.blocks[block as usize];
         let exit = self.exits.len() as u64;
-        self.exits.push(super::Exit { target, at: None, page: 0 });
+        self.exits.push(super::Exit {
+            target: key.rip,
+            at: Some(start + 1),
+            page: key.rip >> 12,
+            instead: Some(block),
+        });
         let mut asm = Asm::new(self.arena.next());
         asm.constant(super::emit::T1, exit);
         asm.jmp_to(self.thunks.chain);

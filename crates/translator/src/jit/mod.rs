@@ -148,6 +148,8 @@ struct Exit {
     at: Option<u64>,
     /// Page of the instruction pointer that it leaves from.
     page: u64,
+    /// It stands in the place of this block, which has been forgotten, and leads to one made for the same key only.
+    instead: Option<u32>,
 }
 
 /// Where the translation of an instruction begins, from the start of its block.

@@ -95,9 +95,11 @@ pub(super) fn build(base: u64, plan: &Plan) -> Option<(Vec<u8>, Thunks)> {
     Some((b.asm.finish()?, thunks))
 }
 
-/// T1 becomes the index of T2 in a landing table; flags stay.
+/// T1 becomes the index of T2 in a landing table; T3 is lost, flags stay. Addresses 256 KiB apart do not share a slot.
 fn landing_index(asm: &mut Asm) {
     asm.rotate_right(T1, T2, 2);
+    asm.rotate_right(T3, T2, 18);
+    asm.lea(T1, At::Index(T1, T3, 0, 0));
     asm.raw(&[0x0f, 0xb7, 0xc9]); // movzx ecx, cx
 }
 
@@ -109,7 +111,7 @@ pub(super) fn land(asm: &mut Asm, low: i32, user: bool) {
 
 /// The entry of an address in a landing table: what [`land`] computes.
 pub(super) const fn landing_of(address: u64) -> usize {
-    (address >> 2) as usize & (crate::home::LANDINGS - 1)
+    ((address >> 2).wrapping_add(address >> 18)) as usize & (crate::home::LANDINGS - 1)
 }
 
 const CALLEE_SAVED: [u8; 6] = [reg::RBX, reg::RBP, reg::R12, reg::R13, reg::R14, reg::R15];
@@ -194,8 +196,8 @@ impl Builder<'_> {
         self.asm.jcc(super::emit::condition::NOT_ZERO, leaves);
         self.load_guest();
         self.asm.load(T2, self.field(offset::RIP));
-        self.asm.load(T3, self.field(offset::LANDING));
         landing_index(&mut self.asm);
+        self.asm.load(T3, self.field(offset::LANDING));
         self.asm.jmp_at(At::Index(T3, T1, 3, self.plan.low + offset::landings(false)));
         self.asm.bind(leaves);
         self.asm.store_constant(self.field(offset::EXIT), exit::LOOK as i32);

@@ -257,14 +257,14 @@ impl Block<'_> {
     /// An exit to the block at `target`. The displacement that leads to it is `ahead` bytes from here.
     fn exit_to(&mut self, target: u64, ahead: usize) -> Label {
         let at = self.emit.asm.here() + ahead as u64;
-        self.exits.push(Exit { target, at: Some(at), page: self.key.rip >> 12 });
+        self.exits.push(Exit { target, at: Some(at), page: self.key.rip >> 12, instead: None });
         let exit = self.first_exit + self.exits.len() as u32 - 1;
         self.emit.exit(exit, false)
     }
 
     /// An exit to the monitor, to go on at `target`.
     fn look_at(&mut self, target: u64) -> Label {
-        self.exits.push(Exit { target, at: None, page: 0 });
+        self.exits.push(Exit { target, at: None, page: 0, instead: None });
         let exit = self.first_exit + self.exits.len() as u32 - 1;
         self.emit.exit(exit, true)
     }
