@@ -1,17 +1,18 @@
 //! The engine that needs no hardware help.
 //!
 //! ```text
-//!   guest bytes ─decode─> Block of Ops ─run─> handlers (exec, vector, system) ─┬─> CpuState
-//!        ▲                    │                                                ├─> mmu: soft TLB, page walks
-//!        └── mmu (fetch) ─────┘ valid while the page's version stands          └─> CpuIo: ports, MMIO, MSRs
+//!                ┌─translate─> host code ──┬─ the processor's registers, flags and vectors
+//!   guest bytes ─┤                         └─ callbacks ─┬─> mmu: soft TLB, page walks
+//!                └─decode─> Block of Ops ─run─> handlers ┴─> CpuState; CpuIo: ports, MMIO, MSRs
 //! ```
 //!
-//! First tier: an interpreter over cached, decoded blocks. The second tier, a translator, takes the same blocks, state,
-//! MMU and code tracking, and falls back to these handlers for what is rare.
+//! Two tiers of one engine: the translator (`jit`) runs 64-bit code, the interpreter everything else and each instruction
+//! the translator leaves to it. They share state, MMU, code tracking and handlers.
 //!
-//! Rooms: `op` is what a decoded instruction is; `decode` makes them; `block` keeps them; `mmu` is memory as
-//! the guest sees it; `exec` the integer instructions; `vector` x87, SSE and AVX; `system` everything privileged;
-//! `run` the loop; `shared` what the vCPUs of one VM owe each other.
+//! Rooms: `op` is what a decoded instruction is; `decode` makes them; `block` keeps them; `jit` translates; `home` is where
+//! both find a vCPU's state; `arena` is memory for code; `mmu` is memory as the guest sees it; `exec` the integer
+//! instructions; `vector` x87, SSE and AVX; `system` everything privileged; `run` the loop; `shared` what the vCPUs of
+//! one VM owe each other.
 #![allow(unsafe_code)] // the fence: guest memory by pointer, native stubs
 
 mod arena;
@@ -43,7 +44,7 @@ use memory::GuestRam;
 
 use crate::shared::Shared;
 
-pub use crate::config::{Check, Config, LEAST_CODE_CACHE, MOST_CODE_CACHE};
+pub use crate::config::{Config, LEAST_CODE_CACHE, MOST_CODE_CACHE};
 
 /// The translating engine for one VM.
 pub struct Translator {

@@ -45,7 +45,7 @@ const SYSTEM: &[Feature] = {
 };
 
 /// Processor faults that the guest need not work around: its branches do not run on predictors that other privilege
-/// levels train in the way these faults need. What isolation a guest may and may not expect: docs/cpu-models.md.
+/// levels train in the way these faults need. What isolation a guest may and may not expect: docs/security.md.
 const NOT_VULNERABLE: &[Feature] = {
     use Feature::*;
     &[SsbNo, BtcNo, AutoIbrs, SrsoNo, TsaSqNo, TsaL1No]
