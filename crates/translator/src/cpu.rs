@@ -10,6 +10,7 @@ use memory::Gpa;
 use crate::flags::Flags;
 use crate::home::Home;
 use crate::jit::After;
+use crate::lockstep::Rehearsal;
 use crate::mmu::{DataMode, Tlb, Where, Written};
 use crate::op::{Leave, NO_REG};
 use crate::shared::{Link, Shared};
@@ -120,6 +121,8 @@ pub(crate) struct Cpu {
     pub features: Features,
     /// Id, CPUID, signal, ledger, TSC.
     pub config: VcpuConfig,
+    /// Where stores are noted that may be taken back.
+    pub rehearsal: Option<Box<Rehearsal>>,
     /// The VM.
     pub shared: Arc<Shared>,
     /// This vCPU as others see it.
@@ -155,6 +158,7 @@ impl Cpu {
             watch: false,
             features: Features::new(&config.cpuid),
             config,
+            rehearsal: None,
             shared,
             link,
             io: None,

@@ -25,6 +25,7 @@ mod exec;
 mod flags;
 mod home;
 mod jit;
+mod lockstep;
 mod mmu;
 mod offered;
 mod op;

@@ -23,6 +23,7 @@ mod fault;
 mod invalidate;
 mod link;
 mod live;
+mod lone;
 mod same;
 mod template;
 #[cfg(test)]
@@ -38,17 +39,19 @@ use engine::state::{cr0, cr4, rflags};
 
 use crate::arena::Arena;
 use crate::block::Version;
-use crate::config::{LEAST_CODE_CACHE, MOST_CODE_CACHE};
+use crate::config::{Check, LEAST_CODE_CACHE, MOST_CODE_CACHE};
 use crate::cpu::Cpu;
 use crate::home::Hot;
 use crate::mmu::DataMode;
 use crate::op::Op;
 use emit::Site;
 use fault::{Active, Shadow};
+use lone::Lone;
 use template::{Templates, Unit};
 use thunk::{Thunks, exit};
 
 pub(crate) use callback::After;
+pub(crate) use lone::{Left, Plain, status_bits};
 
 /// What a block was translated from and for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -224,6 +227,10 @@ pub(crate) struct Jit {
     full: bool,
     /// How often the code cache has been emptied: numbers of blocks and exits from before mean nothing after.
     emptied: u64,
+    /// Blocks are run one at a time.
+    lone: Option<Lone>,
+    #[cfg(test)]
+    pub wrong: bool,
 }
 
 // SAFETY: the pointer in `active` is to the vCPU's home, which moves between threads together with this.
@@ -281,6 +288,9 @@ impl Jit {
             seen: Seen::default(),
             full: false,
             emptied: 0,
+            lone: (cpu.shared.config.check == Check::Lockstep).then(Lone::default),
+            #[cfg(test)]
+            wrong: false,
         };
         jit.forget_landings(cpu);
         Some(jit)
@@ -387,7 +397,8 @@ impl Jit {
     fn enter(&mut self, cpu: &mut Cpu, entry: u64) -> bool {
         let Some(centers) = cpu.tlb.centers(cpu.data_mode) else { return false };
         let context = std::ptr::from_mut::<Cpu>(cpu) as u64;
-        let signal = std::ptr::from_ref(cpu.config.signal.word()) as u64;
+        let raised = std::ptr::from_ref(cpu.config.signal.word()) as u64;
+        let signal = if self.lone.is_some() { Lone::signal() } else { raised };
         let user = usize::from(cpu.mode.cpl == 3);
         let status = cpu.flags.status();
         let hot = cpu.state.hot_mut();
