@@ -77,7 +77,7 @@ fn state() -> CpuState {
 }
 
 /// A machine without devices.
-struct Nothing;
+pub(crate) struct Nothing;
 
 impl CpuIo for Nothing {
     fn port_read(&mut self, _port: u16, data: &mut [u8]) {

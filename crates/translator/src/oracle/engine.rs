@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use engine::cpu_model::{DEFAULT, HostCpu, lookup};
 use engine::state::{Segment, cr0, cr4, efer};
-use engine::{CpuIo, HypercallArgs, MsrRefused, Signals, VcpuConfig, VcpuId};
+use engine::{Signals, VcpuConfig, VcpuId};
 use iced_x86::{Decoder, DecoderOptions};
 use memory::{Gpa, GuestRam};
 
 use super::case::{
     ARENA, ARENA_BYTES, CODE, CODE_BYTES, Case, Code, DATA_LIMIT_16, NO_VECTOR, Outcome, READ_ONLY, XSAVE_BYTES,
 };
+use crate::bare::Nothing;
 use crate::config::Config;
 use crate::cpu::{Cpu, vector};
 use crate::jit::{Jit, Ran};
@@ -191,41 +192,5 @@ fn map_pages(ram: &GuestRam) {
     for offset in (0..ARENA_BYTES as u64).step_by(0x1000) {
         let writable = if ARENA + offset == READ_ONLY { 0 } else { WRITABLE };
         write(arena + index(ARENA + offset, 0), (ARENA_FRAMES + offset) | PRESENT_USER | NO_EXECUTE | writable);
-    }
-}
-
-/// A machine without devices.
-struct Nothing;
-
-impl CpuIo for Nothing {
-    fn port_read(&mut self, _port: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn port_write(&mut self, _port: u16, _data: &[u8]) {}
-    fn mmio_read(&mut self, _gpa: Gpa, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn mmio_write(&mut self, _gpa: Gpa, _data: &[u8]) {}
-    fn msr_read(&mut self, _index: u32) -> Result<u64, MsrRefused> {
-        Err(MsrRefused)
-    }
-    fn msr_write(&mut self, _index: u32, _value: u64) -> Result<(), MsrRefused> {
-        Err(MsrRefused)
-    }
-    fn hypercall(&mut self, _call: HypercallArgs) -> u64 {
-        0
-    }
-    fn take_interrupt(&mut self) -> Option<u8> {
-        None
-    }
-    fn interrupt_pending(&mut self) -> bool {
-        false
-    }
-    fn task_priority(&mut self) -> u8 {
-        0
-    }
-    fn set_task_priority(&mut self, _priority: u8) {}
-    fn stop_requested(&self) -> bool {
-        false
     }
 }
