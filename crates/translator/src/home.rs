@@ -129,6 +129,9 @@ impl Home {
 pub(crate) mod offset {
     use super::{CpuState, Hot, LANDINGS, Layout, offset_of};
 
+    /// Behind the mapping.
+    #[cfg(debug_assertions)]
+    pub(crate) const END: i32 = size_of::<Layout>() as i32;
     pub(crate) const STATE: i32 = offset_of!(Layout, state) as i32;
     pub(crate) const GPR: i32 = STATE + offset_of!(CpuState, gpr) as i32;
     pub(crate) const RIP: i32 = STATE + offset_of!(CpuState, rip) as i32;

@@ -11,6 +11,12 @@ use crate::cpu::Cpu;
 use crate::mmu::{Access, Rights};
 use crate::op::Leave;
 
+/// Fillings of the code cache that are verified whole; of later ones, one block in so many.
+#[cfg(debug_assertions)]
+const VERIFIED_CACHES: u64 = 16;
+#[cfg(debug_assertions)]
+const VERIFIED_SHARE: usize = 64;
+
 impl Jit {
     /// The block at RIP, translated where it is not yet.
     pub(super) fn find(&mut self, cpu: &mut Cpu) -> Result<u32, Ran> {
@@ -54,6 +60,8 @@ impl Jit {
             return Err(Ran::Look); // overwritten meanwhile: once more
         }
         let start = self.arena.next();
+        #[cfg(debug_assertions)]
+        self.verify(&translation.code, None);
         if self.arena.add(&translation.code).is_none() {
             return Ok(None);
         }
@@ -178,10 +186,23 @@ impl Jit {
         }
         emit.asm.jmp_to(start);
         let Some(code) = emit.finish() else { return };
+        #[cfg(debug_assertions)]
+        self.verify(&code, Some(start));
         if let Some(at) = self.arena.add(&code) {
             let block = &mut self.blocks[block as usize];
             block.landing = at.as_ptr() as u64;
             block.verified = verified;
+        }
+    }
+
+    /// Verifies a piece of code that is about to be added; it may lead to `block`.
+    #[cfg(debug_assertions)]
+    fn verify(&self, code: &[u8], block: Option<u64>) {
+        let start = self.arena.range().start;
+        let bounds = super::verify::Bounds { low: self.low, thunks: start..start + self.floor as u64, block };
+        // A cache that is emptied again and again is filled with what has been verified before, mostly.
+        if self.emptied < VERIFIED_CACHES || self.blocks.len().is_multiple_of(VERIFIED_SHARE) {
+            super::verify::verify(code, self.arena.next(), &bounds);
         }
     }
 

@@ -30,6 +30,8 @@ mod template;
 mod tests;
 mod thunk;
 mod translate;
+#[cfg(debug_assertions)]
+mod verify;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};

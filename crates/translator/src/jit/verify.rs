@@ -1,0 +1,490 @@
+//! Emitted code, read again: whatever the guest's code is, its translation must keep to its own memory.
+//!
+//! A small abstract interpretation of each piece follows what the temporaries hold along all paths: a table's index, an
+//! entry, an entry that is not zero, a pointer made of one. Guest memory is accessed through the latter two only, and
+//! written to only where the entry was one for writing.
+
+use std::ops::Range;
+
+use iced_x86::{
+    Code, Decoder, DecoderOptions, FlowControl, Formatter as _, GasFormatter, Instruction, InstructionInfoFactory,
+    Mnemonic, OpAccess, OpKind, Register, UsedMemory,
+};
+
+use super::emit::BIAS;
+use crate::home::{LANDINGS, offset};
+
+/// Entries of a translation table on either side of its center.
+const TABLE_SIDE: i64 = 1 << 35;
+
+/// What a temporary register holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Held {
+    Anything,
+    Constant(i64),
+    /// An address, rotated so that `sarx` makes an index of it.
+    Rotated,
+    /// An index that lies in a translation table, whatever the address was.
+    Index,
+    /// An index of 16 bits.
+    Short,
+    /// An entry of a translation table, perhaps zero.
+    Entry {
+        write: bool,
+    },
+    /// An entry that is not zero: host address minus guest address.
+    Addend {
+        write: bool,
+    },
+    /// A host address made of one.
+    Pointer {
+        write: bool,
+    },
+    /// The address of a word of the monitor's that may be read.
+    Word,
+}
+
+/// RCX, R10, R11 and the home's scratch field, and whether the last instruction tested RCX.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct State {
+    held: [Held; 4],
+    tested: bool,
+}
+
+const START: State = State { held: [Held::Anything; 4], tested: false };
+const RCX: usize = 0;
+const SCRATCH: usize = 3;
+
+fn slot(register: Register) -> Option<usize> {
+    match register.full_register() {
+        Register::RCX => Some(RCX),
+        Register::R10 => Some(1),
+        Register::R11 => Some(2),
+        _ => None,
+    }
+}
+
+impl State {
+    fn of(&self, register: Register) -> Held {
+        slot(register).map_or(Held::Anything, |slot| self.held[slot])
+    }
+
+    fn merge(self, other: Self) -> Self {
+        let mut held = self.held;
+        for (mine, theirs) in held.iter_mut().zip(other.held) {
+            if *mine != theirs {
+                *mine = Held::Anything;
+            }
+        }
+        Self { held, tested: self.tested && other.tested }
+    }
+
+    /// Where RCX is not zero.
+    fn not_zero(mut self) -> Self {
+        if let Held::Entry { write } = self.held[RCX] {
+            self.held[RCX] = Held::Addend { write };
+        }
+        self
+    }
+}
+
+/// What a piece of code may refer to.
+pub(super) struct Bounds {
+    /// The vCPU's home.
+    pub low: i32,
+    /// Where the thunks run.
+    pub thunks: Range<u64>,
+    /// A block that the piece leads to.
+    pub block: Option<u64>,
+}
+
+/// Panics where code that is to run at `at` does what emitted code never does.
+pub(super) fn verify(code: &[u8], at: u64, bounds: &Bounds) {
+    if let Err(complaint) = check(code, at, bounds) {
+        panic!("{complaint}\n{}", text(code, at));
+    }
+}
+
+fn text(code: &[u8], at: u64) -> String {
+    let mut text = String::new();
+    let mut formatter = GasFormatter::new();
+    for instruction in &mut Decoder::with_ip(64, code, at, DecoderOptions::NONE) {
+        text += &format!("  {:#x}  ", instruction.ip());
+        formatter.format(&instruction, &mut text);
+        text.push('\n');
+    }
+    text
+}
+
+fn check(code: &[u8], at: u64, bounds: &Bounds) -> Result<(), String> {
+    let instructions: Vec<Instruction> = Decoder::with_ip(64, code, at, DecoderOptions::NONE).into_iter().collect();
+    let mut piece = Piece { instructions, bounds, infos: InstructionInfoFactory::new() };
+    let states = piece.follow()?;
+    for (position, state) in states.iter().enumerate() {
+        let Some(state) = state else { continue };
+        let instruction = piece.instructions[position];
+        piece
+            .allowed(position, state)
+            .map_err(|complaint| format!("emitted code at {:#x} {complaint} ({:?})", instruction.ip(), state.held))?;
+    }
+    Ok(())
+}
+
+struct Piece<'a> {
+    instructions: Vec<Instruction>,
+    bounds: &'a Bounds,
+    infos: InstructionInfoFactory,
+}
+
+impl Piece<'_> {
+    /// The states before all instructions that can be reached.
+    fn follow(&mut self) -> Result<Vec<Option<State>>, String> {
+        let mut states = vec![None; self.instructions.len()];
+        let mut open = vec![(0, START)];
+        while let Some((position, state)) = open.pop() {
+            let Some(known) = states.get_mut(position) else {
+                return Err("emitted code runs over its end".into());
+            };
+            let merged = known.map_or(state, |known: State| known.merge(state));
+            if *known == Some(merged) {
+                continue;
+            }
+            *known = Some(merged);
+            let instruction = self.instructions[position];
+            let after = self.after(&instruction, &merged);
+            let zero =
+                instruction.code() == Code::Jrcxz_rel8_64 || merged.tested && instruction.mnemonic() == Mnemonic::Je;
+            match instruction.flow_control() {
+                FlowControl::Next => open.push((position + 1, after)),
+                FlowControl::ConditionalBranch => {
+                    open.push((position + 1, if zero { after.not_zero() } else { after }));
+                    self.go(&instruction, after, &mut open)?;
+                }
+                FlowControl::UnconditionalBranch => self.go(&instruction, after, &mut open)?,
+                FlowControl::Call => {
+                    open.push((position + 1, START));
+                    self.go(&instruction, after, &mut open)?;
+                }
+                FlowControl::Return | FlowControl::IndirectBranch => {}
+                other => return Err(format!("emitted code at {:#x} has {other:?}", instruction.ip())),
+            }
+        }
+        Ok(states)
+    }
+
+    /// Goes to a branch's target, which lies in this piece, or in the thunks.
+    fn go(&self, instruction: &Instruction, state: State, open: &mut Vec<(usize, State)>) -> Result<(), String> {
+        let target = instruction.near_branch_target();
+        if self.bounds.thunks.contains(&target) || self.bounds.block == Some(target) {
+            return Ok(());
+        }
+        match self.instructions.binary_search_by_key(&target, Instruction::ip) {
+            Ok(position) => open.push((position, state)),
+            Err(_) => return Err(format!("emitted code at {:#x} goes to {target:#x}", instruction.ip())),
+        }
+        Ok(())
+    }
+
+    /// What the temporaries hold after an instruction.
+    fn after(&mut self, instruction: &Instruction, before: &State) -> State {
+        let mut after = State { tested: false, ..*before };
+        for used in self.infos.info(instruction).used_registers().iter().filter(|used| writes(used.access())) {
+            if let Some(slot) = slot(used.register()) {
+                after.held[slot] = Held::Anything;
+            }
+            if is_table(used.register()) {
+                after = START; // what was found in the tables before is not found in these
+            }
+        }
+        let to = instruction.op0_register();
+        match instruction.op0_kind() {
+            OpKind::Register => {
+                if let Some(slot) = slot(to) {
+                    after.held[slot] = self.result(instruction, before, after.held[slot]);
+                }
+            }
+            OpKind::Memory if self.is_field(instruction, offset::SCRATCH) => {
+                let stored = before.of(instruction.op1_register());
+                after.held[SCRATCH] = if instruction.code() == Code::Mov_rm64_r64 { stored } else { Held::Anything };
+            }
+            _ => {}
+        }
+        after.tested = instruction.code() == Code::Test_rm64_r64
+            && (to, instruction.op1_register()) == (Register::RCX, Register::RCX);
+        after
+    }
+
+    /// What the first operand, a temporary, holds after an instruction; `otherwise` where that is not known.
+    fn result(&self, instruction: &Instruction, before: &State, otherwise: Held) -> Held {
+        let memory = (1..instruction.op_count()).any(|position| instruction.op_kind(position) == OpKind::Memory);
+        match instruction.code() {
+            Code::Mov_r64_imm64 | Code::Mov_rm64_imm32 | Code::Mov_r32_imm32 => {
+                Held::Constant(instruction.immediate(1) as i64)
+            }
+            Code::VEX_Rorx_r64_rm64_imm8 if instruction.immediate8() == 48 => Held::Rotated,
+            Code::VEX_Sarx_r64_rm64_r64
+                if before.of(instruction.op1_register()) == Held::Rotated
+                    && instruction.op2_register() == Register::R15 =>
+            {
+                Held::Index
+            }
+            Code::Movzx_r32_rm16 if instruction.op1_register() == Register::CX => Held::Short,
+            Code::Mov_r64_rm64 if memory => match instruction.memory_base() {
+                Register::R15 => Held::Entry { write: false },
+                Register::R14 => Held::Entry { write: true },
+                _ if self.is_field(instruction, offset::SIGNAL) || self.is_field(instruction, offset::TSC) => {
+                    Held::Word
+                }
+                _ if self.is_field(instruction, offset::SCRATCH) => before.held[SCRATCH],
+                _ => otherwise,
+            },
+            Code::Mov_r64_rm64 => before.of(instruction.op1_register()),
+            Code::Lea_r64_m => {
+                let scaled = instruction.memory_index_scale() != 1;
+                match (before.of(instruction.memory_base()), before.of(instruction.memory_index())) {
+                    (Held::Addend { write }, _) => Held::Pointer { write },
+                    (_, Held::Addend { write }) if !scaled => Held::Pointer { write },
+                    _ => otherwise,
+                }
+            }
+            _ => otherwise,
+        }
+    }
+
+    /// True where the memory operand is a field of the home.
+    fn is_field(&self, instruction: &Instruction, offset: i32) -> bool {
+        (instruction.memory_base(), instruction.memory_index()) == (Register::None, Register::None)
+            && instruction.memory_displacement64() == i64::from(self.bounds.low + offset) as u64
+    }
+
+    /// Says what is wrong with an instruction, if anything is.
+    fn allowed(&mut self, position: usize, state: &State) -> Result<(), String> {
+        let instruction = self.instructions[position];
+        let control = matches!(instruction.flow_control(), FlowControl::Call | FlowControl::Return);
+        if instruction.is_invalid() || instruction.is_privileged() || is_the_monitors(instruction.mnemonic()) {
+            return Err("is for the monitor alone".into());
+        }
+        let stack = control || self.reads_flags(position);
+        let info = self.infos.info(&instruction);
+        let memory = info.used_memory().to_vec();
+        let changed: Vec<Register> = info
+            .used_registers()
+            .iter()
+            .filter(|used| writes(used.access()))
+            .map(|used| used.register())
+            .filter(|register| {
+                is_table(*register) || register.full_register() == Register::RSP || register.is_segment_register()
+            })
+            .collect();
+        for register in changed {
+            if !(stack && register == Register::RSP || self.changes_tables(&instruction)) {
+                return Err(format!("changes {register:?}"));
+            }
+        }
+        if stack {
+            return Ok(()); // the shadow stack
+        }
+        memory.iter().try_for_each(|memory| self.reaches(&instruction, memory, state))
+    }
+
+    /// PUSHFQ with the POP of a temporary behind it, or that POP.
+    fn reads_flags(&self, position: usize) -> bool {
+        let code = |position: usize| self.instructions.get(position).map(Instruction::code);
+        match self.instructions[position].code() {
+            Code::Pushfq => code(position + 1) == Some(Code::Pop_r64),
+            Code::Pop_r64 => {
+                let temporary = slot(self.instructions[position].op0_register()).is_some();
+                temporary && position > 0 && code(position - 1) == Some(Code::Pushfq)
+            }
+            _ => false,
+        }
+    }
+
+    /// STAC and CLAC put other tables in force, of those that the monitor has noted.
+    fn changes_tables(&self, instruction: &Instruction) -> bool {
+        let second = match instruction.op0_register() {
+            Register::R15 => 0,
+            Register::R14 => 8,
+            _ => return false,
+        };
+        instruction.code() == Code::Mov_r64_rm64
+            && [0, 16].iter().any(|first| self.is_field(instruction, offset::TABLES + first + second))
+    }
+
+    /// Says what is wrong with a memory operand, if anything is.
+    fn reaches(&self, instruction: &Instruction, memory: &UsedMemory, state: &State) -> Result<(), String> {
+        let (base, index) = (memory.base(), memory.index());
+        let (scale, displacement) = (memory.scale(), memory.displacement() as i64);
+        let loads_rcx = instruction.code() == Code::Mov_r64_rm64 && instruction.op0_register() == Register::RCX;
+        let stores = writes(memory.access());
+        let good = match (base, index) {
+            (Register::None, Register::None) => self.is_home(displacement, memory.memory_size().size() as i64),
+            (Register::None, Register::RCX) => {
+                let inside = self.is_home(displacement, LANDINGS as i64 * 8);
+                inside && scale == 8 && state.held[RCX] == Held::Short && instruction.is_jmp_near_indirect()
+            }
+            (Register::R14 | Register::R15, Register::None) => loads_rcx,
+            (Register::R14 | Register::R15, Register::RCX) => {
+                let bias = if base == Register::R15 { BIAS } else { 0 };
+                let index = match state.held[RCX] {
+                    Held::Index => true,
+                    Held::Constant(value) => (-TABLE_SIDE..TABLE_SIDE).contains(&value),
+                    _ => false,
+                };
+                loads_rcx && scale == 8 && index && displacement == -i64::from(bias)
+            }
+            (Register::RCX | Register::R10 | Register::R11, Register::None) => match state.of(base) {
+                Held::Addend { write } => write || !stores,
+                Held::Pointer { write } => displacement == 0 && (write || !stores),
+                Held::Word => displacement == 0 && !stores,
+                _ => false,
+            },
+            (base, Register::RCX) => {
+                let to_host = scale == 1 && displacement == 0 && base != Register::RSP;
+                matches!(state.held[RCX], Held::Addend { write } if to_host && (write || !stores))
+            }
+            _ => false,
+        };
+        let segment = matches!(memory.segment(), Register::FS | Register::GS);
+        if good && !segment { Ok(()) } else { Err(format!("reaches {memory:?}")) }
+    }
+
+    fn is_home(&self, address: i64, bytes: i64) -> bool {
+        let (start, end) = (i64::from(self.bounds.low), i64::from(self.bounds.low) + i64::from(offset::END));
+        (start..end).contains(&address) && address + bytes <= end
+    }
+}
+
+fn writes(access: OpAccess) -> bool {
+    matches!(access, OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite)
+}
+
+/// The registers of the translation tables.
+fn is_table(register: Register) -> bool {
+    matches!(register.full_register(), Register::R14 | Register::R15)
+}
+
+/// Instructions that change what the monitor relies on, or answer for the host's processor.
+fn is_the_monitors(mnemonic: Mnemonic) -> bool {
+    use Mnemonic::{
+        Cpuid, Fxrstor, Fxrstor64, Ldmxcsr, Popf, Popfq, Rdfsbase, Rdgsbase, Rdpid, Rdpkru, Sgdt, Sidt, Sldt, Smsw,
+        Std, Str, Syscall, Sysenter, Vldmxcsr, Wrfsbase, Wrgsbase, Wrpkru, Xgetbv, Xrstor, Xrstor64,
+    };
+    matches!(
+        mnemonic,
+        Cpuid
+            | Fxrstor
+            | Fxrstor64
+            | Ldmxcsr
+            | Popf
+            | Popfq
+            | Rdfsbase
+            | Rdgsbase
+            | Rdpid
+            | Rdpkru
+            | Sgdt
+            | Sidt
+            | Sldt
+            | Smsw
+            | Std
+            | Str
+            | Syscall
+            | Sysenter
+            | Vldmxcsr
+            | Wrfsbase
+            | Wrgsbase
+            | Wrpkru
+            | Xgetbv
+            | Xrstor
+            | Xrstor64
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::jit::asm::reg::{R8, R11, R14, R15, RAX, RCX, RSP};
+    use crate::jit::asm::{Asm, At};
+
+    const AT: u64 = 0x7000_0000;
+    const BOUNDS: Bounds = Bounds { low: 0x4000_0000, thunks: 0x6fff_0000..0x6fff_1000, block: None };
+    const HOST: At = At::Index(R8, RCX, 0, 0);
+
+    fn complaint(build: impl FnOnce(&mut Asm)) -> String {
+        let mut asm = Asm::new(AT);
+        build(&mut asm);
+        asm.jmp_to(BOUNDS.thunks.start);
+        check(&asm.finish().unwrap(), AT, &BOUNDS).err().unwrap_or_default()
+    }
+
+    /// The check of an access at R8, with `access` after it; both go on behind it.
+    fn checked(asm: &mut Asm, table: u8, bias: i32, access: impl FnOnce(&mut Asm)) {
+        let miss = asm.label();
+        asm.rotate_right(RCX, R8, 48);
+        asm.shift_right_signed(RCX, RCX, R15);
+        asm.load(RCX, At::Index(table, RCX, 3, -bias));
+        asm.jrcxz(miss);
+        access(asm);
+        asm.bind(miss);
+    }
+
+    #[test]
+    fn checked_accesses_are_good() {
+        assert_eq!(complaint(|asm| checked(asm, R15, BIAS, |asm| asm.load(RAX, HOST))), "");
+        assert_eq!(complaint(|asm| checked(asm, R14, 0, |asm| asm.store(HOST, RAX))), "");
+        let folded = |asm: &mut Asm| {
+            asm.lea(R11, HOST);
+            asm.store(At::Base(R11, 0), RAX);
+        };
+        assert_eq!(complaint(|asm| checked(asm, R14, 0, folded)), "");
+    }
+
+    #[test]
+    fn unchecked_accesses_are_not() {
+        let wrong = |build: &dyn Fn(&mut Asm)| {
+            let complaint = complaint(build);
+            assert!(complaint.contains("reaches"), "{complaint:?}");
+        };
+        wrong(&|asm| checked(asm, R15, BIAS, |asm| asm.store(HOST, RAX))); // a read entry
+        wrong(&|asm| checked(asm, R14, 0, |asm| asm.load(RAX, At::Index(R8, RCX, 0, 8)))); // displaced
+        wrong(&|asm| asm.load(RAX, HOST));
+        wrong(&|asm| asm.load(RAX, At::Base(R8, 0)));
+        wrong(&|asm| asm.load(RAX, At::Base(R15, 0))); // a table, but not to be checked
+        wrong(&|asm| asm.load(RAX, At::Absolute(0x3fff_fff8)));
+        wrong(&|asm| asm.load(RAX, At::Absolute(0x4000_0000 + offset::END - 4)));
+        wrong(&|asm| {
+            // The index is not kept in the table.
+            asm.rotate_right(RCX, R8, 12);
+            asm.load(RCX, At::Index(R15, RCX, 3, -BIAS));
+        });
+        wrong(&|asm| {
+            // Where the access missed, it is made as well.
+            checked(asm, R14, 0, |_| {});
+            asm.store(HOST, RAX);
+        });
+        wrong(&|asm| {
+            // The addend is lost on the way.
+            checked(asm, R14, 0, |asm| {
+                asm.lea(RCX, At::Base(RCX, 8));
+                asm.lea(RCX, At::Base(RCX, 8));
+                asm.store(HOST, RAX);
+            });
+        });
+    }
+
+    #[test]
+    fn jumps_stay_inside_and_the_monitors_registers_stay() {
+        assert!(complaint(|asm| asm.jmp_to(AT + 0x1000)).contains("goes to 0x70001000"));
+        assert!(complaint(|asm| asm.jmp_to(AT + 1)).contains("goes to 0x70000001"));
+        let unended = [0x90];
+        assert!(check(&unended, AT, &BOUNDS).is_err_and(|complaint| complaint.contains("runs over its end")));
+        for change in [RSP, R14, R15] {
+            let said = complaint(|asm| asm.mov(change, RAX));
+            assert!(said.contains("changes R"), "{said}");
+        }
+        // syscall, wrfsbase, mov rax from fs, push, popfq
+        for bytes in [&[0x0f, 0x05][..], &[0xf3, 0x48, 0x0f, 0xae, 0xd0], &[0x64, 0x48, 0x8b, 0x00], &[0x50], &[0x9d]] {
+            assert!(!complaint(|asm| asm.raw(bytes)).is_empty(), "{bytes:x?}");
+        }
+    }
+}
