@@ -41,7 +41,7 @@ fn flags_and_values() {
     refused(&["--engine", "warp"], SETUP, "not one of auto, translate, kvm");
     refused(&["--code-cache", "1K"], SETUP, "code-cache \"1K\" (command line): not between 64 KiB and 1 GiB");
     refused(&["--code-cache", "some"], SETUP, "not a size");
-    refused(&["--engine-check", "on"], SETUP, "not one of off, interpret");
+    refused(&["--engine-check", "on"], SETUP, "not one of off, interpret, lockstep");
     refused(&["--dialect", "cordial"], SETUP, "not part of this version");
     refused(&["--console", "vga"], SETUP, "not one of");
     refused(&["--timeout", "0"], SETUP, "not a duration");

@@ -64,9 +64,14 @@ fn parse(text: &str) -> Tap {
 
 /// Runs groups on `cpus` processors and checks that every planned test passed, and that the machine said so too.
 fn conforms(image: &Path, cpus: &str, groups: &str) -> Tap {
+    checked(image, cpus, groups, "off")
+}
+
+/// The same with a check of the engine.
+fn checked(image: &Path, cpus: &str, groups: &str, check: &str) -> Tap {
     let image = image.to_str().expect("a path in UTF-8");
-    let words =
-        ["run", "--kernel", image, "--test-devices", "-q", "-c", cpus, "-m", "128M", "--timeout", "300", "-a", groups];
+    let mut words = vec!["run", "--kernel", image, "--test-devices", "-q", "-c", cpus, "-m", "128M"];
+    words.extend(["--timeout", "300", "--engine-check", check, "-a", groups]);
     let done = Cordial::new(&words).done();
     let tap = parse(&done.text());
     let unexpected: String = tap
@@ -111,6 +116,15 @@ groups! {
     realmode: "1";
     smp: "2";
     kvm: "1";
+}
+
+/// Each translated block against the interpreter, with one and with two processors. A boot of Linux passes, too, but
+/// takes minutes: `cordial run --engine-check lockstep -- uname -a`.
+#[test]
+fn the_engine_agrees_with_itself() {
+    for (cpus, group) in [("1", "integer"), ("1", "vector"), ("1", "exceptions"), ("1", "paging"), ("2", "smp")] {
+        checked(guest(), cpus, group, "lockstep");
+    }
 }
 
 /// More processors than the host may have.

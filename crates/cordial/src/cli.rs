@@ -80,7 +80,8 @@ pub enum ImageVerb {
 
 const RUN_HELP: &str = "\
 Exit status: the guest command's own (128+N for signal N, 126 cannot execute, 127 not found); 123 the guest panicked or
-triple-faulted, 124 --timeout, 125 the machine could not be set up, 4 no kernel at hand.
+triple-faulted, 124 --timeout, 125 the machine could not be set up or --engine-check found a
+difference, 4 no kernel at hand.
 
 Settings come from flags, then CORDIAL_* variables, ./cordial.toml, ~/.config/cordial/config.toml and
 /etc/cordial/config.toml ([defaults]); --print-config shows each value and where it came from.
@@ -112,7 +113,8 @@ pub struct RunArguments {
     /// Translated code that each vCPU keeps: 64K to 1G.
     #[arg(long, value_name = "SIZE")]
     code_cache: Option<String>,
-    /// How far the engine trusts its translator: off (entirely) or interpret (nothing is translated; slow).
+    /// How far the engine trusts its translator: off (entirely), interpret (nothing is translated; slow) or lockstep (each
+    /// translated block, each time it runs, is compared with the interpreter; slower).
     #[arg(long, value_name = "CHECK")]
     engine_check: Option<String>,
     /// CPU model the guest sees.

@@ -36,7 +36,11 @@ pub const KEYS: [Key; 22] = [
     key("mem", Some("1G"), "memory; K, M, G or T; a plain number is MiB"),
     key("engine", Some("auto"), "auto, translate or kvm"),
     key("code-cache", Some("64M"), "translated code that each vCPU keeps: 64K to 1G; a plain number is MiB"),
-    key("engine-check", Some("off"), "off or interpret (nothing is translated)"),
+    key(
+        "engine-check",
+        Some("off"),
+        "off, interpret (nothing is translated) or lockstep (translator and interpreter are compared)",
+    ),
     key("cpu", Some(engine::cpu_model::DEFAULT), "the CPU model the guest sees"),
     key("dialect", Some("kvm"), "paravirtual dialects offered: kvm or none"),
     key("kernel", None, "a path, host, debian or debian=VERSION; default: the first that is found"),

@@ -134,7 +134,7 @@ pub fn code_cache(settings: &Settings) -> Result<u64, Failure> {
 /// # Errors
 /// An unknown name.
 pub fn engine_check(settings: &Settings) -> Result<EngineCheck, Failure> {
-    let known = [("off", EngineCheck::Off), ("interpret", EngineCheck::Interpret)];
+    let known = [("off", EngineCheck::Off), ("interpret", EngineCheck::Interpret), ("lockstep", EngineCheck::Lockstep)];
     Ok(read(settings, "engine-check", |text| one_of(text, &known))?.unwrap_or_default())
 }
 
@@ -302,7 +302,7 @@ mod tests {
         assert_eq!(code_cache(&settings("code-cache", "64K")).unwrap(), 64 << 10);
         assert_eq!(code_cache(&Settings::default()).unwrap(), 64 << 20);
         let wrong = message(engine_check(&settings("engine-check", "lock")).unwrap_err());
-        assert!(wrong.contains("not one of off, interpret"), "{wrong}");
+        assert!(wrong.contains("not one of off, interpret, lockstep"), "{wrong}");
         let wrong = message(dialects(&settings("dialect", "cordial")).unwrap_err());
         assert!(wrong.contains("not part of this version"), "{wrong}");
         assert!(dialects(&settings("dialect", "none")).unwrap().is_none());

@@ -13,6 +13,9 @@ pub enum Exit {
     Stopped,
     /// A device ended the run (power-off, reset): [`CpuIo::stop_requested`](crate::CpuIo::stop_requested) said so.
     Device,
+    /// The engine checks itself, and has found that it would not do what the guest's code says:
+    /// [`Vcpu::difference`](crate::Vcpu::difference). The state is that before the code in question.
+    Difference,
     /// Triple fault: the processor is in the shutdown state.
     Shutdown,
 }

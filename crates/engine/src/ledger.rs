@@ -94,6 +94,8 @@ pub enum Work {
     SelfModified,
     /// Times a full code cache was emptied.
     CacheEmptied,
+    /// Translated blocks compared with the interpreter.
+    Compared,
     /// Soft-TLB fills (page walks).
     TlbFill,
     /// Soft-TLB flushes.
@@ -104,12 +106,13 @@ pub enum Work {
 
 impl Work {
     /// All kinds, in table order.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Instructions,
         Self::Decode,
         Self::Translate,
         Self::SelfModified,
         Self::CacheEmptied,
+        Self::Compared,
         Self::TlbFill,
         Self::TlbFlush,
         Self::Exception,
@@ -123,6 +126,7 @@ impl Work {
             Self::Translate => "translate",
             Self::SelfModified => "self-modified",
             Self::CacheEmptied => "cache-emptied",
+            Self::Compared => "compared",
             Self::TlbFill => "tlb-fill",
             Self::TlbFlush => "tlb-flush",
             Self::Exception => "exception",

@@ -87,6 +87,11 @@ pub trait Vcpu: Send {
     /// Runs guest code until something that the caller must decide on.
     fn run(&mut self, io: &mut dyn CpuIo) -> Exit;
 
+    /// What [`Exit::Difference`] was about, for people; once.
+    fn difference(&mut self) -> Option<String> {
+        None
+    }
+
     /// The architectural state. Only between runs.
     fn save(&mut self) -> Box<CpuState>;
 

@@ -85,6 +85,13 @@ pub enum Outcome {
         /// Its RIP.
         rip: u64,
     },
+    /// The engine's check of itself failed: [`Report::difference`] says how.
+    EngineDifference {
+        /// On which vCPU.
+        vcpu: u32,
+        /// Where the code in question begins.
+        rip: u64,
+    },
     /// [`Handle::stop`](crate::Handle::stop).
     Stopped,
 }
@@ -115,6 +122,8 @@ pub struct DeviceFigures {
 pub struct Report {
     /// Why it ended.
     pub outcome: Outcome,
+    /// What the engine found wrong with itself, for people.
+    pub difference: Option<String>,
     /// The engine's name.
     pub engine: &'static str,
     /// One ledger a vCPU.

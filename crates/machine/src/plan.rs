@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::Serialize;
-use translator::Config;
+use translator::{Check, Config};
 
 pub use translator::{LEAST_CODE_CACHE, MOST_CODE_CACHE};
 
@@ -41,6 +41,8 @@ pub enum EngineCheck {
     Off,
     /// Nothing is translated: all guest code is interpreted.
     Interpret,
+    /// Each translated block, each time it runs, against the interpreter.
+    Lockstep,
 }
 
 /// Which paravirtual dialects the guest is offered.
@@ -197,7 +199,11 @@ impl Plan {
 
     /// How our own engine is to work.
     pub(crate) fn translator(&self) -> Config {
-        Config { code_cache: self.code_cache, translate: self.engine_check != EngineCheck::Interpret }
+        Config {
+            code_cache: self.code_cache,
+            check: if self.engine_check == EngineCheck::Lockstep { Check::Lockstep } else { Check::Off },
+            translate: self.engine_check != EngineCheck::Interpret,
+        }
     }
 }
 
@@ -236,9 +242,10 @@ mod tests {
     #[test]
     fn checks_become_the_engines_settings() {
         let config = |engine_check| Plan { engine_check, code_cache: 1 << 20, ..Plan::new("vmlinuz") }.translator();
-        let off = Config { code_cache: 1 << 20, translate: true };
+        let off = Config { code_cache: 1 << 20, check: Check::Off, translate: true };
         assert_eq!(config(EngineCheck::Off), off);
         assert_eq!(config(EngineCheck::Interpret), Config { translate: false, ..off });
+        assert_eq!(config(EngineCheck::Lockstep), Config { check: Check::Lockstep, ..off });
     }
 
     #[test]

@@ -72,6 +72,11 @@ impl Processor {
                 }
             }
             Exit::Device => self.control.follow_power(),
+            Exit::Difference => {
+                let (rip, difference) = (self.vcpu.save().rip, self.vcpu.difference().unwrap_or_default());
+                self.control.end_by_difference(self.index, rip, difference);
+                return Stage::Ended;
+            }
             Exit::Shutdown => {
                 let rip = self.vcpu.save().rip;
                 self.control.end(Outcome::Shutdown { vcpu: self.index, rip });

@@ -130,6 +130,7 @@ impl Machine {
         };
         Ok(Report {
             outcome,
+            difference: control.difference(),
             engine: self.engine,
             devices: self.handle.devices(),
             ledgers: self.handle.ledgers,

@@ -38,6 +38,10 @@ impl Vcpu for ScriptedVcpu {
         }
     }
 
+    fn difference(&mut self) -> Option<String> {
+        Some("as this test says".into())
+    }
+
     fn save(&mut self) -> Box<CpuState> {
         self.state.clone()
     }
@@ -270,13 +274,20 @@ fn the_dialect_is_spoken_only_when_asked_for() {
 }
 
 #[test]
-fn a_triple_fault_and_a_dying_thread_end_the_run() {
+fn a_triple_fault_a_difference_and_a_dying_thread_end_the_run() {
     let fault = step(|_, vcpu| {
         vcpu.state.rip = 0x1234;
         Exit::Shutdown
     });
     let outcome = bench("fault", |_| {}, vec![vec![fault], vec![]]).machine.run().unwrap().outcome;
     assert_eq!(outcome, Outcome::Shutdown { vcpu: 0, rip: 0x1234 });
+    let differs = step(|_, vcpu| {
+        vcpu.state.rip = 0x5678;
+        Exit::Difference
+    });
+    let report = bench("differs", |_| {}, vec![vec![differs], vec![]]).machine.run().unwrap();
+    assert_eq!(report.outcome, Outcome::EngineDifference { vcpu: 0, rip: 0x5678 });
+    assert_eq!(report.difference.as_deref(), Some("as this test says"));
     let dies = step(|_, _| panic!("as intended by this test"));
     let error = bench("dies", |_| {}, vec![vec![dies], vec![]]).machine.run().err().unwrap();
     assert!(matches!(error, Error::Vcpu { index: 0 }));

@@ -11,12 +11,24 @@ pub struct Config {
     /// Bytes of translated code that each vCPU keeps; brought into the range of [`LEAST_CODE_CACHE`] and
     /// [`MOST_CODE_CACHE`].
     pub code_cache: u64,
+    /// What the engine checks of itself.
+    pub check: Check,
     /// Translate; otherwise everything is interpreted.
     pub translate: bool,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { code_cache: 64 << 20, translate: true }
+        Self { code_cache: 64 << 20, check: Check::Off, translate: true }
     }
+}
+
+/// What the engine checks of itself while it runs a guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Check {
+    /// Nothing.
+    #[default]
+    Off,
+    /// Each translated block, each time it runs, against the interpreter.
+    Lockstep,
 }

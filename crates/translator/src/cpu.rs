@@ -7,9 +7,11 @@ use engine::state::{cr0, cr4, efer, rflags, seg};
 use engine::{CpuIo, CpuState, Error, VcpuConfig};
 use memory::Gpa;
 
+use crate::config::Check;
 use crate::flags::Flags;
 use crate::home::Home;
 use crate::jit::After;
+use crate::lockstep::Rehearsal;
 use crate::mmu::{DataMode, Tlb, Where, Written};
 use crate::op::{Leave, NO_REG};
 use crate::shared::{Link, Shared};
@@ -120,6 +122,8 @@ pub(crate) struct Cpu {
     pub features: Features,
     /// Id, CPUID, signal, ledger, TSC.
     pub config: VcpuConfig,
+    /// Where stores are noted that may be taken back.
+    pub rehearsal: Option<Box<Rehearsal>>,
     /// The VM.
     pub shared: Arc<Shared>,
     /// This vCPU as others see it.
@@ -142,7 +146,7 @@ impl Cpu {
             written: Written::new(end),
             stale: Vec::new(),
             after: After::Look,
-            exceptions_held: false,
+            exceptions_held: shared.config.check == Check::Lockstep,
             seen_generation: 0,
             seen_units: 0,
             exception: Exception { vector: 0, error: None, address: 0 },
@@ -155,6 +159,7 @@ impl Cpu {
             watch: false,
             features: Features::new(&config.cpuid),
             config,
+            rehearsal: None,
             shared,
             link,
             io: None,

@@ -26,6 +26,7 @@ mod exec;
 mod flags;
 mod home;
 mod jit;
+mod lockstep;
 mod mmu;
 mod offered;
 mod op;
@@ -44,7 +45,7 @@ use memory::GuestRam;
 
 use crate::shared::Shared;
 
-pub use crate::config::{Config, LEAST_CODE_CACHE, MOST_CODE_CACHE};
+pub use crate::config::{Check, Config, LEAST_CODE_CACHE, MOST_CODE_CACHE};
 
 /// The translating engine for one VM.
 pub struct Translator {

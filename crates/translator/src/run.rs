@@ -9,6 +9,7 @@ use engine::{CpuIo, CpuState, Error, Exit, Signals, Vcpu, VcpuConfig};
 use crate::block::{Block, Blocks};
 use crate::cpu::Cpu;
 use crate::jit::{Jit, Ran};
+use crate::lockstep::{self, take_turn};
 use crate::op::Leave;
 use crate::shared::Shared;
 
@@ -29,14 +30,16 @@ pub(crate) struct Runner {
     cpu: Cpu,
     blocks: Blocks,
     /// Absent where the host lacks what it takes, or the user wants none.
-    jit: Option<Jit>,
+    pub jit: Option<Jit>,
+    /// What the translator and the interpreter do not agree on.
+    difference: Option<String>,
 }
 
 impl Runner {
     pub(crate) fn new(shared: Arc<Shared>, config: VcpuConfig) -> Result<Self, Error> {
         let mut cpu = Cpu::new(shared, config)?;
         let jit = if cpu.shared.config.translate { Jit::new(&mut cpu) } else { None };
-        Ok(Self { cpu, blocks: Blocks::new(), jit })
+        Ok(Self { cpu, blocks: Blocks::new(), jit, difference: None })
     }
 
     fn run_until_exit(&mut self) -> Exit {
@@ -48,6 +51,7 @@ impl Runner {
             self.cpu.recheck = false;
             match stretch {
                 Stretch::One => {
+                    let _turn = take_turn(&mut self.cpu);
                     if let Err(exit) = self.one_instruction() {
                         return exit;
                     }
@@ -68,15 +72,24 @@ impl Runner {
     /// Runs translated code, or a block in the interpreter.
     #[inline(always)]
     fn stretch(&mut self) -> Result<(), Exit> {
-        match &mut self.jit {
-            Some(jit) if Jit::can_run(&self.cpu) => match jit.run(&mut self.cpu) {
-                Ran::Look => Ok(()),
-                Ran::Raised => self.raised(),
-                Ran::One => self.block(1),
-                Ran::Shutdown => self.shutdown(),
-                Ran::Unable => self.block(usize::MAX),
+        let turn = take_turn(&mut self.cpu);
+        let ran = match &mut self.jit {
+            Some(jit) if Jit::can_run(&self.cpu) => match turn {
+                Some(_) => lockstep::step(jit, &mut self.cpu),
+                None => Ok(jit.run(&mut self.cpu)),
             },
-            _ => self.block(usize::MAX),
+            _ => Ok(Ran::Unable),
+        };
+        match ran {
+            Ok(Ran::Look) => Ok(()),
+            Ok(Ran::Raised) => self.raised(),
+            Ok(Ran::One) => self.block(1),
+            Ok(Ran::Shutdown) => self.shutdown(),
+            Ok(Ran::Unable) => self.block(usize::MAX),
+            Err(difference) => {
+                self.difference = Some(difference);
+                Err(Exit::Difference)
+            }
         }
     }
 
@@ -294,6 +307,10 @@ impl Vcpu for Runner {
         self.cpu.state.rflags = self.cpu.rflags();
         self.cpu.config.ledger.work(Work::TlbFlush, std::mem::take(&mut self.cpu.tlb.flushes));
         exit
+    }
+
+    fn difference(&mut self) -> Option<String> {
+        self.difference.take()
     }
 
     fn save(&mut self) -> Box<CpuState> {

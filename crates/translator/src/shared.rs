@@ -12,6 +12,7 @@ use engine::{Signal, Signals};
 use memory::{Gpa, GuestRam};
 
 use crate::config::Config;
+use crate::lockstep::Queue;
 
 /// Stands for all pages in what [`Link::answer`] hands out.
 pub(crate) const EVERY_PAGE: Gpa = Gpa(u64::MAX);
@@ -25,6 +26,8 @@ pub(crate) struct Shared {
     /// How the engine is to work.
     pub config: Config,
     links: Mutex<Vec<Arc<Link>>>,
+    /// Whose turn it is to run guest code, where the engine is checked.
+    pub turns: Queue,
     /// Taken for locked accesses that cross a page, which no host instruction can do for us.
     pub split_lock: Mutex<()>,
 }
@@ -40,7 +43,7 @@ pub(crate) struct Link {
 
 impl Shared {
     pub(crate) fn new(ram: GuestRam, config: Config) -> Self {
-        Self { ram, config, links: Mutex::default(), split_lock: Mutex::default() }
+        Self { ram, config, links: Mutex::default(), turns: Queue::default(), split_lock: Mutex::default() }
     }
 
     /// Registers a vCPU.

@@ -83,6 +83,9 @@ fn explain(prepared: &Prepared, ended: &supervise::Ended) {
             tail.iter().for_each(|line| eprintln!("  | {line}"));
         }
     }
+    if let Some(difference) = ended.report.as_ref().and_then(|report| report.difference.as_ref()) {
+        eprint!("{difference}");
+    }
     if let Some(complaint) = ended.verdict.complaint() {
         eprintln!("cordial: {complaint}");
     }

@@ -26,6 +26,13 @@ pub enum Verdict {
         /// Where.
         rip: u64,
     },
+    /// The engine's check of itself failed.
+    EngineDifference {
+        /// On which vCPU.
+        vcpu: u32,
+        /// Where.
+        rip: u64,
+    },
     /// `--timeout` ran out.
     Timeout,
     /// The user ended it, by this signal.
@@ -61,20 +68,20 @@ pub enum Stop {
 impl Verdict {
     /// What the evidence means.
     pub fn of(outcome: Outcome, evidence: &Evidence) -> Self {
-        if let Some((status, error)) = &evidence.exit {
-            return Self::Exited { status: *status, error: error.clone() };
-        }
-        match outcome {
-            Outcome::TestExit { status } => Self::TestExit(status),
-            Outcome::Shutdown { vcpu, rip } => Self::TripleFault { vcpu, rip },
-            Outcome::Stopped => match &evidence.stopped {
+        match (outcome, &evidence.exit) {
+            // Whatever the guest has said: it may not be true.
+            (Outcome::EngineDifference { vcpu, rip }, _) => Self::EngineDifference { vcpu, rip },
+            (_, Some((status, error))) => Self::Exited { status: *status, error: error.clone() },
+            (Outcome::TestExit { status }, None) => Self::TestExit(status),
+            (Outcome::Shutdown { vcpu, rip }, None) => Self::TripleFault { vcpu, rip },
+            (Outcome::Stopped, None) => match &evidence.stopped {
                 Some(Stop::Timeout) => Self::Timeout,
                 Some(Stop::Signal(number)) => Self::Interrupted(*number),
                 Some(Stop::Nonsense(what)) => Self::Failed(format!("the guest's first process said nonsense: {what}")),
                 None => Self::Failed("the machine stopped without being told to".into()),
             },
             // panic=-1 on our command line makes a panic a reset.
-            Outcome::Reset | Outcome::PowerOff => match &evidence.panic {
+            (Outcome::Reset | Outcome::PowerOff, None) => match &evidence.panic {
                 Some(reason) => Self::Panic(reason.clone()),
                 None if evidence.command => Self::Failed("the guest ended before its command did".into()),
                 None => Self::Ended,
@@ -92,7 +99,7 @@ impl Verdict {
             Self::Timeout => status::TIMEOUT,
             // Not ours to choose: what a shell shows for a process that a signal ended.
             Self::Interrupted(number) => 128_u8.saturating_add(*number as u8),
-            Self::Failed(_) => status::SETUP,
+            Self::EngineDifference { .. } | Self::Failed(_) => status::SETUP,
         }
     }
 
@@ -103,7 +110,7 @@ impl Verdict {
             Self::Panic(_) | Self::TripleFault { .. } => "panic",
             Self::Timeout => "timeout",
             Self::Interrupted(_) => "interrupted",
-            Self::Failed(_) => "vmm_error",
+            Self::EngineDifference { .. } | Self::Failed(_) => "vmm_error",
         }
     }
 
@@ -125,6 +132,10 @@ impl Verdict {
             Self::TripleFault { vcpu, rip } => {
                 Some(format!("the guest crashed: triple fault on vCPU {vcpu} at RIP {rip:#x}"))
             }
+            Self::EngineDifference { vcpu, rip } => Some(format!(
+                "the engine's translation of the code at {rip:#x} on vCPU {vcpu} does not do what its interpreter does; \
+                 please report this with the lines above"
+            )),
             Self::Timeout => Some("the machine was stopped: --timeout ran out".into()),
             Self::Interrupted(0) => Some("ended by the user".into()),
             Self::Interrupted(number) => Some(format!("ended by signal {number}")),
@@ -153,6 +164,9 @@ mod tests {
         assert_eq!(status(Outcome::PowerOff, command()), 125);
         assert_eq!(status(Outcome::Reset, Evidence { panic: Some("x".into()), ..command() }), 123);
         assert_eq!(status(Outcome::Shutdown { vcpu: 0, rip: 1 }, none()), 123);
+        assert_eq!(status(Outcome::EngineDifference { vcpu: 0, rip: 1 }, none()), 125);
+        let exited = Evidence { exit: Some((0, None)), ..none() };
+        assert_eq!(status(Outcome::EngineDifference { vcpu: 0, rip: 1 }, exited), 125);
         assert_eq!(status(Outcome::TestExit { status: 33 }, none()), 33);
         let stopped = |stop| Evidence { stopped: Some(stop), ..none() };
         assert_eq!(status(Outcome::Stopped, stopped(Stop::Timeout)), 124);

@@ -179,6 +179,7 @@ fn cmpxchg16b_slow(cpu: &mut Cpu, segment: u8, address: u64, expected: u128, new
     cpu.probe_write(address, 16, segment, Rights::Current)?;
     let gpa = cpu.translate(Gva(address), Access::Write, Rights::Current)?.gpa;
     if let Some(host) = cpu.shared.ram.host_page(gpa) {
+        cpu.note_store(gpa, 16);
         // SAFETY: an aligned operand lies within the page `host_page` vouches for; else as in `cmpxchg16b`.
         let found = unsafe { compare_exchange_16(host.as_ptr(), expected, new) };
         cpu.note_code_write(gpa, 16);

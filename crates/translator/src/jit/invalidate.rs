@@ -149,6 +149,9 @@ impl Jit {
         self.ops.clear();
         self.pages.clear();
         self.upper.clear();
+        if let Some(lone) = &mut self.lone {
+            lone.clear();
+        }
         self.full = false;
         self.forget_landings(cpu);
     }

@@ -23,6 +23,7 @@ mod fault;
 mod invalidate;
 mod link;
 mod live;
+mod lone;
 mod privileged;
 mod same;
 mod template;
@@ -41,7 +42,7 @@ use engine::state::{cr0, cr4, rflags};
 
 use crate::arena::Arena;
 use crate::block::Version;
-use crate::config::{LEAST_CODE_CACHE, MOST_CODE_CACHE};
+use crate::config::{Check, LEAST_CODE_CACHE, MOST_CODE_CACHE};
 use crate::cpu::Cpu;
 use crate::home::Hot;
 use crate::mmu::DataMode;
@@ -49,10 +50,12 @@ use crate::op::Op;
 use callback::Context;
 use emit::Site;
 use fault::{Active, Shadow};
+use lone::Lone;
 use template::{Kind, Templates, Unit};
 use thunk::{Thunks, exit};
 
 pub(crate) use callback::After;
+pub(crate) use lone::{Left, Plain, status_bits};
 
 /// What a block was translated from and for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -261,6 +264,10 @@ pub(crate) struct Jit {
     full: bool,
     /// How often the code cache has been emptied: numbers of blocks and exits from before mean nothing after.
     emptied: u64,
+    /// Blocks are run one at a time.
+    lone: Option<Lone>,
+    #[cfg(test)]
+    pub wrong: bool,
 }
 
 // SAFETY: the pointers in `active` and `context` are to the vCPU, which moves between threads together with this, and
@@ -321,6 +328,9 @@ impl Jit {
             seen: Seen::default(),
             full: false,
             emptied: 0,
+            lone: (cpu.shared.config.check == Check::Lockstep).then(Lone::default),
+            #[cfg(test)]
+            wrong: false,
         };
         jit.forget_landings(cpu);
         Some(jit)
@@ -426,7 +436,8 @@ impl Jit {
             return false;
         }
         *self.context = Context { cpu: std::ptr::from_mut(cpu), jit: std::ptr::from_ref(self) };
-        let signal = std::ptr::from_ref(cpu.config.signal.word()) as u64;
+        let raised = std::ptr::from_ref(cpu.config.signal.word()) as u64;
+        let signal = if self.lone.is_some() { Lone::signal() } else { raised };
         let tsc = std::ptr::from_ref(cpu.config.tsc.word()) as u64;
         let status = cpu.flags.status();
         cpu.seen_generation = cpu.tlb.generation;

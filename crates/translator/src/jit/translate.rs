@@ -9,6 +9,7 @@ use memory::{Gpa, Gva, PAGE_SIZE};
 
 use super::asm::Label;
 use super::emit::{Emit, T1};
+use super::lone::stands_alone;
 use super::same::{Source, moves_stack_pointer};
 use super::template::{Kind, Unit, disturbs_stack_pointer};
 use super::{Exit, Jit, Key, Mark, live};
@@ -104,6 +105,7 @@ impl Jit {
             | Kind::InterpretLast => live::ALL,
             _ => self.needs_flags(cpu, key, next),
         };
+        let mut needed = Vec::new();
         for source in sources.iter_mut().rev() {
             let instruction = &source.instruction;
             match source.template.kind {
@@ -114,6 +116,14 @@ impl Jit {
                 _ => live = live & !live::replaces(instruction) | live::reads(instruction),
             }
             source.live = live != 0;
+            needed.push(live);
+        }
+        if self.lone.is_some() {
+            self.note_plain(cpu, key, &sources, &needed);
+        }
+        #[cfg(test)]
+        if self.wrong {
+            sources.iter_mut().for_each(super::lone::mistranslate);
         }
         let at = self.arena.next();
         let mut block = Block {
@@ -126,7 +136,7 @@ impl Jit {
             start: None,
         };
         let start = block.emit.asm.bound();
-        block.start = Some(start);
+        block.start = self.lone.is_none().then_some(start);
         if let Some(second) = bytes.second
             && !key.is_upper()
         {
@@ -176,10 +186,14 @@ impl Jit {
             if template.kind == Kind::Interpret && (instruction.is_invalid() || disturbs_stack_pointer(&instruction)) {
                 template.kind = Kind::InterpretLast;
             }
+            let alone = self.lone.is_some() && stands_alone(template.kind);
+            if alone && !sources.is_empty() {
+                break;
+            }
             sources.push(Source { instruction, template, bytes: &bytes[at..], constants, live: true });
             let ends =
                 !matches!(template.kind, Kind::JumpIf) && instruction.flow_control() != iced_x86::FlowControl::Next;
-            if ends || template.kind == Kind::InterpretLast {
+            if ends || alone || template.kind == Kind::InterpretLast {
                 break;
             }
         }
@@ -187,7 +201,7 @@ impl Jit {
     }
 
     /// Which flags the code at `target` may read before it replaces them. Only the same page is looked at.
-    fn needs_flags(&mut self, cpu: &mut Cpu, key: Key, target: u64) -> u32 {
+    pub(super) fn needs_flags(&mut self, cpu: &mut Cpu, key: Key, target: u64) -> u32 {
         if (target ^ key.rip) >> 12 != 0 {
             return live::ALL;
         }

@@ -118,6 +118,7 @@ impl Cpu {
         let bytes = W::BYTES as u64;
         match self.locate(address, bytes, Access::Write, segment, Rights::Current)? {
             Place::Ram { host, gpa, code } => {
+                self.note_store(gpa, bytes);
                 // SAFETY: `locate` vouches for `bytes` at `host`.
                 let values = unsafe { modify_at(host, locked, change) };
                 if code {
@@ -246,10 +247,24 @@ impl Cpu {
             let high = self.translate(Gva(last & !0xfff), access, rights)?;
             Place::Split { low, high, first: 0x1000 - (address & 0xfff) }
         };
+        if self.rehearsal.is_some() && self.is_for_good(&place, access) {
+            return Err(Leave::Raised);
+        }
         if self.watch {
             self.check_data_breakpoints(address, bytes, access);
         }
         Ok(place)
+    }
+
+    /// True for an access that cannot be taken back: of a device, or a write to a page that holds code.
+    fn is_for_good(&self, place: &Place, access: Access) -> bool {
+        match place {
+            Place::Device(_) => true,
+            Place::Ram { code, .. } => *code && access == Access::Write,
+            Place::Split { low, high, .. } => {
+                [low, high].into_iter().any(|half| self.is_for_good(&self.place(half), access))
+            }
+        }
     }
 
     fn place(&self, translation: &Translation) -> Place {
@@ -280,7 +295,7 @@ impl Cpu {
     /// Puts a translation into the TLB where no later access through it needs a check.
     fn fill(&mut self, address: u64, access: Access, rights: Rights, translation: &Translation) {
         let mode = self.data_mode_for(rights);
-        if mode == DataMode::Slow {
+        if mode == DataMode::Slow || self.rehearsal.is_some() {
             return;
         }
         let Some(region) = self.shared.ram.region(translation.gpa) else { return self.tlb.missed(mode) };
@@ -347,6 +362,7 @@ impl Cpu {
                 // SAFETY: `locate` vouches for the whole access.
                 Transfer::Read(buffer) => unsafe { copy_from(*host, buffer) },
                 Transfer::Write(data) => {
+                    self.note_store(*gpa, data.len() as u64);
                     // SAFETY: as above.
                     unsafe { copy_to(*host, data) };
                     if *code {

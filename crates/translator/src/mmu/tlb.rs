@@ -113,6 +113,8 @@ pub(crate) struct Tlb {
     pub generation: u64,
     /// Moves whenever a global or upper translation may have gone: what is known about the kernel's code.
     pub upper_generation: u64,
+    /// No write is to be found here: see [`crate::lockstep`].
+    rehearses: bool,
 }
 
 /// The addresses generated code finds the tables of a view by.
@@ -143,6 +145,7 @@ impl Tlb {
             flushes: 0,
             generation: 0,
             upper_generation: 0,
+            rehearses: false,
         };
         tlb.select(0);
         tlb
@@ -162,7 +165,15 @@ impl Tlb {
     /// The host address of `size` bytes at `address` for writing.
     #[inline(always)]
     pub(crate) fn lookup_write(&self, mode: DataMode, address: u64, size: u64) -> Option<*mut u8> {
+        if self.rehearses {
+            return None;
+        }
         hit(self.view(mode)?.write.get(address), address, size)
+    }
+
+    /// With `on`, no write is found.
+    pub(crate) fn rehearse(&mut self, on: bool) {
+        self.rehearses = on;
     }
 
     #[inline(always)]

@@ -12,13 +12,13 @@ use super::case::{
     ARENA, ARENA_BYTES, CODE, CODE_BYTES, Case, Code, DATA_LIMIT_16, NO_VECTOR, Outcome, READ_ONLY, XSAVE_BYTES,
 };
 use crate::bare::Nothing;
-use crate::config::Config;
+use crate::config::{Check, Config};
 use crate::cpu::{Cpu, vector};
 use crate::jit::{Jit, Ran};
 use crate::op::Leave;
 use crate::shared::Shared;
 
-const CONFIG: Config = Config { code_cache: 4 << 20, translate: true };
+const CONFIG: Config = Config { code_cache: 4 << 20, check: Check::Off, translate: true };
 
 /// Guest-physical places: four levels of page tables, code, data.
 const TABLES: u64 = 0x1000;
