@@ -98,9 +98,10 @@ pub(super) unsafe extern "sysv64" fn on_op(context: *const Context, op: *const O
     cpu.state.rip = op.next;
     let done = (op.handler)(cpu, op);
     give_flags(cpu);
-    if done.is_ok() && nothing_to_look_at(cpu) && cpu.state.rip == op.next && user == (cpu.mode.cpl == 3) {
+    let same_place = cpu.state.rip == op.next && user == (cpu.mode.cpl == 3);
+    if done.is_ok() && same_place && nothing_to_look_at(cpu) && use_tables(cpu) {
         cpu.recheck = false;
-        return if use_tables(cpu) { BEHIND } else { LEAVE };
+        return BEHIND;
     }
     drop_return(cpu);
     ended(cpu, op, done)
@@ -155,13 +156,13 @@ fn raised(cpu: &mut Cpu) -> u64 {
 /// Goes on at RIP, unless there is something to look at first.
 fn at_rip(cpu: &mut Cpu) -> u64 {
     cpu.after = After::Look;
-    if !nothing_to_look_at(cpu) || !canonical(cpu.state.rip) {
-        cpu.recheck = true;
-        return LEAVE;
+    if nothing_to_look_at(cpu) && canonical(cpu.state.rip) && use_tables(cpu) {
+        cpu.recheck = false;
+        change_privilege(cpu);
+        return AT_RIP;
     }
-    cpu.recheck = false;
-    change_privilege(cpu);
-    if use_tables(cpu) { AT_RIP } else { LEAVE }
+    cpu.recheck = true;
+    LEAVE
 }
 
 /// True where the loop's look between two instructions would find nothing, and translated code is good for the mode.
@@ -202,10 +203,7 @@ pub(super) fn use_tables(cpu: &mut Cpu) -> bool {
             cpu.state.hot_mut().tables[at] = tables;
         }
     }
-    let Some([read, write]) = current else {
-        cpu.recheck = true;
-        return false;
-    };
+    let Some([read, write]) = current else { return false };
     let hot = cpu.state.hot_mut();
     (hot.read, hot.write) = (read, write);
     true

@@ -20,6 +20,12 @@ const VERIFIED_SHARE: usize = 64;
 impl Jit {
     /// The block at RIP, translated where it is not yet.
     pub(super) fn find(&mut self, cpu: &mut Cpu) -> Result<u32, Ran> {
+        let block = self.find_or_make(cpu)?;
+        // Where what was to be forgotten could not be, nothing may be entered before it is.
+        if self.full { Err(Ran::Look) } else { Ok(block) }
+    }
+
+    fn find_or_make(&mut self, cpu: &mut Cpu) -> Result<u32, Ran> {
         let place = cpu.code_place().map_err(|_| Ran::Raised)?;
         let key = Key { gpa: place.gpa, rip: cpu.state.rip, mode: mode_of(cpu) };
         if let Some(&block) = self.by_key.get(&key)

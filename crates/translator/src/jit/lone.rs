@@ -135,14 +135,7 @@ impl Jit {
 
     /// The block at RIP.
     pub(crate) fn ready(&mut self, cpu: &mut Cpu) -> Result<(u32, Arc<Plain>), Ran> {
-        self.catch_up(cpu);
-        if self.full {
-            self.forget_everything(cpu);
-        }
-        let block = self.find(cpu)?;
-        if self.full {
-            return Err(Ran::Look);
-        }
+        let block = self.first(cpu)?;
         let key = self.blocks[block as usize].key;
         match self.lone.as_ref().and_then(|lone| lone.blocks.get(&key)) {
             Some(plain) => Ok((block, Arc::clone(plain))),

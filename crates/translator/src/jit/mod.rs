@@ -74,12 +74,6 @@ const SSE: u8 = 1 << 2;
 const AVX: u8 = 1 << 3;
 /// RDTSC.
 const TIME: u8 = 1 << 4;
-
-/// What of the modes of code a change of privilege alone does not change.
-fn units_of(cpu: &Cpu) -> u8 {
-    let time = if cpu.state.cr4 & cr4::TSD == 0 { TIME } else { 0 };
-    mode_of(cpu) & !(USER | TIME) | time
-}
 /// STAC and CLAC do something.
 const ACCESS_CONTROL: u8 = 1 << 5;
 
@@ -142,6 +136,12 @@ fn mode_of(cpu: &Cpu) -> u8 {
         mode |= ACCESS_CONTROL;
     }
     mode
+}
+
+/// What of the modes of code a change of privilege alone does not change.
+fn units_of(cpu: &Cpu) -> u8 {
+    let time = if cpu.state.cr4 & cr4::TSD == 0 { TIME } else { 0 };
+    mode_of(cpu) & !(USER | TIME) | time
 }
 
 /// Where a block may be left for another.
@@ -355,17 +355,10 @@ impl Jit {
 
     /// Runs translated code from RIP on, until there is something for the loop to do.
     pub(crate) fn run(&mut self, cpu: &mut Cpu) -> Ran {
-        self.catch_up(cpu);
-        if self.full {
-            self.forget_everything(cpu);
-        }
-        let mut entry = match self.find(cpu) {
+        let mut entry = match self.first(cpu) {
             Ok(block) => self.blocks[block as usize].start,
             Err(ran) => return ran,
         };
-        if self.full {
-            return Ran::Look;
-        }
         loop {
             if !self.enter(cpu, entry) {
                 return Ran::Unable;
@@ -392,9 +385,6 @@ impl Jit {
                 Ok(block) => block,
                 Err(ran) => return ran,
             };
-            if self.full {
-                return Ran::Look; // what was to be forgotten could not be: nothing may be entered before it is
-            }
             if why == exit::LAND {
                 self.land(cpu, block);
             } else if self.emptied == emptied {
@@ -402,6 +392,15 @@ impl Jit {
             }
             entry = self.blocks[block as usize].start;
         }
+    }
+
+    /// The block at RIP, after a look at what may have changed since translated code last ran.
+    fn first(&mut self, cpu: &mut Cpu) -> Result<u32, Ran> {
+        self.catch_up(cpu);
+        if self.full {
+            self.forget_everything(cpu);
+        }
+        self.find(cpu)
     }
 
     /// What an exit comes to that ends the run.

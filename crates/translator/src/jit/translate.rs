@@ -8,7 +8,7 @@ use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 use memory::{Gpa, Gva, PAGE_SIZE};
 
 use super::asm::Label;
-use super::emit::{Emit, T1};
+use super::emit::Emit;
 use super::lone::stands_alone;
 use super::same::{Source, moves_stack_pointer};
 use super::template::{Kind, Unit, disturbs_stack_pointer};
@@ -443,7 +443,6 @@ impl Block<'_> {
         let look = self.look_at(self.key.rip);
         self.emit.asm.jmp(look);
         self.emit.asm.bind(right);
-        let _ = T1;
         Some(())
     }
 }

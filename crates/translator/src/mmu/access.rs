@@ -330,7 +330,8 @@ impl Cpu {
             return Ok(false);
         }
         let mode = self.data_mode();
-        let translation = self.translate(Gva(address), access, Rights::Current)?;
+        let translation =
+            self.translate(Gva(address), access, Rights::Current).inspect_err(|_| self.tlb.missed(mode))?;
         self.fill(address, access, Rights::Current, &translation);
         let hit = match access {
             Access::Write => self.tlb.lookup_write(mode, address, 1),

@@ -13,8 +13,10 @@ const HALF: usize = 1 << 35;
 const HALF_BYTES: usize = HALF * 8;
 /// Logged entries after which a table is swept rather than remembered any longer.
 const MOST_LOGGED: usize = 1 << 16;
-/// Probes that found nothing after which the table's empty pages are given back to the host.
-const MOST_MISSES: u32 = 1 << 20;
+/// Probes that found nothing after which the table is given back to the host: each may have cost it a page of page tables.
+const MOST_MISSES: u32 = 1 << 15;
+
+const FLAGS: MapFlags = MapFlags::PRIVATE.union(MapFlags::NORESERVE);
 
 /// The index of a page: negative for upper addresses. Generated code computes the same (`rorx 48`, `sarx 28`), so that
 /// whatever the upper 16 bits of an address are, the index stays inside the table.
@@ -40,9 +42,9 @@ unsafe impl Send for Table {}
 impl Table {
     /// An empty table; with `lower_only` the entries of upper addresses are not there.
     pub(crate) fn new(lower_only: bool) -> io::Result<Self> {
-        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
+        let access = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address the kernel chooses.
-        let base = unsafe { mmap_anonymous(std::ptr::null_mut(), 2 * HALF_BYTES, access, flags)? };
+        let base = unsafe { mmap_anonymous(std::ptr::null_mut(), 2 * HALF_BYTES, access, FLAGS)? };
         // SAFETY: one half further, inside the mapping.
         let center = unsafe { base.cast::<u64>().add(HALF) };
         let Some(center) = NonNull::new(center) else { return Err(io::Error::other("mapped at address zero")) };
@@ -119,22 +121,30 @@ impl Table {
                 unsafe { self.center.offset(at as isize).write(0) };
             }
         }
-        if self.misses > MOST_MISSES && self.global.is_empty() {
+    }
+
+    /// Counts a probe that found nothing where there is nothing to fill in.
+    pub(crate) fn missed(&mut self) {
+        self.misses += 1;
+        if self.misses >= MOST_MISSES {
+            self.clear(true);
             self.give_back();
         }
     }
 
-    /// Counts a probe that found nothing: probing may have cost the host a page.
-    pub(crate) fn missed(&mut self) {
-        self.misses = self.misses.saturating_add(1);
-    }
-
-    /// Returns the table's memory to the host. It must be clear.
+    /// Returns the table's memory to the host, and the page tables that say where it is. It must be clear.
     fn give_back(&mut self) {
         self.misses = 0;
         let (start, bytes) = if self.lower_only { (0, HALF_BYTES) } else { (HALF, 2 * HALF_BYTES) };
-        // SAFETY: this value's own mapping, whose entries are all zero, as they are afterwards.
-        let _ = unsafe { madvise(self.center.as_ptr().sub(start).cast(), bytes, Advice::LinuxDontNeed) };
+        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, FLAGS | MapFlags::FIXED);
+        // SAFETY: one half back at most, inside the mapping.
+        let at = unsafe { self.center.as_ptr().sub(start).cast() };
+        // SAFETY: in place of this value's own mapping, whose entries are all zero, as they are afterwards.
+        let made = unsafe { mmap_anonymous(at, bytes, access, flags) };
+        // The old mapping may be gone then, and with it whatever could go on: as with memory that cannot be had.
+        assert!(made.is_ok(), "the host does not give back address space it has taken: {made:?}");
+        // SAFETY: the mapping just made.
+        let _ = unsafe { madvise(at, bytes, Advice::LinuxNoHugepage) };
     }
 }
 
@@ -192,6 +202,18 @@ mod tests {
             table.set(page << 30, 0x1000, false);
             table.missed();
         }
-        assert!(table.local.len() <= MOST_LOGGED);
+        assert!(table.local.len() <= MOST_LOGGED && table.misses < MOST_MISSES);
+    }
+
+    #[test]
+    fn what_is_given_back_is_empty_and_can_be_filled_again() {
+        for lower_only in [false, true] {
+            let mut table = Table::new(lower_only).unwrap();
+            table.set(0x5000, 0x1000, true);
+            (0..MOST_MISSES).for_each(|_| table.missed());
+            assert_eq!((table.get(0x5000), table.get(!0xfff), table.misses), (0, 0, 0));
+            table.set(0x5000, 0x2000, false);
+            assert_eq!(table.get(0x5000), 0x2000);
+        }
     }
 }

@@ -49,6 +49,8 @@ const VIEWS: usize = 3;
 const MOST_SLOTS: usize = 7;
 /// Slots of all vCPUs of a VM together: each may be 3 TiB of address space, of which there are 128.
 const SLOTS_OF_VM: usize = 34;
+/// Pieces of large pages remembered: 64 GiB of them.
+const MOST_LARGE: usize = 1 << 15;
 /// Entries of a code table.
 const CODE_ENTRIES: usize = 1024;
 /// A context no code entry ever has.
@@ -237,6 +239,9 @@ impl Tlb {
 
     /// Notes that a piece at `address` of a large page of `bytes` is about to be filled in.
     pub(crate) fn note_large(&mut self, address: u64, bytes: u64) {
+        if self.large.len() >= MOST_LARGE {
+            self.flush_all(); // a guest may map one page everywhere
+        }
         self.large.insert(address >> 21);
         self.huge |= bytes > 1 << 22;
     }
@@ -451,6 +456,19 @@ mod tests {
         tlb.flush_page(0x20_0000);
         assert!(!filled(&tlb, 0x20_5000));
         assert!(filled(&tlb, 0x60_5000));
+    }
+
+    #[test]
+    fn large_pages_everywhere_stay_bounded() {
+        let mut tlb = Tlb::new();
+        for piece in 0..3 * MOST_LARGE as u64 {
+            tlb.note_large(piece << 21, 1 << 21);
+        }
+        assert!(tlb.large.len() <= MOST_LARGE);
+        fill(&mut tlb, 0x5000, false);
+        tlb.note_large(0x5000, 1 << 21);
+        tlb.flush_page(0x1f_0000);
+        assert!(!filled(&tlb, 0x5000), "what was noted last is still known");
     }
 
     #[test]
