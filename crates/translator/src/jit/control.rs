@@ -45,7 +45,7 @@ impl Emit<'_> {
         let at = self.push_room(source.live, again);
         let value = self.value(source.instruction.op0_register().number(), T3);
         self.asm.store(at, value);
-        self.asm.mov(STACK, T2);
+        self.pushed();
         Some(())
     }
 
@@ -53,7 +53,7 @@ impl Emit<'_> {
         let again = self.asm.bound();
         let at = self.push_room(source.live, again);
         self.asm.store_constant(at, source.instruction.immediate(0) as i32);
-        self.asm.mov(STACK, T2);
+        self.pushed();
         Some(())
     }
 
@@ -63,17 +63,13 @@ impl Emit<'_> {
         }
         let again = self.asm.bound();
         let from = self.memory(source, again)?;
+        // T3 outlives the second check: that is an aligned one, whose cold code does not use it.
         self.asm.load(T3, from);
-        self.between_checks();
+        self.between();
         let room = self.push_room(source.live, again);
         self.asm.store(room, T3);
-        self.asm.mov(STACK, T2);
+        self.pushed();
         Some(())
-    }
-
-    /// T3 must outlive a second check, which is why its cold code may not use it: it is aligned.
-    fn between_checks(&mut self) {
-        self.between();
     }
 
     pub(super) fn pop_register(&mut self, source: &Source<'_>) -> Option<()> {
@@ -110,13 +106,13 @@ impl Emit<'_> {
             Err(_) => {
                 // T2 is needed as the new RSP first.
                 self.asm.lea(T1, at);
-                self.asm.mov(STACK, T2);
+                self.pushed();
                 self.asm.constant(T2, next);
                 self.asm.store(At::Base(T1, 0), T2);
                 return;
             }
         }
-        self.asm.mov(STACK, T2);
+        self.pushed();
     }
 
     /// A direct CALL: returns where its displacement is, for the caller to link.
