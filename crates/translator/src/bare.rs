@@ -15,12 +15,12 @@ use crate::config::Config;
 use crate::run::Runner;
 use crate::shared::Shared;
 
-const TABLES: u64 = 0x1000;
+pub(crate) const TABLES: u64 = 0x1000;
 pub(crate) const CODE: u64 = 0x1_0000;
 const STACK: u64 = 0x18_0000;
 
-const PRESENT_WRITABLE: u64 = 3;
-const LARGE: u64 = 1 << 7;
+pub(crate) const PRESENT_WRITABLE: u64 = 3;
+pub(crate) const LARGE: u64 = 1 << 7;
 
 /// A vCPU whose next instruction is the first of its code, at CPL 0.
 pub(crate) struct Bare {

@@ -2,7 +2,7 @@
 //! 32-bit address and needs no register for it.
 //!
 //! ```text
-//!   CpuState | Hot | landing tables (where indirect branches go, by target address; one a privilege)
+//!   CpuState | Hot | landing tables (where indirect branches go, by target address; one a privilege) | anchors | placed
 //! ```
 
 use std::io;
@@ -14,6 +14,24 @@ use engine::{CpuState, Error};
 
 /// Entries of a landing table.
 pub(crate) const LANDINGS: usize = 1 << 16;
+/// Most pages of code at lower addresses.
+pub(crate) const ANCHORS: usize = 1 << 15;
+
+/// Where the current address space has a page of code: what its translated code makes linear addresses of.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Anchor {
+    /// The linear address, where there is one.
+    pub address: u64,
+    /// It, negated; [`NOWHERE`] where it is not known whether the page is there.
+    pub negative: u64,
+    /// The address of the page's second mapping in the host, negated.
+    pub host: u64,
+    reserved: u64,
+}
+
+/// [`Anchor::negative`] of a page that is nowhere: no canonical address is the difference of this and an offset.
+pub(crate) const NOWHERE: u64 = 1 << 62;
 
 /// What generated code and the monitor tell each other.
 #[repr(C)]
@@ -63,6 +81,8 @@ pub(crate) struct Hot {
     pub tables: [[u64; 2]; 2],
     /// Where the guest's TSC offset is.
     pub tsc: u64,
+    /// Anchors that have been placed.
+    pub placed: u64,
 }
 
 #[repr(C)]
@@ -70,6 +90,9 @@ struct Layout {
     state: CpuState,
     hot: Hot,
     landings: [[u64; LANDINGS]; 2],
+    anchors: [Anchor; ANCHORS],
+    /// The addresses of those that have been placed; the rest is nothing.
+    placed: [u64; ANCHORS],
 }
 
 /// The mapping.
@@ -123,11 +146,55 @@ impl Home {
         // SAFETY: as above.
         unsafe { &mut (*self.at.as_ptr()).landings[user & 1] }
     }
+
+    /// The anchor with a number; there is one for every number, by its remainder.
+    pub(crate) fn anchor(&self, number: u32) -> &Anchor {
+        // SAFETY: as above.
+        unsafe { &(*self.at.as_ptr()).anchors[number as usize % ANCHORS] }
+    }
+
+    /// Makes an anchor of the page at `host` in the host, which is nowhere yet.
+    pub(crate) fn set_anchor(&mut self, number: u32, host: u64) {
+        let anchor = Anchor { address: 0, negative: NOWHERE, host: host.wrapping_neg(), reserved: 0 };
+        // SAFETY: as above.
+        unsafe { (*self.at.as_ptr()).anchors[number as usize % ANCHORS] = anchor };
+    }
+
+    /// Makes an anchor of one at address zero that is never taken away.
+    pub(crate) fn set_fixed_anchor(&mut self, number: u32) {
+        // SAFETY: as above.
+        unsafe { (*self.at.as_ptr()).anchors[number as usize % ANCHORS].negative = 0 };
+    }
+
+    /// Says where an anchor's page is.
+    pub(crate) fn place(&mut self, number: u32, address: u64) {
+        let number = number as usize % ANCHORS;
+        let placed = self.hot().placed as usize % ANCHORS;
+        // SAFETY: as above.
+        let layout = unsafe { &mut *self.at.as_ptr() };
+        let anchor = &mut layout.anchors[number];
+        if anchor.negative == NOWHERE {
+            layout.placed[placed] = std::ptr::from_ref(anchor) as u64;
+            layout.hot.placed += 1;
+        }
+        (anchor.address, anchor.negative) = (address, address.wrapping_neg());
+    }
+
+    /// Takes all anchors from where they are.
+    pub(crate) fn forget_places(&mut self) {
+        // SAFETY: as above.
+        let layout = unsafe { &mut *self.at.as_ptr() };
+        let first = layout.anchors.as_ptr() as u64;
+        for &placed in &layout.placed[..layout.hot.placed as usize % ANCHORS] {
+            layout.anchors[(placed.wrapping_sub(first) as usize / size_of::<Anchor>()) % ANCHORS].negative = NOWHERE;
+        }
+        layout.hot.placed = 0;
+    }
 }
 
 /// Offsets from [`Home::low`].
 pub(crate) mod offset {
-    use super::{CpuState, Hot, LANDINGS, Layout, offset_of};
+    use super::{Anchor, CpuState, Hot, LANDINGS, Layout, offset_of};
 
     /// Behind the mapping.
     #[cfg(debug_assertions)]
@@ -150,12 +217,23 @@ pub(crate) mod offset {
     hot! {
         FLAGS flags; SHADOW shadow; HOST_STACK host_stack; ENTRY entry; READ read; WRITE write; CONTEXT context;
         VECTORS_AWAY vectors_away; EXIT exit; VALUE value; ADDRESS address; SIGNAL signal; SCRATCH scratch; MXCSR mxcsr;
-        LANDING landing; WAITS waits; DATA_MODE data_mode; TABLES tables; TSC tsc;
+        LANDING landing; WAITS waits; DATA_MODE data_mode; TABLES tables; TSC tsc; PLACED_COUNT placed;
     }
 
     /// The landing table of a privilege.
     pub(crate) const fn landings(user: bool) -> i32 {
         offset_of!(Layout, landings) as i32 + if user { (LANDINGS * 8) as i32 } else { 0 }
+    }
+
+    pub(crate) const PLACED: i32 = offset_of!(Layout, placed) as i32;
+    /// Fields of an anchor.
+    pub(crate) const ADDRESS_IN_ANCHOR: i32 = offset_of!(Anchor, address) as i32;
+    pub(crate) const NEGATIVE_IN_ANCHOR: i32 = offset_of!(Anchor, negative) as i32;
+    pub(crate) const HOST_IN_ANCHOR: i32 = offset_of!(Anchor, host) as i32;
+
+    /// An anchor.
+    pub(crate) const fn anchor(number: u32) -> i32 {
+        offset_of!(Layout, anchors) as i32 + number as i32 * size_of::<Anchor>() as i32
     }
 }
 

@@ -128,11 +128,6 @@ impl Asm {
         label
     }
 
-    /// Where a bound label runs.
-    pub(crate) fn address_of(&self, label: Label) -> u64 {
-        self.base + u64::from(self.labels[label.0 as usize])
-    }
-
     pub(crate) fn byte(&mut self, byte: u8) {
         self.bytes.push(byte);
     }
@@ -268,6 +263,16 @@ impl Asm {
     /// `sarx to, from, count`: flags stay.
     pub(crate) fn shift_right_signed(&mut self, to: u8, from: u8, count: u8) {
         self.vex(2, 2, 0xf7, to, count, Place::Reg(from));
+    }
+
+    /// `shrx to, from, count`: flags stay.
+    pub(crate) fn shift_right(&mut self, to: u8, from: u8, count: u8) {
+        self.vex(2, 3, 0xf7, to, count, Place::Reg(from));
+    }
+
+    /// `not register`: flags stay.
+    pub(crate) fn not(&mut self, register: u8) {
+        self.op(0, 8, &[0xf7], 2, Place::Reg(register));
     }
 
     /// `pext to, from, mask`: flags stay.

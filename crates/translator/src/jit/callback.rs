@@ -5,6 +5,7 @@
 //! so that a change of privilege does not leave translated code.
 
 use engine::ledger::Work;
+use iced_x86::{Instruction, OpKind};
 use engine::state::rflags::{IF, OF, RF, STATUS, TF};
 use engine::state::{Shadow, cr4};
 
@@ -18,6 +19,45 @@ use crate::op::{Leave, Op};
 pub(super) struct Context {
     pub cpu: *mut Cpu,
     pub jit: *const Jit,
+}
+
+/// An instruction for the interpreter: what translated code has the address of.
+pub(super) struct Interpreted {
+    op: Op,
+    anchor: u32,
+    /// The memory operand is relative to RIP.
+    operand: bool,
+    /// The bits of the target, where the immediate is a branch's.
+    target: Option<u64>,
+}
+
+impl Interpreted {
+    pub(super) fn new(op: Op, instruction: &Instruction, anchor: u32) -> Self {
+        Self {
+            op,
+            anchor,
+            operand: instruction.is_ip_rel_memory_operand(),
+            target: match instruction.op0_kind() {
+                OpKind::NearBranch64 => Some(u64::MAX),
+                OpKind::NearBranch16 => Some(0xffff),
+                _ => None,
+            },
+        }
+    }
+
+    /// The operation where its page is now.
+    fn op(&self, cpu: &Cpu) -> Op {
+        let mut op = self.op;
+        let linear = |address| Jit::linear(cpu, self.anchor, address);
+        op.next = linear(op.next);
+        if self.operand {
+            op.mem.disp = linear(op.mem.disp);
+        }
+        if let Some(bits) = self.target {
+            op.imm = linear(op.imm) & bits;
+        }
+        op
+    }
 }
 
 /// Callbacks' answers: go on behind the call.
@@ -75,13 +115,13 @@ pub(super) unsafe extern "sysv64" fn on_miss(context: *const Context, write: u64
         Ok(true) => return BEHIND,
         Ok(false) => cpu.after = After::One,
         Err(_) => {
-            cpu.state.rip = jit.rip_of(site);
+            cpu.state.rip = jit.rip_of(cpu, site);
             take_flags(cpu);
             drop_return(cpu);
             return raised(cpu);
         }
     }
-    cpu.state.rip = jit.rip_of(site);
+    cpu.state.rip = jit.rip_of(cpu, site);
     drop_return(cpu);
     LEAVE
 }
@@ -89,10 +129,11 @@ pub(super) unsafe extern "sysv64" fn on_miss(context: *const Context, write: u64
 /// An instruction for the interpreter, inside a block.
 ///
 /// # Safety
-/// As for [`on_miss`]; `op` is one that the block being run was translated with.
-pub(super) unsafe extern "sysv64" fn on_op(context: *const Context, op: *const Op) -> u64 {
+/// As for [`on_miss`]; `interpreted` is one that the block being run was translated with.
+pub(super) unsafe extern "sysv64" fn on_op(context: *const Context, interpreted: *const Interpreted) -> u64 {
     // SAFETY: by the caller's promise.
-    let (cpu, op) = unsafe { (&mut *(*context).cpu, &*op) };
+    let (cpu, interpreted) = unsafe { (&mut *(*context).cpu, &*interpreted) };
+    let op = &interpreted.op(cpu);
     let user = cpu.mode.cpl == 3;
     take_flags(cpu);
     cpu.state.rip = op.next;
@@ -111,9 +152,10 @@ pub(super) unsafe extern "sysv64" fn on_op(context: *const Context, op: *const O
 ///
 /// # Safety
 /// As for [`on_op`].
-pub(super) unsafe extern "sysv64" fn on_last(context: *const Context, op: *const Op) -> u64 {
+pub(super) unsafe extern "sysv64" fn on_last(context: *const Context, interpreted: *const Interpreted) -> u64 {
     // SAFETY: by the caller's promise.
-    let (cpu, op) = unsafe { (&mut *(*context).cpu, &*op) };
+    let (cpu, interpreted) = unsafe { (&mut *(*context).cpu, &*interpreted) };
+    let op = &interpreted.op(cpu);
     take_flags(cpu);
     cpu.state.rip = op.next;
     let done = (op.handler)(cpu, op);

@@ -9,6 +9,7 @@
 
 use iced_x86::{Code, Instruction, OpKind};
 
+use super::anchor::FIXED;
 use super::asm::{At, Label};
 use super::emit::{Access, Address, Emit, HOST, T1, T2, T3};
 use super::same::Source;
@@ -102,17 +103,18 @@ impl Emit<'_> {
     fn push_return(&mut self, next: u64, live: bool, again: Label) {
         let at = self.push_room(live, again);
         match i32::try_from(next as i64) {
-            Ok(short) => self.asm.store_constant(at, short),
-            Err(_) => {
+            Ok(short) if self.anchor == FIXED => {
+                self.asm.store_constant(at, short);
+                self.pushed();
+            }
+            _ => {
                 // T2 is needed as the new RSP first.
                 self.asm.lea(T1, at);
                 self.pushed();
-                self.asm.constant(T2, next);
+                self.linear(T2, next);
                 self.asm.store(At::Base(T1, 0), T2);
-                return;
             }
         }
-        self.pushed();
     }
 
     /// A direct CALL: returns where its displacement is, for the caller to link.
@@ -134,18 +136,6 @@ impl Emit<'_> {
         self.asm.jmp_to(self.thunks().mismatch[usize::from(user)]);
         self.asm.bind(right);
         self.vectors = false;
-    }
-
-    /// T1 becomes zero where `register` holds `value`; flags stay.
-    pub(super) fn difference(&mut self, register: u8, value: u64) {
-        let negative = value.wrapping_neg();
-        match i32::try_from(negative as i64) {
-            Ok(short) => self.asm.lea(T1, At::Base(register, short)),
-            Err(_) => {
-                self.asm.constant(T1, negative);
-                self.asm.lea(T1, At::Index(T1, register, 0, 0));
-            }
-        }
     }
 
     /// Where an indirect branch leads, in `to`.
@@ -240,16 +230,6 @@ impl Emit<'_> {
     /// The opposite, over what follows.
     pub(super) fn jump_unless(&mut self, instruction: &Instruction, target: Label) {
         self.asm.jcc_short(condition_of(instruction) ^ 1, target);
-    }
-
-    /// Compares where a page leads now with where it led, by its read entry; T1 becomes zero where that is the same. T2 is
-    /// lost; flags stay.
-    pub(super) fn compare_mapping(&mut self, address: u64, addend: u64) {
-        let index = crate::mmu::table_index(address);
-        self.asm.constant(T1, index as u64);
-        self.asm.load(T1, At::Index(super::emit::READ, T1, 3, -super::emit::BIAS));
-        self.asm.constant(T2, addend.wrapping_neg());
-        self.asm.lea(T1, At::Index(T1, T2, 0, 0));
     }
 
     /// A host instruction the processor runs as it is.

@@ -16,6 +16,7 @@
 
 use iced_x86::{Instruction, Register};
 
+use super::anchor::FIXED;
 use super::asm::{Asm, At, Label, reg};
 use super::thunk::Thunks;
 use crate::home::offset;
@@ -102,8 +103,9 @@ enum Cold {
 /// Where a piece of code may be left.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Site {
-    /// Address of the guest instruction.
+    /// Address of the guest instruction, from where the anchor is.
     pub rip: u64,
+    pub anchor: u32,
     /// What RSP has to be moved by to undo what has been done of it.
     pub undo: i64,
 }
@@ -118,16 +120,17 @@ pub(super) struct Emit<'a> {
     /// Short jumps that still need a place to land, and where they go on to.
     pending: Vec<(Label, Label)>,
     oldest: usize,
-    /// Address of the instruction being translated.
+    /// Address of the instruction being translated, from where the anchor is.
     pub rip: u64,
+    pub anchor: u32,
     /// Vector registers are known to be in the processor.
     pub vectors: bool,
     /// Short jumps land at once, so that none is too long: for blocks that did not come out otherwise.
-    careful: bool,
+    pub careful: bool,
 }
 
 impl<'a> Emit<'a> {
-    pub(super) fn new(at: u64, low: i32, thunks: &'a Thunks, sites: &'a mut Vec<Site>, careful: bool) -> Self {
+    pub(super) fn new(at: u64, (low, anchor): (i32, u32), thunks: &'a Thunks, sites: &'a mut Vec<Site>) -> Self {
         let asm = Asm::new(at);
         Self {
             asm,
@@ -138,8 +141,9 @@ impl<'a> Emit<'a> {
             pending: Vec::new(),
             oldest: 0,
             rip: 0,
+            anchor,
             vectors: false,
-            careful,
+            careful: false,
         }
     }
 
@@ -182,8 +186,64 @@ impl<'a> Emit<'a> {
         }
     }
 
+    /// A field of an anchor.
+    fn anchored(&self, anchor: u32, field: i32) -> At {
+        self.field(offset::anchor(anchor) + field)
+    }
+
+    /// `to` becomes the linear address of what is `rip` to translated code; flags stay.
+    pub(super) fn linear(&mut self, to: u8, rip: u64) {
+        if self.anchor == FIXED {
+            return self.asm.constant(to, rip);
+        }
+        self.asm.load(to, self.anchored(self.anchor, offset::ADDRESS_IN_ANCHOR));
+        // A displacement of 32 bits is from behind the instruction, and so a little more from the page's start.
+        let within = (rip as i64).clamp(i32::MIN.into(), i32::MAX.into());
+        self.asm.lea(to, At::Base(to, within as i32));
+        if within != rip as i64 {
+            self.asm.lea(to, At::Base(to, (rip as i64 - within) as i32));
+        }
+    }
+
+    /// T1 becomes zero where `register` holds the linear address of `rip`; flags stay.
+    pub(super) fn difference(&mut self, register: u8, rip: u64) {
+        let negative = rip.wrapping_neg();
+        let rest = if self.anchor == FIXED {
+            match i32::try_from(negative as i64) {
+                Ok(short) => return self.asm.lea(T1, At::Base(register, short)),
+                Err(_) => self.asm.constant(T1, negative),
+            }
+            0
+        } else {
+            // Not further than the instruction behind its page.
+            self.asm.load(T1, self.anchored(self.anchor, offset::NEGATIVE_IN_ANCHOR));
+            negative as i32
+        };
+        self.asm.lea(T1, At::Index(T1, register, 0, rest));
+    }
+
+    /// T1 becomes zero where another anchor is so far from this one's; T2 is lost, flags stay.
+    pub(super) fn distance(&mut self, other: u32, distance: i32) {
+        self.asm.load(T1, self.anchored(other, offset::NEGATIVE_IN_ANCHOR));
+        self.asm.load(T2, self.anchored(self.anchor, offset::ADDRESS_IN_ANCHOR));
+        self.asm.lea(T1, At::Index(T1, T2, 0, distance));
+    }
+
+    /// Goes on at `right` where T2 is the address of `rip`, as the anchor is or can be placed; else behind this, with T2 as
+    /// it was.
+    pub(super) fn find_place(&mut self, rip: u64, right: Label) {
+        self.difference(T2, rip);
+        self.asm.jrcxz(right);
+        let offset = rip as i32;
+        self.asm.lea(T2, At::Base(T2, -offset));
+        self.asm.constant(T3, (self.low + offset::anchor(self.anchor)) as u64);
+        self.asm.call_to(self.thunks.place);
+        self.asm.lea(T2, At::Base(T2, offset));
+        self.asm.jrcxz(right);
+    }
+
     pub(super) fn site(&mut self, undo: i64) -> u32 {
-        self.sites.push(Site { rip: self.rip, undo });
+        self.sites.push(Site { rip: self.rip, anchor: self.anchor, undo });
         self.sites.len() as u32 - 1
     }
 
@@ -229,6 +289,13 @@ impl<'a> Emit<'a> {
         let general = |register: Register| register.is_gpr().then(|| register.number());
         let (base, index) = (general(instruction.memory_base()), general(instruction.memory_index()));
         if instruction.is_ip_rel_memory_operand() || base.is_none() && index.is_none() {
+            if instruction.is_ip_rel_memory_operand() && self.anchor != FIXED {
+                self.linear(T2, displacement);
+                if narrow {
+                    self.asm.mov_32(T2, T2);
+                }
+                return Address::In(T2);
+            }
             let value = if narrow { displacement & 0xffff_ffff } else { displacement };
             return match i32::try_from(value as i64) {
                 Ok(value) => Address::Constant(value),

@@ -30,7 +30,8 @@ impl Jit {
             self.look_up_again(cpu, false);
         }
         if now.generation != before.generation {
-            // What user code returns to may not be there any more.
+            // What code at lower addresses returns to may not be there any more, and neither may the code.
+            cpu.state.forget_places();
             let hot = cpu.state.hot_mut();
             hot.pointers[1] = hot.begins[1];
             if hot.user != 0 {
@@ -119,7 +120,7 @@ impl Jit {
             let blocks = self.pages.get(&gpa).map(|page| page.blocks.clone()).unwrap_or_default();
             for block in blocks {
                 let known = &self.blocks[block as usize];
-                if known.key.rip >> 12 == page || known.second.is_some_and(|second| second.linear >> 12 == page) {
+                if known.key.rip >> 12 == page || known.second.is_some() && known.key.rip.wrapping_add(0x1000) >> 12 == page {
                     self.forget_block(block);
                 }
             }
@@ -148,6 +149,8 @@ impl Jit {
         self.marks.clear();
         self.ops.clear();
         self.pages.clear();
+        self.anchors.clear();
+        cpu.state.forget_places();
         self.upper.clear();
         if let Some(lone) = &mut self.lone {
             lone.clear();

@@ -1,13 +1,15 @@
 //! Finding blocks, and making one lead to the next.
 
 use engine::ledger::Work;
-use memory::{Gpa, Gva};
+use memory::{Gpa, Gva, PAGE_SIZE};
 
+use super::anchor::FIXED;
 use super::asm::Asm;
 use super::emit::{Emit, T2};
-use super::{Block, Jit, Key, Page, Ran, mode_of, thunk};
+use super::{Block, Jit, Key, Page, Ran, thunk};
 use crate::block::Version;
 use crate::cpu::Cpu;
+use crate::home::NOWHERE;
 use crate::mmu::{Access, Rights};
 use crate::op::Leave;
 
@@ -22,12 +24,16 @@ impl Jit {
     pub(super) fn find(&mut self, cpu: &mut Cpu) -> Result<u32, Ran> {
         let block = self.find_or_make(cpu)?;
         // Where what was to be forgotten could not be, nothing may be entered before it is.
-        if self.full { Err(Ran::Look) } else { Ok(block) }
+        if self.full {
+            return Err(Ran::Look);
+        }
+        self.place(cpu, block);
+        Ok(block)
     }
 
     fn find_or_make(&mut self, cpu: &mut Cpu) -> Result<u32, Ran> {
         let place = cpu.code_place().map_err(|_| Ran::Raised)?;
-        let key = Key { gpa: place.gpa, rip: cpu.state.rip, mode: mode_of(cpu) };
+        let key = Self::key(cpu, place.gpa);
         if let Some(&block) = self.by_key.get(&key)
             && self.leads_on(cpu, block)?
         {
@@ -35,7 +41,7 @@ impl Jit {
         }
         let mut emptied = false;
         loop {
-            let bytes = match self.fetch(cpu, &place) {
+            let bytes = match self.fetch(cpu, key, &place) {
                 Ok(bytes) => bytes,
                 Err(Leave::Raised) => return Err(Ran::Raised),
                 Err(_) => return Err(Ran::Unable),
@@ -52,10 +58,11 @@ impl Jit {
 
     /// Translates a block and keeps it. `None`: the code cache is full.
     fn make(&mut self, cpu: &mut Cpu, key: Key, bytes: &super::translate::Bytes) -> Result<Option<u32>, Ran> {
+        let Some(anchor) = self.anchor(cpu, key, Gpa(key.gpa)) else { return Ok(None) };
         let sites = self.sites.len();
         let mut translation = None;
         for careful in [false, true] {
-            translation = self.translate(cpu, key, bytes, careful);
+            translation = self.translate(cpu, (key, anchor), bytes, careful);
             if translation.is_some() {
                 break;
             }
@@ -67,7 +74,7 @@ impl Jit {
         }
         let start = self.arena.next();
         #[cfg(debug_assertions)]
-        self.verify(&translation.code, None);
+        self.verify(&translation.code, &[]);
         if self.arena.add(&translation.code).is_none() {
             return Ok(None);
         }
@@ -79,11 +86,11 @@ impl Jit {
         let block = self.blocks.len() as u32;
         self.blocks.push(Block {
             key,
+            anchor,
             start,
             marks: first..self.marks.len() as u32,
             second: bytes.second,
             landing: 0,
-            verified: 0,
             alive: true,
         });
         self.by_key.insert(key, block);
@@ -94,7 +101,7 @@ impl Jit {
         if let Some(second) = bytes.second {
             self.page(second.gpa.0).blocks.push(block);
             if key.is_upper() {
-                self.note_upper(cpu, second.linear, second.gpa.0);
+                self.note_upper(cpu, key.rip.wrapping_add(PAGE_SIZE), second.gpa.0);
             }
         }
         Ok(Some(block))
@@ -114,98 +121,103 @@ impl Jit {
         version
     }
 
-    /// A block across two pages is good only while the second leads where it led. An error: an exception, or that this
-    /// cannot be vouched for.
+    /// A block across two pages is good only while the second leads where it led. An error is an exception.
     fn leads_on(&mut self, cpu: &mut Cpu, block: u32) -> Result<bool, Ran> {
-        let (key, Some(second)) = (self.blocks[block as usize].key, self.blocks[block as usize].second) else {
-            return Ok(true);
-        };
-        let translation =
-            cpu.translate(Gva(second.linear), Access::Execute, Rights::Current).map_err(|_| Ran::Raised)?;
-        if translation.gpa.0 >> 12 != second.gpa.0 >> 12 {
+        let Some(second) = self.blocks[block as usize].second else { return Ok(true) };
+        let linear = Gva((cpu.state.rip & !0xfff).wrapping_add(PAGE_SIZE));
+        let translation = cpu.translate(linear, Access::Execute, Rights::Current).map_err(|_| Ran::Raised)?;
+        let same = translation.gpa.0 >> 12 == second.gpa.0 >> 12;
+        if !same {
             self.forget_block(block);
-            return Ok(false);
         }
-        if key.is_upper() {
-            return Ok(true);
-        }
-        let addend = cpu.vouch_for_code(second.linear, second.gpa);
-        let present = cpu.tlb.lookup_read(cpu.data_mode(), second.linear, 1);
-        let vouched = present.map(|host| (host as u64).wrapping_sub(second.linear)) == addend;
-        if vouched { Ok(true) } else { Err(Ran::Unable) }
+        Ok(same)
     }
 
     /// Makes an exit lead to a block directly.
-    pub(super) fn link(&mut self, cpu: &mut Cpu, exit: u32, block: u32) {
+    pub(super) fn link(&mut self, exit: u32, block: u32) {
         let exit = self.exits[exit as usize];
-        let key = self.blocks[block as usize].key;
+        let Block { key, anchor, start, .. } = self.blocks[block as usize];
         let Some(at) = exit.at else { return };
         if exit.instead.is_some_and(|old| self.blocks[old as usize].key != key) {
             return;
         }
-        let target = if exit.page == key.rip >> 12 || key.is_upper() {
-            self.blocks[block as usize].start
-        } else {
-            self.make_landing(cpu, block);
-            match self.blocks[block as usize].verified {
-                0 => return,
-                verified => verified,
-            }
+        let target = match (exit.anchor, anchor) {
+            (from, to) if from == to && (from == FIXED || exit.target < PAGE_SIZE) => Some(start),
+            (FIXED, _) | (_, FIXED) => None, // around the end of the address space
+            _ => self.bridge(&exit, block),
         };
-        let distance = target.wrapping_sub(at + 4) as u32;
-        self.arena.patch(at, &distance.to_le_bytes());
+        if let Some(target) = target {
+            let distance = target.wrapping_sub(at + 4) as u32;
+            self.arena.patch(at, &distance.to_le_bytes());
+        }
+    }
+
+    /// Code between an exit and a block on another page: the page has to be where the exit leads.
+    fn bridge(&mut self, exit: &super::Exit, block: u32) -> Option<u64> {
+        let landing = self.make_landing(block)?;
+        let Block { key, anchor, start, .. } = self.blocks[block as usize];
+        let distance = i32::try_from(exit.target as i64 - key.rip as i64).ok()?;
+        let mut emit = Emit::new(self.arena.next(), (self.low, exit.anchor), &self.thunks, &mut self.sites);
+        let right = emit.asm.label();
+        emit.distance(anchor, distance);
+        emit.asm.jrcxz(right);
+        emit.linear(T2, exit.target);
+        emit.asm.jmp_to(landing);
+        emit.asm.bind(right);
+        emit.asm.jmp_to(start);
+        let code = emit.finish()?;
+        #[cfg(debug_assertions)]
+        self.verify(&code, &[start, landing]);
+        self.arena.add(&code).map(|at| at.as_ptr() as u64)
     }
 
     /// Makes indirect branches to a block's address find it.
     pub(super) fn land(&mut self, cpu: &mut Cpu, block: u32) {
-        self.make_landing(cpu, block);
-        let Block { key, landing, .. } = self.blocks[block as usize];
-        if landing != 0 {
-            cpu.state.landings(key.is_user().into())[thunk::landing_of(key.rip)] = landing;
+        let Block { key, anchor, .. } = self.blocks[block as usize];
+        let slot = thunk::landing_of(cpu.state.rip);
+        if anchor != FIXED {
+            // A flush of the soft TLB takes the entry by which anchors are placed; this brings it back.
+            cpu.vouch_for_code(cpu.state.rip);
+            // An anchor that is nowhere has this for its block's address, and it must not find the block.
+            if slot == thunk::landing_of(key.rip.wrapping_sub(NOWHERE)) {
+                return;
+            }
+        }
+        if let Some(landing) = self.make_landing(block) {
+            cpu.state.landings(key.is_user().into())[slot] = landing;
         }
     }
 
-    /// Code before a block that makes sure that it is the right one: by address for indirect branches, and for lower
-    /// addresses by where the page leads.
-    fn make_landing(&mut self, cpu: &mut Cpu, block: u32) {
-        let Block { key, start, landing, .. } = self.blocks[block as usize];
-        // A flush of the soft TLB takes the entry that is compared; this brings it back.
-        let addend = if key.is_upper() { Some(0) } else { cpu.vouch_for_code(key.rip, Gpa(key.gpa)) };
-        let Some(addend) = addend else { return };
+    /// Code before a block that makes sure that it is at the address in T2.
+    fn make_landing(&mut self, block: u32) -> Option<u64> {
+        let Block { key, anchor, start, landing, .. } = self.blocks[block as usize];
         if landing != 0 {
-            return;
+            return Some(landing);
         }
-        let mut emit = Emit::new(self.arena.next(), self.low, &self.thunks, &mut self.sites, false);
+        let mut emit = Emit::new(self.arena.next(), (self.low, anchor), &self.thunks, &mut self.sites);
         let right = emit.asm.label();
-        emit.difference(T2, key.rip);
-        emit.asm.jrcxz(right);
+        if anchor == FIXED {
+            emit.difference(T2, key.rip);
+            emit.asm.jrcxz(right);
+        } else {
+            emit.find_place(key.rip, right);
+        }
         emit.asm.jmp_to(self.thunks.land);
         emit.asm.bind(right);
-        let verified = emit.asm.address_of(right);
-        if !key.is_upper() {
-            let same = emit.asm.label();
-            emit.compare_mapping(key.rip, addend);
-            emit.asm.jrcxz(same);
-            emit.asm.constant(T2, key.rip);
-            emit.asm.jmp_to(self.thunks.land);
-            emit.asm.bind(same);
-        }
         emit.asm.jmp_to(start);
-        let Some(code) = emit.finish() else { return };
+        let code = emit.finish()?;
         #[cfg(debug_assertions)]
-        self.verify(&code, Some(start));
-        if let Some(at) = self.arena.add(&code) {
-            let block = &mut self.blocks[block as usize];
-            block.landing = at.as_ptr() as u64;
-            block.verified = verified;
-        }
+        self.verify(&code, &[start]);
+        let landing = self.arena.add(&code)?.as_ptr() as u64;
+        self.blocks[block as usize].landing = landing;
+        Some(landing)
     }
 
-    /// Verifies a piece of code that is about to be added; it may lead to `block`.
+    /// Verifies a piece of code that is about to be added; it may lead to `others`.
     #[cfg(debug_assertions)]
-    fn verify(&self, code: &[u8], block: Option<u64>) {
+    fn verify(&self, code: &[u8], others: &[u64]) {
         let start = self.arena.range().start;
-        let bounds = super::verify::Bounds { low: self.low, thunks: start..start + self.floor as u64, block };
+        let bounds = super::verify::Bounds { low: self.low, thunks: start..start + self.floor as u64, others };
         // A cache that is emptied again and again is filled with what has been verified before, mostly.
         if self.emptied < VERIFIED_CACHES || self.blocks.len().is_multiple_of(VERIFIED_SHARE) {
             super::verify::verify(code, self.arena.next(), &bounds);
@@ -217,22 +229,17 @@ impl Jit {
         if crate::mmu::canonical(target) {
             return None;
         }
-        let site = self.sites[cpu.state.hot().address as usize];
-        cpu.state.rip = site.rip;
-        cpu.state.gpr[4] = cpu.state.gpr[4].wrapping_add_signed(site.undo);
+        let site = cpu.state.hot().address;
+        cpu.state.rip = self.rip_of(cpu, site);
+        cpu.state.gpr[4] = cpu.state.gpr[4].wrapping_add_signed(self.sites[site as usize].undo);
         Some(Ran::One)
     }
 
     /// A piece of code that leaves for what a forgotten block was for, until the jump at its start is linked to a new one.
     pub(super) fn leave_instead(&mut self, block: u32) -> Option<u64> {
-        let Block { key, start, .. } = self.blocks[block as usize];
+        let Block { key, anchor, start, .. } = self.blocks[block as usize];
         let exit = self.exits.len() as u64;
-        self.exits.push(super::Exit {
-            target: key.rip,
-            at: Some(start + 1),
-            page: key.rip >> 12,
-            instead: Some(block),
-        });
+        self.exits.push(super::Exit { target: key.rip, anchor, at: Some(start + 1), instead: Some(block) });
         let mut asm = Asm::new(self.arena.next());
         asm.constant(super::emit::T1, exit);
         asm.jmp_to(self.thunks.chain);

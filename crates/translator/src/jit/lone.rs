@@ -8,12 +8,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
 use engine::state::rflags;
-use iced_x86::{Instruction, OpKind, RflagsBits};
+use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind, RflagsBits};
 
 use super::same::Source;
 use super::template::Kind;
 use super::thunk::exit;
-use super::{Jit, Key, Map, Ran};
+use super::{Block, Jit, Key, Map, Ran};
 use crate::cpu::Cpu;
 use crate::op::Op;
 
@@ -23,7 +23,37 @@ static QUIET: AtomicU32 = AtomicU32::new(0);
 /// The blocks translated so far, as the guest has them.
 #[derive(Default)]
 pub(super) struct Lone {
-    blocks: Map<Key, Arc<Plain>>,
+    blocks: Map<Key, Noted>,
+}
+
+/// A block wherever its page is.
+struct Noted {
+    /// Bytes and status flags that are needed before, for each instruction.
+    steps: Vec<(Vec<u8>, u64)>,
+    repeatable: bool,
+    /// The block where it was last.
+    plain: Option<Arc<Plain>>,
+}
+
+impl Noted {
+    /// The block at RIP.
+    fn plain(&mut self, cpu: &mut Cpu, key: Key) -> Arc<Plain> {
+        let start = cpu.state.rip;
+        if let Some(plain) = self.plain.as_ref().filter(|plain| plain.position(start) == Some(0)) {
+            return Arc::clone(plain);
+        }
+        let mut rip = start;
+        let steps = self.steps.iter().map(|(bytes, live)| {
+            let instruction = Decoder::with_ip(64, bytes, rip, DecoderOptions::AMD).decode();
+            rip = instruction.next_ip();
+            let op = cpu.op(&instruction, bytes, instruction.ip(), u64::MAX);
+            Step { instruction, op, bytes: bytes.clone(), live: *live }
+        });
+        let steps = steps.collect();
+        let plain = Arc::new(Plain { gpa: key.gpa, user: key.is_user(), steps, repeatable: self.repeatable });
+        self.plain = Some(Arc::clone(&plain));
+        plain
+    }
 }
 
 impl Lone {
@@ -110,26 +140,18 @@ pub(super) const fn stands_alone(kind: Kind) -> bool {
 
 impl Jit {
     /// Notes what a block is, as it is translated. `live` are the flags needed before each instruction, last first.
-    pub(super) fn note_plain(&mut self, cpu: &mut Cpu, key: Key, sources: &[Source<'_>], live: &[u32]) {
-        let steps: Vec<Step> = sources
-            .iter()
-            .zip(live.iter().rev())
-            .map(|(source, &live)| Step {
-                instruction: source.instruction,
-                op: cpu.op(&source.instruction, source.bytes, source.instruction.ip(), u64::MAX),
-                bytes: source.bytes[..source.instruction.len().min(source.bytes.len())].to_vec(),
-                live: status_bits(live),
-            })
-            .collect();
+    pub(super) fn note_plain(&mut self, key: Key, sources: &[Source<'_>], live: &[u32]) {
+        let bytes = |source: &Source<'_>| source.bytes[..source.instruction.len().min(source.bytes.len())].to_vec();
+        let live = live.iter().rev().map(|&live| status_bits(live));
+        let steps = sources.iter().map(bytes).zip(live).collect();
         // A branch to where it would go anyway does not tell which way it went.
         let ambiguous = |source: &Source<'_>| {
             source.instruction.op0_kind() == OpKind::NearBranch64
                 && source.instruction.near_branch_target() == source.instruction.next_ip()
         };
         let repeatable = sources.iter().all(|source| is_checked(source.template.kind) && !ambiguous(source));
-        let plain = Plain { gpa: key.gpa, user: key.is_user(), steps, repeatable };
         if let Some(lone) = &mut self.lone {
-            lone.blocks.insert(key, Arc::new(plain));
+            lone.blocks.insert(key, Noted { steps, repeatable, plain: None });
         }
     }
 
@@ -137,8 +159,8 @@ impl Jit {
     pub(crate) fn ready(&mut self, cpu: &mut Cpu) -> Result<(u32, Arc<Plain>), Ran> {
         let block = self.first(cpu)?;
         let key = self.blocks[block as usize].key;
-        match self.lone.as_ref().and_then(|lone| lone.blocks.get(&key)) {
-            Some(plain) => Ok((block, Arc::clone(plain))),
+        match self.lone.as_mut().and_then(|lone| lone.blocks.get_mut(&key)) {
+            Some(noted) => Ok((block, noted.plain(cpu, key))),
             None => Err(Ran::Unable),
         }
     }
@@ -151,7 +173,7 @@ impl Jit {
         }
         let (why, value) = (cpu.state.hot().exit, cpu.state.hot().value);
         match why {
-            exit::CHAIN => cpu.state.rip = self.exits[value as usize].target,
+            exit::CHAIN => cpu.state.rip = self.target_of(cpu, value),
             exit::LAND => {
                 if self.refuse_landing(cpu, value).is_some() {
                     return Left::BeforeWild;
@@ -168,8 +190,9 @@ impl Jit {
 
     /// Status flags that the code at RIP may read, as RFLAGS bits.
     pub(crate) fn flags_needed(&mut self, cpu: &mut Cpu, block: u32) -> u64 {
-        let (key, rip) = (self.blocks[block as usize].key, cpu.state.rip);
-        status_bits(self.needs_flags(cpu, key, rip))
+        let Block { key, anchor, .. } = self.blocks[block as usize];
+        let target = cpu.state.rip.wrapping_sub(Self::linear(cpu, anchor, 0));
+        status_bits(self.needs_flags(cpu, key, target))
     }
 }
 

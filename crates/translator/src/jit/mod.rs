@@ -10,10 +10,11 @@
 //! checked and some registers renamed; flags and vector registers are the host's. What is rare calls the interpreter's
 //! handler, and what faults runs again in the interpreter, which knows how to raise it.
 //!
-//! A block is good for one guest-physical place, one address and one mode. Upper addresses (the kernel's) are taken to lead
-//! where they led until a flush, when all are looked up again; lower ones are compared with the page's read entry wherever
-//! a block is entered from another page.
+//! A block is good for one guest-physical place and one mode. Upper addresses (the kernel's) are taken to lead where they
+//! led until a flush, when all are looked up again, and their blocks are good for one address only; blocks at lower ones
+//! are good for whatever address their page is at (`anchor.rs`).
 
+mod anchor;
 mod asm;
 mod callback;
 mod control;
@@ -46,8 +47,8 @@ use crate::config::{Check, LEAST_CODE_CACHE, MOST_CODE_CACHE};
 use crate::cpu::Cpu;
 use crate::home::Hot;
 use crate::mmu::DataMode;
-use crate::op::Op;
-use callback::Context;
+use anchor::{Anchors, FIXED};
+use callback::{Context, Interpreted};
 use emit::Site;
 use fault::{Active, Shadow};
 use lone::Lone;
@@ -57,7 +58,7 @@ use thunk::{Thunks, exit};
 pub(crate) use callback::After;
 pub(crate) use lone::{Left, Plain, status_bits};
 
-/// What a block was translated from and for.
+/// What a block was translated from and for. Lower addresses are from the start of their page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Key {
     /// Guest-physical address.
@@ -76,6 +77,8 @@ const AVX: u8 = 1 << 3;
 const TIME: u8 = 1 << 4;
 /// STAC and CLAC do something.
 const ACCESS_CONTROL: u8 = 1 << 5;
+/// Supervisor code may not be in user pages.
+const NO_USER_CODE: u8 = 1 << 6;
 
 impl Key {
     /// CPL 3.
@@ -135,6 +138,9 @@ fn mode_of(cpu: &Cpu) -> u8 {
     if cr4 & cr4::SMAP != 0 {
         mode |= ACCESS_CONTROL;
     }
+    if cr4 & cr4::SMEP != 0 {
+        mode |= NO_USER_CODE;
+    }
     mode
 }
 
@@ -147,12 +153,11 @@ fn units_of(cpu: &Cpu) -> u8 {
 /// Where a block may be left for another.
 #[derive(Clone, Copy, Debug)]
 struct Exit {
-    /// Instruction pointer.
+    /// Instruction pointer, from where the anchor is.
     target: u64,
+    anchor: u32,
     /// Where the displacement is that leads there, if it is to be linked.
     at: Option<u64>,
-    /// Page of the instruction pointer that it leaves from.
-    page: u64,
     /// It stands in the place of this block, which has been forgotten, and leads to one made for the same key only.
     instead: Option<u32>,
 }
@@ -167,14 +172,15 @@ struct Mark {
 /// A translated block.
 struct Block {
     key: Key,
+    /// Of its page.
+    anchor: u32,
     /// Where it runs.
     start: u64,
     marks: std::ops::Range<u32>,
     /// Its one instruction lies across two pages.
     second: Option<translate::Second>,
-    /// What indirect branches enter, and what branches from other pages do; 0 until needed.
+    /// What branches enter that compare addresses; 0 until needed.
     landing: u64,
-    verified: u64,
     alive: bool,
 }
 
@@ -252,8 +258,9 @@ pub(crate) struct Jit {
     marks: Vec<Mark>,
     /// Operations that translated code has the addresses of.
     #[expect(clippy::vec_box, reason = "translated code has their addresses")]
-    ops: Vec<Box<Op>>,
+    ops: Vec<Box<Interpreted>>,
     pages: Map<u64, Page>,
+    anchors: Anchors,
     /// Where upper pages with code lead, and whether in all address spaces.
     upper: Map<u64, (u64, bool)>,
     _shadows: [Shadow; 2],
@@ -306,6 +313,7 @@ impl Jit {
             shadows: [(shadows[0].guard(), begins[0]), (shadows[1].guard(), begins[1])],
         });
         fault::install();
+        cpu.state.set_fixed_anchor(FIXED);
         let hot = cpu.state.hot_mut();
         (hot.begins, hot.pointers, hot.shadow) = (begins, begins, begins[0]);
         let mut jit = Self {
@@ -321,6 +329,7 @@ impl Jit {
             marks: Vec::new(),
             ops: Vec::new(),
             pages: Map::default(),
+            anchors: Anchors::default(),
             upper: Map::default(),
             _shadows: shadows,
             active,
@@ -365,7 +374,7 @@ impl Jit {
             }
             let (why, value) = (cpu.state.hot().exit, cpu.state.hot().value);
             match why {
-                exit::CHAIN => cpu.state.rip = self.exits[value as usize].target,
+                exit::CHAIN => cpu.state.rip = self.target_of(cpu, value),
                 exit::LAND => {
                     if let Some(ran) = self.refuse_landing(cpu, value) {
                         return ran;
@@ -388,7 +397,7 @@ impl Jit {
             if why == exit::LAND {
                 self.land(cpu, block);
             } else if self.emptied == emptied {
-                self.link(cpu, value as u32, block);
+                self.link(value as u32, block);
             }
             entry = self.blocks[block as usize].start;
         }
@@ -407,16 +416,16 @@ impl Jit {
     fn left(&mut self, cpu: &mut Cpu, why: u64, value: u64) -> Ran {
         match why {
             exit::POLL => {
-                cpu.state.rip = self.exits[value as usize].target;
+                cpu.state.rip = self.target_of(cpu, value);
                 cpu.recheck = true;
                 Ran::Look
             }
             exit::SITE => {
-                cpu.state.rip = self.rip_of(value);
+                cpu.state.rip = self.rip_of(cpu, value);
                 Ran::One
             }
             exit::FAULT => {
-                cpu.state.rip = self.guest_address(cpu.state.hot().fault);
+                cpu.state.rip = self.guest_address(cpu, cpu.state.hot().fault);
                 Ran::One
             }
             _ => match std::mem::take(&mut cpu.after) {
@@ -455,21 +464,6 @@ impl Jit {
         let status = callback::from_hot(cpu.state.hot().flags);
         cpu.flags.set_status(status);
         true
-    }
-
-    /// The guest instruction of a site.
-    fn rip_of(&self, site: u64) -> u64 {
-        self.sites[site as usize].rip
-    }
-
-    /// The guest instruction whose translation is at a host address.
-    fn guest_address(&self, host: u64) -> u64 {
-        let block = self.blocks.partition_point(|block| block.start <= host).saturating_sub(1);
-        let Some(block) = self.blocks.get(block) else { return 0 };
-        let marks = &self.marks[block.marks.start as usize..block.marks.end as usize];
-        let offset = host.wrapping_sub(block.start);
-        let mark = marks.partition_point(|mark| u64::from(mark.host) <= offset).saturating_sub(1);
-        block.key.rip.wrapping_add(marks.get(mark).map_or(0, |mark| mark.guest.into()))
     }
 
     /// Counts what the engine did.

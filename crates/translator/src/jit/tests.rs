@@ -4,7 +4,7 @@ use engine::Exit;
 use engine::ledger::Work;
 use memory::Gpa;
 
-use crate::bare::{Bare, CODE};
+use crate::bare::{Bare, CODE, LARGE, PRESENT_WRITABLE, TABLES};
 use crate::config::{Config, LEAST_CODE_CACHE};
 
 /// Links of a chain of blocks: direct and indirect jumps, and calls that never return.
@@ -67,4 +67,64 @@ fn blocks_whose_bytes_are_overwritten_are_dropped_and_counted() {
     engine::Vcpu::load(&mut bare.vcpu, &state).unwrap();
     assert_eq!(bare.run().1.gpr[0], 2);
     assert!(bare.ledger.worked(Work::SelfModified) > 0);
+}
+
+/// Entries of the page directory that have the first 2 MiB of memory once more.
+const AGAIN: [u64; 2] = [1, 128];
+const HIGHER: u64 = AGAIN[0] << 21;
+
+/// Calls a function at `function` from the code's start, and once more where its page is a second time; it adds an address
+/// relative to its own to RAX.
+fn twice(function: usize) -> Vec<u8> {
+    let mut code = vec![0xbb, ROUNDS as u8, 0, 0, 0, 0x48, 0x8d, 0x15]; // mov ebx, ROUNDS; again: lea rdx, function
+    code.extend((function as i32 - 12).to_le_bytes());
+    code.extend([0xff, 0xd2, 0x48, 0x81, 0xc2, 0, 0, 0x20, 0, 0xff, 0xd2]); // call rdx; add rdx, HIGHER; call rdx
+    code.extend([0x48, 0xff, 0xcb, 0x75, 0xe9, 0xf4]); // dec rbx; jnz again; hlt
+    code.resize(function, 0xcc);
+    code.extend([0x48, 0x8d, 0x0d, 0, 0, 0, 0, 0x48, 0x01, 0xc8, 0xc3]); // lea rcx, [rip]; add rax, rcx; ret
+    code
+}
+
+fn with_memory_again(code: &[u8]) -> Bare {
+    let bare = Bare::new(code, Config::default());
+    for entry in AGAIN {
+        bare.ram.write_value(Gpa(TABLES + 0x2000 + 8 * entry), &(PRESENT_WRITABLE | LARGE)).unwrap();
+    }
+    bare
+}
+
+#[test]
+fn code_is_translated_once_wherever_it_is() {
+    for function in [0x40, 0x1040, 0xffc] {
+        let mut bare = with_memory_again(&twice(function));
+        let sum = |moved: u64| ROUNDS * (2 * (CODE + function as u64 + 7 + moved) + HIGHER);
+        assert_eq!(bare.run().1.gpr[0], sum(0), "{function:#x}");
+        let translated = bare.ledger.worked(Work::Translate);
+        let mut state = bare.run().1;
+        (state.halted, state.rip, state.gpr[0]) = (false, CODE + HIGHER, 0);
+        engine::Vcpu::load(&mut bare.vcpu, &state).unwrap();
+        bare.ram.write_value(Gpa(TABLES + 0x2000 + 16), &(PRESENT_WRITABLE | LARGE)).unwrap();
+        assert_eq!(bare.run().1.gpr[0], sum(HIGHER), "{function:#x}, moved");
+        // Once more, but for what ended a block the first time.
+        assert!(bare.ledger.worked(Work::Translate) <= translated + 1, "{function:#x}");
+    }
+}
+
+#[test]
+fn a_page_that_is_nowhere_is_not_found_by_the_address_that_says_so() {
+    // Of this address the landing table's slot is that of `wild`, which a page that is nowhere seems to have.
+    let (function, linear) = (0x2_f100_usize, (AGAIN[1] << 21) + 0x3_f100);
+    let wild = 0x100_u64.wrapping_sub(crate::home::NOWHERE);
+    assert_eq!(super::thunk::landing_of(linear), super::thunk::landing_of(wild));
+    let mut code = vec![0x48, 0xba]; // mov rdx, linear
+    code.extend(linear.to_le_bytes());
+    code.extend([0xff, 0xd2, 0xff, 0xd2]); // call rdx, twice
+    code.extend([0x0f, 0x20, 0xd9, 0x0f, 0x22, 0xd9, 0x48, 0xba]); // mov rcx, cr3; mov cr3, rcx; mov rdx, wild
+    code.extend(wild.to_le_bytes());
+    code.extend([0xff, 0xd2, 0xf4]); // call rdx; hlt
+    code.resize(function, 0xcc);
+    code.extend([0x48, 0xff, 0xc0, 0xc3]); // inc rax; ret
+    let mut bare = with_memory_again(&code);
+    let (exit, state) = bare.run();
+    assert_eq!((exit, state.gpr[0]), (Exit::Shutdown, 2));
 }

@@ -11,7 +11,7 @@
 
 use super::asm::{Asm, At, Label, reg};
 use super::emit::{BIAS, HOST, READ, T1, T2, T3, WRITE};
-use crate::home::offset;
+use crate::home::{NOWHERE, offset};
 
 /// Why generated code was left: [`crate::home::Hot::exit`].
 pub(super) mod exit {
@@ -53,6 +53,8 @@ pub(super) struct Thunks {
     pub last: u64,
     /// Called. Brings the vector registers into the processor.
     pub vectors: u64,
+    /// Called. Places an anchor, whose address is T3, where T2 is its page's address; T1 is zero then. T2 is kept.
+    pub place: u64,
     /// A return that is not to where the shadow stack says. T2: a guest address. One a privilege; user is 1.
     pub mismatch: [u64; 2],
 }
@@ -91,6 +93,7 @@ pub(super) fn build(base: u64, plan: &Plan) -> Option<(Vec<u8>, Thunks)> {
     thunks.op = b.callback(plan.on_op, None, leave);
     thunks.last = b.callback(plan.on_last, None, leave);
     thunks.vectors = b.vectors();
+    thunks.place = b.place();
     thunks.mismatch = [b.mismatch(false), b.mismatch(true)];
     Some((b.asm.finish()?, thunks))
 }
@@ -212,6 +215,53 @@ impl Builder<'_> {
         self.restore_vectors();
         self.asm.load(reg::RAX, self.slot(0));
         self.asm.load(reg::RDX, self.slot(2));
+        self.asm.ret();
+        start
+    }
+
+    fn place(&mut self) -> u64 {
+        let start = self.asm.here();
+        self.asm.store(self.field(offset::SCRATCH), reg::RAX);
+        let [lower, missing, wrong, good, placed, known] = std::array::from_fn(|_| self.asm.label());
+        // Of upper addresses there may not even be a table.
+        self.asm.constant(T1, 47);
+        self.asm.shift_right(T1, T2, T1);
+        self.asm.jrcxz(lower);
+        self.asm.jmp_short(wrong);
+        self.asm.bind(missing);
+        self.asm.constant(T1, 1);
+        self.asm.bind(wrong);
+        self.asm.load(reg::RAX, self.field(offset::SCRATCH));
+        self.asm.ret();
+        self.asm.bind(lower);
+        self.asm.rotate_right(T1, T2, 48);
+        self.asm.shift_right_signed(T1, T1, READ);
+        self.asm.load(T1, At::Index(READ, T1, 3, -BIAS));
+        self.asm.jrcxz(missing);
+        self.asm.lea(T1, At::Index(T1, T2, 0, 0));
+        self.asm.load(reg::RAX, At::Base(T3, offset::HOST_IN_ANCHOR));
+        self.asm.lea(T1, At::Index(T1, reg::RAX, 0, 0));
+        self.asm.jrcxz(good);
+        self.asm.jmp(wrong);
+        self.asm.bind(good);
+        self.asm.load(T1, At::Base(T3, offset::NEGATIVE_IN_ANCHOR));
+        self.asm.constant(reg::RAX, NOWHERE.wrapping_neg());
+        self.asm.lea(T1, At::Index(T1, reg::RAX, 0, 0));
+        self.asm.jrcxz(placed);
+        self.asm.jmp_short(known);
+        self.asm.bind(placed);
+        self.asm.load(reg::RAX, self.field(offset::PLACED_COUNT));
+        self.asm.store(At::Scaled(reg::RAX, 3, self.plan.low + offset::PLACED), T3);
+        self.asm.lea(reg::RAX, At::Base(reg::RAX, 1));
+        self.asm.store(self.field(offset::PLACED_COUNT), reg::RAX);
+        self.asm.bind(known);
+        self.asm.store(At::Base(T3, offset::ADDRESS_IN_ANCHOR), T2);
+        self.asm.mov(reg::RAX, T2);
+        self.asm.not(reg::RAX);
+        self.asm.lea(reg::RAX, At::Base(reg::RAX, 1));
+        self.asm.store(At::Base(T3, offset::NEGATIVE_IN_ANCHOR), reg::RAX);
+        self.asm.constant(T1, 0);
+        self.asm.load(reg::RAX, self.field(offset::SCRATCH));
         self.asm.ret();
         start
     }

@@ -7,7 +7,9 @@
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 use memory::{Gpa, Gva, PAGE_SIZE};
 
+use super::anchor::FIXED;
 use super::asm::Label;
+use super::callback::Interpreted;
 use super::emit::Emit;
 use super::lone::stands_alone;
 use super::same::{Source, moves_stack_pointer};
@@ -17,7 +19,7 @@ use crate::block::Version;
 use crate::cpu::Cpu;
 use crate::decode::CodePlace;
 use crate::mmu::{Access, Rights};
-use crate::op::{Leave, Op};
+use crate::op::Leave;
 
 /// Most instructions in a block.
 const MOST: usize = 48;
@@ -47,8 +49,8 @@ impl Bytes {
 /// The second page of an instruction across two.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Second {
-    pub linear: u64,
     pub gpa: Gpa,
+    pub anchor: u32,
 }
 
 /// A translated block, not yet in the code cache.
@@ -57,12 +59,12 @@ pub(super) struct Translation {
     pub exits: Vec<Exit>,
     pub marks: Vec<Mark>,
     #[expect(clippy::vec_box, reason = "translated code has their addresses")]
-    pub ops: Vec<Box<Op>>,
+    pub ops: Vec<Box<Interpreted>>,
 }
 
 impl Jit {
-    /// Reads the bytes of the block at `place`, having declared them to be code.
-    pub(super) fn fetch(&mut self, cpu: &mut Cpu, place: &CodePlace) -> Result<Bytes, Leave> {
+    /// Reads the bytes of the block of `key` at `place`, having declared them to be code.
+    pub(super) fn fetch(&mut self, cpu: &mut Cpu, key: Key, place: &CodePlace) -> Result<Bytes, Leave> {
         let left = (PAGE_SIZE - place.gpa % PAGE_SIZE) as usize;
         let version = self.mark_page(cpu, place.gpa, left.min(WINDOW) as u64);
         let mut versions = [version; 2];
@@ -83,14 +85,24 @@ impl Jit {
                 unsafe {
                     std::ptr::copy_nonoverlapping(host.as_ptr(), bytes[start..].as_mut_ptr(), LONGEST - start);
                 }
-                second = Some(Second { linear, gpa });
+                let anchor = self.anchor(cpu, key, gpa).unwrap_or_else(|| {
+                    self.full = true; // of anchors
+                    FIXED
+                });
+                second = Some(Second { gpa, anchor });
             }
         }
         Ok(Bytes { bytes, versions, second })
     }
 
     /// Translates a block to run at the end of the code cache. `None`: it cannot be done.
-    pub(super) fn translate(&mut self, cpu: &mut Cpu, key: Key, bytes: &Bytes, careful: bool) -> Option<Translation> {
+    pub(super) fn translate(
+        &mut self,
+        cpu: &mut Cpu,
+        (key, anchor): (Key, u32),
+        bytes: &Bytes,
+        careful: bool,
+    ) -> Option<Translation> {
         let across = bytes.second.is_some();
         let mut sources = self.decode(cpu, key, &bytes.bytes, if across { 1 } else { MOST });
         let last = sources.last()?;
@@ -119,7 +131,7 @@ impl Jit {
             needed.push(live);
         }
         if self.lone.is_some() {
-            self.note_plain(cpu, key, &sources, &needed);
+            self.note_plain(key, &sources, &needed);
         }
         #[cfg(test)]
         if self.wrong {
@@ -127,7 +139,7 @@ impl Jit {
         }
         let at = self.arena.next();
         let mut block = Block {
-            emit: Emit::new(at, self.low, &self.thunks, &mut self.sites, careful),
+            emit: Emit::new(at, (self.low, anchor), &self.thunks, &mut self.sites),
             key,
             first_exit: self.exits.len() as u32,
             exits: Vec::with_capacity(8),
@@ -135,12 +147,13 @@ impl Jit {
             ops: Vec::new(),
             start: None,
         };
+        block.emit.careful = careful;
         let start = block.emit.asm.bound();
         block.start = self.lone.is_none().then_some(start);
         if let Some(second) = bytes.second
-            && !key.is_upper()
+            && second.anchor != FIXED
         {
-            block.second_page(cpu, second)?;
+            block.second_page(second);
         }
         let mut ended = false;
         let mut enabled = false;
@@ -257,7 +270,7 @@ struct Block<'a> {
     exits: Vec<Exit>,
     marks: Vec<Mark>,
     #[expect(clippy::vec_box, reason = "translated code has their addresses")]
-    ops: Vec<Box<Op>>,
+    ops: Vec<Box<Interpreted>>,
     start: Option<Label>,
 }
 
@@ -271,14 +284,14 @@ impl Block<'_> {
     /// An exit to the block at `target`. The displacement that leads to it is `ahead` bytes from here.
     fn exit_to(&mut self, target: u64, ahead: usize) -> Label {
         let at = self.emit.asm.here() + ahead as u64;
-        self.exits.push(Exit { target, at: Some(at), page: self.key.rip >> 12, instead: None });
+        self.exits.push(Exit { target, anchor: self.emit.anchor, at: Some(at), instead: None });
         let exit = self.first_exit + self.exits.len() as u32 - 1;
         self.emit.exit(exit, false)
     }
 
     /// An exit to the monitor, to go on at `target`.
     fn look_at(&mut self, target: u64) -> Label {
-        self.exits.push(Exit { target, at: None, page: 0, instead: None });
+        self.exits.push(Exit { target, anchor: self.emit.anchor, at: None, instead: None });
         let exit = self.first_exit + self.exits.len() as u32 - 1;
         self.emit.exit(exit, true)
     }
@@ -374,8 +387,9 @@ impl Block<'_> {
     /// The interpreter does it. True where the block ends with it.
     fn interpret(&mut self, cpu: &mut Cpu, source: &Source<'_>) -> bool {
         let instruction = &source.instruction;
-        let op = Box::new(cpu.op(instruction, source.bytes, instruction.ip(), u64::MAX));
-        let address = std::ptr::from_ref::<Op>(&op).expose_provenance() as u64;
+        let op = cpu.op(instruction, source.bytes, instruction.ip(), u64::MAX);
+        let op = Box::new(Interpreted::new(op, instruction, self.emit.anchor));
+        let address = std::ptr::from_ref::<Interpreted>(&op).expose_provenance() as u64;
         self.ops.push(op);
         let last =
             source.template.kind != Kind::Interpret && self.ends(instruction) || disturbs_stack_pointer(instruction);
@@ -391,7 +405,7 @@ impl Block<'_> {
     /// Goes to a target, with a look at the signal word where that is backwards.
     fn jump(&mut self, source: &Source<'_>) {
         let target = source.instruction.near_branch_target();
-        if target <= self.emit.rip {
+        if self.is_backward(target) {
             let out = self.look_at(target);
             self.emit.poll(out);
         }
@@ -407,7 +421,7 @@ impl Block<'_> {
 
     fn jump_if(&mut self, source: &Source<'_>) {
         let target = source.instruction.near_branch_target();
-        if target <= self.emit.rip {
+        if self.is_backward(target) {
             let over = self.emit.asm.label();
             self.emit.jump_unless(&source.instruction, over);
             self.jump(source);
@@ -420,7 +434,7 @@ impl Block<'_> {
 
     fn call(&mut self, source: &Source<'_>) {
         let target = source.instruction.near_branch_target();
-        if target <= self.emit.rip {
+        if self.is_backward(target) {
             let out = self.look_at(self.emit.rip);
             self.emit.poll(out);
         }
@@ -434,15 +448,18 @@ impl Block<'_> {
         self.emit.asm.jmp(next);
     }
 
-    /// Leaves where the second page of the block's one instruction leads elsewhere than it did.
-    fn second_page(&mut self, cpu: &mut Cpu, second: Second) -> Option<()> {
-        let addend = cpu.vouch_for_code(second.linear, second.gpa)?;
+    /// True where a branch to `target` goes backwards. Addresses are from the page's start, perhaps before it.
+    fn is_backward(&self, target: u64) -> bool {
+        target as i64 <= self.emit.rip as i64
+    }
+
+    /// Leaves where the second page of the block's one instruction is not known to be behind the first.
+    fn second_page(&mut self, second: Second) {
         let right = self.emit.asm.label();
-        self.emit.compare_mapping(second.linear, addend);
+        self.emit.distance(second.anchor, PAGE_SIZE as i32);
         self.emit.asm.jrcxz(right);
         let look = self.look_at(self.key.rip);
         self.emit.asm.jmp(look);
         self.emit.asm.bind(right);
-        Some(())
     }
 }

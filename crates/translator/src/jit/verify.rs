@@ -89,17 +89,17 @@ impl State {
 }
 
 /// What a piece of code may refer to.
-pub(super) struct Bounds {
+pub(super) struct Bounds<'a> {
     /// The vCPU's home.
     pub low: i32,
     /// Where the thunks run.
     pub thunks: Range<u64>,
-    /// A block that the piece leads to.
-    pub block: Option<u64>,
+    /// Starts of other pieces that this one leads to.
+    pub others: &'a [u64],
 }
 
 /// Panics where code that is to run at `at` does what emitted code never does.
-pub(super) fn verify(code: &[u8], at: u64, bounds: &Bounds) {
+pub(super) fn verify(code: &[u8], at: u64, bounds: &Bounds<'_>) {
     if let Err(complaint) = check(code, at, bounds) {
         panic!("{complaint}\n{}", text(code, at));
     }
@@ -116,7 +116,7 @@ fn text(code: &[u8], at: u64) -> String {
     text
 }
 
-fn check(code: &[u8], at: u64, bounds: &Bounds) -> Result<(), String> {
+fn check(code: &[u8], at: u64, bounds: &Bounds<'_>) -> Result<(), String> {
     let instructions: Vec<Instruction> = Decoder::with_ip(64, code, at, DecoderOptions::NONE).into_iter().collect();
     let mut piece = Piece { instructions, bounds, infos: InstructionInfoFactory::new() };
     let states = piece.follow()?;
@@ -132,7 +132,7 @@ fn check(code: &[u8], at: u64, bounds: &Bounds) -> Result<(), String> {
 
 struct Piece<'a> {
     instructions: Vec<Instruction>,
-    bounds: &'a Bounds,
+    bounds: &'a Bounds<'a>,
     infos: InstructionInfoFactory,
 }
 
@@ -175,7 +175,7 @@ impl Piece<'_> {
     /// Goes to a branch's target, which lies in this piece, or in the thunks.
     fn go(&self, instruction: &Instruction, state: State, open: &mut Vec<(usize, State)>) -> Result<(), String> {
         let target = instruction.near_branch_target();
-        if self.bounds.thunks.contains(&target) || self.bounds.block == Some(target) {
+        if self.bounds.thunks.contains(&target) || self.bounds.others.contains(&target) {
             return Ok(());
         }
         match self.instructions.binary_search_by_key(&target, Instruction::ip) {
@@ -407,7 +407,7 @@ mod tests {
     use crate::jit::asm::{Asm, At};
 
     const AT: u64 = 0x7000_0000;
-    const BOUNDS: Bounds = Bounds { low: 0x4000_0000, thunks: 0x6fff_0000..0x6fff_1000, block: None };
+    const BOUNDS: Bounds<'_> = Bounds { low: 0x4000_0000, thunks: 0x6fff_0000..0x6fff_1000, others: &[] };
     const HOST: At = At::Index(R8, RCX, 0, 0);
 
     fn complaint(build: impl FnOnce(&mut Asm)) -> String {

@@ -340,20 +340,15 @@ impl Cpu {
         Ok(hit.is_some())
     }
 
-    /// The host address minus the linear address of code at `linear` as a read entry has it, which is made where the page
-    /// may be read.
-    pub(crate) fn vouch_for_code(&mut self, linear: u64, gpa: Gpa) -> Option<u64> {
-        let region = self.shared.ram.region(gpa)?;
-        let addend = (region.alias_base().as_ptr() as u64).wrapping_add(gpa.0 - region.start.0).wrapping_sub(linear);
-        let present = self.tlb.lookup_read(self.data_mode(), linear, 1).map(|host| (host as u64).wrapping_sub(linear));
-        if present != Some(addend) {
+    /// Makes a read entry of a page of code, where the page may be read.
+    pub(crate) fn vouch_for_code(&mut self, linear: u64) {
+        if self.tlb.lookup_read(self.data_mode(), linear, 1).is_none() {
             let before = self.exception;
             match self.translate(Gva(linear), Access::Read, Rights::Current) {
                 Ok(translation) => self.fill(linear, Access::Read, Rights::Current, &translation),
                 Err(_) => self.exception = before,
             }
         }
-        Some(addend)
     }
 
     /// Does an access of as many bytes as `place` was found for.

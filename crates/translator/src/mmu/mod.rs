@@ -16,7 +16,6 @@ mod walk;
 mod written;
 
 pub(crate) use address::canonical;
-pub(crate) use table::index as table_index;
 pub(crate) use tlb::{Centers, DataMode, Fill, Tlb};
 pub(crate) use walk::{Access, Rights};
 pub(crate) use written::{Where, Written};
