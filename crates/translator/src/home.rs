@@ -44,9 +44,9 @@ pub(crate) struct Hot {
     pub host_stack: u64,
     /// Where to enter.
     pub entry: u64,
-    /// Center of the current read table, as its register holds it.
+    /// The current read table, as its register holds it.
     pub read: u64,
-    /// Center of the current write table.
+    /// The current write table.
     pub write: u64,
     /// The `Cpu`, for callbacks.
     pub context: u64,
@@ -83,6 +83,8 @@ pub(crate) struct Hot {
     pub tsc: u64,
     /// Anchors that have been placed.
     pub placed: u64,
+    /// The bits of an address that are the index of its entry in a translation table.
+    pub index_bits: u64,
 }
 
 #[repr(C)]
@@ -121,6 +123,7 @@ impl Home {
         let mut home = Self { at };
         home.hot_mut().vectors_away = 1;
         home.hot_mut().mxcsr = 0x1f80;
+        home.hot_mut().index_bits = crate::mmu::INDEX_BITS;
         Ok(home)
     }
 
@@ -217,7 +220,7 @@ pub(crate) mod offset {
     hot! {
         FLAGS flags; SHADOW shadow; HOST_STACK host_stack; ENTRY entry; READ read; WRITE write; CONTEXT context;
         VECTORS_AWAY vectors_away; EXIT exit; VALUE value; ADDRESS address; SIGNAL signal; SCRATCH scratch; MXCSR mxcsr;
-        LANDING landing; WAITS waits; DATA_MODE data_mode; TABLES tables; TSC tsc; PLACED_COUNT placed;
+        LANDING landing; WAITS waits; DATA_MODE data_mode; TABLES tables; TSC tsc; PLACED_COUNT placed; INDEX_BITS index_bits;
     }
 
     /// The landing table of a privilege.

@@ -260,9 +260,9 @@ impl Asm {
         self.byte(count);
     }
 
-    /// `sarx to, from, count`: flags stay.
-    pub(crate) fn shift_right_signed(&mut self, to: u8, from: u8, count: u8) {
-        self.vex(2, 2, 0xf7, to, count, Place::Reg(from));
+    /// `bextr to, from, bits`: flags are lost.
+    pub(crate) fn extract_bits(&mut self, to: u8, from: u8, bits: u8) {
+        self.vex(2, 0, 0xf7, to, bits, Place::Reg(from));
     }
 
     /// `shrx to, from, count`: flags stay.
@@ -278,6 +278,11 @@ impl Asm {
     /// `pext to, from, mask`: flags stay.
     pub(crate) fn extract(&mut self, to: u8, from: u8, mask: u8) {
         self.vex(2, 2, 0xf5, to, from, Place::Reg(mask));
+    }
+
+    /// `pext to, from, [mask]`: flags stay.
+    pub(crate) fn extract_at(&mut self, to: u8, from: u8, mask: At) {
+        self.vex(2, 2, 0xf5, to, from, Place::Mem(mask));
     }
 
     /// `pdep to, from, mask`: flags stay.
@@ -464,7 +469,8 @@ mod tests {
             asm.constant(RCX, -5_i64 as u64);
             asm.constant(R11, 0x1234_5678_9abc);
             asm.rotate_right(RCX, R11, 48);
-            asm.shift_right_signed(RCX, RCX, R15);
+            asm.extract_bits(RCX, R11, R15);
+            asm.extract_at(RCX, R8, At::Absolute(0x40));
             asm.extract(RCX, R8, RCX);
             asm.deposit(R10, R10, RCX);
             asm.test_byte(R8, 7);
@@ -475,7 +481,8 @@ mod tests {
             "mov rcx,0FFFFFFFFFFFFFFFBh",
             "mov r11,123456789ABCh",
             "rorx rcx,r11,30h",
-            "sarx rcx,rcx,r15",
+            "bextr rcx,r11,r15",
+            "pext rcx,r8,[40h]",
             "pext rcx,r8,rcx",
             "pdep r10,r10,rcx",
             "test r8b,7",

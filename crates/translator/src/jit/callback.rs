@@ -9,10 +9,11 @@ use iced_x86::{Instruction, OpKind};
 use engine::state::rflags::{IF, OF, RF, STATUS, TF};
 use engine::state::{Shadow, cr4};
 
-use super::{Jit, thunk, units_of};
+use super::emit::READ_BIAS;
+use super::{Jit, units_of};
 use crate::cpu::Cpu;
 use crate::home::LANDINGS;
-use crate::mmu::{Access, Centers, DataMode, canonical};
+use crate::mmu::{Access, Starts, DataMode, canonical};
 use crate::op::{Leave, Op};
 
 /// Whom callbacks work for.
@@ -236,12 +237,12 @@ pub(super) fn change_privilege(cpu: &mut Cpu) {
 
 /// Puts the tables of the current mode in force. False where the host gives no address space for them.
 pub(super) fn use_tables(cpu: &mut Cpu) -> bool {
-    let pair = |centers: Centers| [centers.read + thunk::READ_BIAS, centers.write];
-    let current = cpu.tlb.centers(cpu.data_mode()).map(pair);
+    let pair = |starts: Starts| [starts.read + READ_BIAS, starts.write];
+    let current = cpu.tlb.starts(cpu.data_mode()).map(pair);
     if cpu.mode.cpl == 0 && cpu.state.cr4 & cr4::SMAP != 0 {
         // STAC and CLAC change between these.
         for (at, mode) in [(0, DataMode::Supervisor), (1, DataMode::SupervisorAny)] {
-            let Some(tables) = cpu.tlb.centers(mode).map(pair) else { return false };
+            let Some(tables) = cpu.tlb.starts(mode).map(pair) else { return false };
             cpu.state.hot_mut().tables[at] = tables;
         }
     }

@@ -5,14 +5,14 @@
 //!   host   rax r9  rdx rbx r8  rbp rsi rdi r12 r13 | in memory
 //!
 //!   rcx, r11, r10   temporaries: addend, effective address, operand
-//!   r15             center of the read table, plus 28: its low six bits are a shift count
-//!   r14             center of the write table
+//!   r15             start of the read table, plus 0x240c: its low 16 bits say BEXTR what an index is made of
+//!   r14             start of the write table
 //!   rsp             the shadow return stack
 //! ```
 //!
-//! An access finds the page's addend by `rorx 48; sarx 28` of its address, which cannot leave the table whatever the address
-//! is. An addend of zero is a miss. A non-canonical address reaches the entry of its canonical twin, but the sum is then
-//! not canonical either, and the host's processor refuses it.
+//! An access finds the page's addend by bits 47:12 of its address, which cannot leave the table whatever the address is:
+//! BEXTR takes them, or PEXT where status flags are needed. An addend of zero is a miss. A non-canonical address reaches
+//! the entry of its canonical twin, but the sum is then not canonical either, and the host's processor refuses it.
 
 use iced_x86::{Instruction, Register};
 
@@ -31,10 +31,15 @@ pub(super) const T3: u8 = reg::R10;
 pub(super) const READ: u8 = reg::R15;
 /// Write table.
 pub(super) const WRITE: u8 = reg::R14;
-/// What the read table's register is more than the table's center.
-pub(super) const BIAS: i32 = 28;
+/// What the read table's register is more than the table's start: 36 bits from bit 12 on, as BEXTR reads it.
+pub(super) const READ_BIAS: u64 = 36 << 8 | 12;
 
 const RSP: usize = 4;
+
+/// The register of the table that an access looks into, and what is too much in it.
+fn table_for(access: Access) -> (u8, i32) {
+    if access.write { (WRITE, 0) } else { (READ, READ_BIAS as i32) }
+}
 
 /// The host register that holds a guest register, where one does.
 pub(super) const HOST: [Option<u8>; 16] = [
@@ -332,9 +337,15 @@ impl<'a> Emit<'a> {
         self.colds.push(Cold::Miss { here: miss, again, address, access, site });
         let register = match address {
             Address::Constant(value) => {
-                let index = i64::from(value) >> 12;
-                let (table, bias) = if access.write { (WRITE, 0) } else { (READ, BIAS) };
-                self.asm.load(T1, At::Base(table, (index * 8) as i32 - bias));
+                let (table, bias) = table_for(access);
+                let index = crate::mmu::table_index(value as i64 as u64);
+                match i32::try_from(8 * index) {
+                    Ok(near) => self.asm.load(T1, At::Base(table, near - bias)),
+                    Err(_) => {
+                        self.asm.constant(T1, index as u64);
+                        self.asm.load(T1, At::Index(table, T1, 3, -bias));
+                    }
+                }
                 self.missing(access.live, miss);
                 return At::Base(T1, value);
             }
@@ -351,13 +362,13 @@ impl<'a> Emit<'a> {
             self.asm.bind(back);
             self.colds.push(Cold::Unaligned { here: unaligned, back, address: register, access, site });
         }
-        self.asm.rotate_right(T1, register, 48);
-        self.asm.shift_right_signed(T1, T1, READ);
-        if access.write {
-            self.asm.load(T1, At::Index(WRITE, T1, 3, 0));
+        if access.live {
+            self.asm.extract_at(T1, register, self.field(offset::INDEX_BITS));
         } else {
-            self.asm.load(T1, At::Index(READ, T1, 3, -BIAS));
+            self.asm.extract_bits(T1, register, READ);
         }
+        let (table, bias) = table_for(access);
+        self.asm.load(T1, At::Index(table, T1, 3, -bias));
         self.missing(access.live, miss);
         if crosses && !access.live {
             self.crossing(register, access, site);

@@ -286,8 +286,9 @@ impl Jit {
     pub(crate) fn new(cpu: &mut Cpu) -> Option<Self> {
         let cache = cpu.shared.config.code_cache.clamp(LEAST_CODE_CACHE, MOST_CODE_CACHE) as usize;
         let low = cpu.state.low().or_else(|| Self::unusable("no memory below 2 GiB is free"))?;
-        if !(is_x86_feature_detected!("bmi2") && is_x86_feature_detected!("xsave") && has_rdtscp()) {
-            return Self::unusable("the processor lacks BMI2, XSAVE or RDTSCP");
+        let has_bmi = is_x86_feature_detected!("bmi1") && is_x86_feature_detected!("bmi2");
+        if !(has_bmi && is_x86_feature_detected!("xsave") && has_rdtscp()) {
+            return Self::unusable("the processor lacks BMI, BMI2, XSAVE or RDTSCP");
         }
         let made = || -> std::io::Result<_> { Ok((Arena::new(cache)?, [Shadow::new()?, Shadow::new()?])) };
         let (mut arena, shadows) = made().map_err(|error| Self::unusable::<()>(&error.to_string())).ok()?;

@@ -10,7 +10,7 @@
 //! registers in the XSAVE area, whenever the monitor runs.
 
 use super::asm::{Asm, At, Label, reg};
-use super::emit::{BIAS, HOST, READ, T1, T2, T3, WRITE};
+use super::emit::{HOST, READ, READ_BIAS, T1, T2, T3, WRITE};
 use crate::home::{NOWHERE, offset};
 
 /// Why generated code was left: [`crate::home::Hot::exit`].
@@ -234,9 +234,8 @@ impl Builder<'_> {
         self.asm.load(reg::RAX, self.field(offset::SCRATCH));
         self.asm.ret();
         self.asm.bind(lower);
-        self.asm.rotate_right(T1, T2, 48);
-        self.asm.shift_right_signed(T1, T1, READ);
-        self.asm.load(T1, At::Index(READ, T1, 3, -BIAS));
+        self.asm.extract_at(T1, T2, self.field(offset::INDEX_BITS));
+        self.asm.load(T1, At::Index(READ, T1, 3, -(READ_BIAS as i32)));
         self.asm.jrcxz(missing);
         self.asm.lea(T1, At::Index(T1, T2, 0, 0));
         self.asm.load(reg::RAX, At::Base(T3, offset::HOST_IN_ANCHOR));
@@ -329,6 +328,3 @@ impl Builder<'_> {
         self.asm.constant(reg::RDX, 0);
     }
 }
-
-/// What is more in the read table's register than its center: see [`crate::home::Hot::read`].
-pub(super) const READ_BIAS: u64 = BIAS as u64;

@@ -11,19 +11,17 @@ use iced_x86::{
     Mnemonic, OpAccess, OpKind, Register, UsedMemory,
 };
 
-use super::emit::BIAS;
+use super::emit::READ_BIAS;
 use crate::home::{LANDINGS, offset};
 
-/// Entries of a translation table on either side of its center.
-const TABLE_SIDE: i64 = 1 << 35;
+/// Entries of a translation table.
+const ENTRIES: i64 = 1 << 36;
 
 /// What a temporary register holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Held {
     Anything,
     Constant(i64),
-    /// An address, rotated so that `sarx` makes an index of it.
-    Rotated,
     /// An index that lies in a translation table, whatever the address was.
     Index,
     /// An index of 16 bits.
@@ -221,13 +219,8 @@ impl Piece<'_> {
             Code::Mov_r64_imm64 | Code::Mov_rm64_imm32 | Code::Mov_r32_imm32 => {
                 Held::Constant(instruction.immediate(1) as i64)
             }
-            Code::VEX_Rorx_r64_rm64_imm8 if instruction.immediate8() == 48 => Held::Rotated,
-            Code::VEX_Sarx_r64_rm64_r64
-                if before.of(instruction.op1_register()) == Held::Rotated
-                    && instruction.op2_register() == Register::R15 =>
-            {
-                Held::Index
-            }
+            Code::VEX_Bextr_r64_rm64_r64 if instruction.op2_register() == Register::R15 => Held::Index,
+            Code::VEX_Pext_r64_r64_rm64 if memory && self.is_field(instruction, offset::INDEX_BITS) => Held::Index,
             Code::Movzx_r32_rm16 if instruction.op1_register() == Register::CX => Held::Short,
             Code::Mov_r64_rm64 if memory => match instruction.memory_base() {
                 Register::R15 => Held::Entry { write: false },
@@ -325,13 +318,13 @@ impl Piece<'_> {
             }
             (Register::R14 | Register::R15, Register::None) => loads_rcx,
             (Register::R14 | Register::R15, Register::RCX) => {
-                let bias = if base == Register::R15 { BIAS } else { 0 };
+                let bias = if base == Register::R15 { READ_BIAS as i64 } else { 0 };
                 let index = match state.held[RCX] {
                     Held::Index => true,
-                    Held::Constant(value) => (-TABLE_SIDE..TABLE_SIDE).contains(&value),
+                    Held::Constant(value) => (0..ENTRIES).contains(&value),
                     _ => false,
                 };
-                loads_rcx && scale == 8 && index && displacement == -i64::from(bias)
+                loads_rcx && scale == 8 && index && displacement == -bias
             }
             (Register::RCX | Register::R10 | Register::R11, Register::None) => match state.of(base) {
                 Held::Addend { write } => write || !stores,
@@ -409,6 +402,7 @@ mod tests {
     const AT: u64 = 0x7000_0000;
     const BOUNDS: Bounds<'_> = Bounds { low: 0x4000_0000, thunks: 0x6fff_0000..0x6fff_1000, others: &[] };
     const HOST: At = At::Index(R8, RCX, 0, 0);
+    const BIAS: i32 = READ_BIAS as i32;
 
     fn complaint(build: impl FnOnce(&mut Asm)) -> String {
         let mut asm = Asm::new(AT);
@@ -420,8 +414,7 @@ mod tests {
     /// The check of an access at R8, with `access` after it; both go on behind it.
     fn checked(asm: &mut Asm, table: u8, bias: i32, access: impl FnOnce(&mut Asm)) {
         let miss = asm.label();
-        asm.rotate_right(RCX, R8, 48);
-        asm.shift_right_signed(RCX, RCX, R15);
+        asm.extract_bits(RCX, R8, R15);
         asm.load(RCX, At::Index(table, RCX, 3, -bias));
         asm.jrcxz(miss);
         access(asm);

@@ -16,6 +16,7 @@ mod walk;
 mod written;
 
 pub(crate) use address::canonical;
-pub(crate) use tlb::{Centers, DataMode, Fill, Tlb};
+pub(crate) use table::{INDEX_BITS, index as table_index};
+pub(crate) use tlb::{DataMode, Fill, Starts, Tlb};
 pub(crate) use walk::{Access, Rights};
 pub(crate) use written::{Where, Written};

@@ -3,6 +3,7 @@
 //! The table is address space, not memory: 512 GiB of it, of which only the pages that hold entries cost anything. There
 //! is no tag and no conflict, so a probe is a shift and a load, for generated code as for the interpreter.
 
+use std::ffi::c_void;
 use std::io;
 use std::ptr::NonNull;
 
@@ -11,6 +12,8 @@ use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap_anony
 /// Entries of one half (of the canonical lower or upper addresses).
 const HALF: usize = 1 << 35;
 const HALF_BYTES: usize = HALF * 8;
+/// Bytes of address space a table takes.
+const MAPPED: usize = 2 * HALF_BYTES + ALIGNMENT;
 /// Logged entries after which a table is swept rather than remembered any longer.
 const MOST_LOGGED: usize = 1 << 16;
 /// Probes that found nothing after which the table is given back to the host: each may have cost it a page of page tables.
@@ -18,21 +21,28 @@ const MOST_MISSES: u32 = 1 << 15;
 
 const FLAGS: MapFlags = MapFlags::PRIVATE.union(MapFlags::NORESERVE);
 
-/// The index of a page: negative for upper addresses. Generated code computes the same (`rorx 48`, `sarx 28`), so that
+/// Tables begin at multiples of this.
+const ALIGNMENT: usize = 1 << 16;
+/// The bits of an address that are the index of its entry.
+pub(crate) const INDEX_BITS: u64 = 0xffff_ffff_f000;
+
+/// The index of a page: upper addresses follow the lower ones. Generated code computes the same (BEXTR or PEXT), so that
 /// whatever the upper 16 bits of an address are, the index stays inside the table.
-pub(crate) const fn index(address: u64) -> i64 {
-    (address << 16) as i64 >> 28
+pub(crate) const fn index(address: u64) -> usize {
+    ((address & INDEX_BITS) >> 12) as usize
 }
 
 /// Entries are host address minus linear address, a multiple of 4096; 0 is none.
 pub(crate) struct Table {
     /// Entry of page 0.
-    center: NonNull<u64>,
+    entries: NonNull<u64>,
+    /// The mapping it is in.
+    mapping: *mut c_void,
     /// Without the upper half: its entries cannot even be read.
     lower_only: bool,
     /// Indices filled since they were last cleared, global pages apart.
-    local: Vec<i64>,
-    global: Vec<i64>,
+    local: Vec<usize>,
+    global: Vec<usize>,
     misses: u32,
 }
 
@@ -44,43 +54,42 @@ impl Table {
     pub(crate) fn new(lower_only: bool) -> io::Result<Self> {
         let access = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address the kernel chooses.
-        let base = unsafe { mmap_anonymous(std::ptr::null_mut(), 2 * HALF_BYTES, access, FLAGS)? };
-        // SAFETY: one half further, inside the mapping.
-        let center = unsafe { base.cast::<u64>().add(HALF) };
-        let Some(center) = NonNull::new(center) else { return Err(io::Error::other("mapped at address zero")) };
-        let table = Self { center, lower_only, local: Vec::new(), global: Vec::new(), misses: 0 };
+        let mapping = unsafe { mmap_anonymous(std::ptr::null_mut(), MAPPED, access, FLAGS)? };
+        let entries = mapping.map_addr(|address| address.next_multiple_of(ALIGNMENT)).cast::<u64>();
+        let Some(entries) = NonNull::new(entries) else { return Err(io::Error::other("mapped at address zero")) };
+        let table = Self { entries, mapping, lower_only, local: Vec::new(), global: Vec::new(), misses: 0 };
         // SAFETY: the mapping just made. Huge pages would turn each sparse entry into 2 MiB of memory.
-        unsafe { madvise(base, 2 * HALF_BYTES, Advice::LinuxNoHugepage) }?;
+        unsafe { madvise(mapping, MAPPED, Advice::LinuxNoHugepage) }?;
         if lower_only {
-            // SAFETY: as above.
-            unsafe { mprotect(base, HALF_BYTES, MprotectFlags::empty()) }?;
+            // SAFETY: the second half, inside the mapping.
+            unsafe { mprotect(entries.as_ptr().add(HALF).cast(), HALF_BYTES, MprotectFlags::empty()) }?;
         }
         Ok(table)
     }
 
-    /// The address of page 0's entry, for generated code.
-    pub(crate) fn center(&self) -> u64 {
-        self.center.as_ptr() as u64
+    /// The address of page 0's entry, for generated code: a multiple of 64 KiB.
+    pub(crate) fn start(&self) -> u64 {
+        self.entries.as_ptr() as u64
     }
 
     /// The entry of a canonical address, or 0.
     #[inline(always)]
     pub(crate) fn get(&self, address: u64) -> u64 {
-        if self.lower_only && index(address) < 0 {
+        if self.lower_only && index(address) >= HALF {
             return 0;
         }
-        // SAFETY: `index` is within the table, and its lower half is there.
-        unsafe { self.center.offset(index(address) as isize).read() }
+        // SAFETY: `index` is within the table, and its first half is there.
+        unsafe { self.entries.add(index(address)).read() }
     }
 
     /// Fills in the entry of a canonical address.
     pub(crate) fn set(&mut self, address: u64, addend: u64, global: bool) {
-        if self.lower_only && index(address) < 0 {
+        if self.lower_only && index(address) >= HALF {
             return;
         }
         let at = index(address);
         // SAFETY: as in `get`.
-        let slot = unsafe { self.center.offset(at as isize).as_mut() };
+        let slot = unsafe { self.entries.add(at).as_mut() };
         // A page that is global no longer must go with the local ones.
         if *slot == 0 || !global {
             let log = if global { &mut self.global } else { &mut self.local };
@@ -98,7 +107,7 @@ impl Table {
     pub(crate) fn clear_page(&mut self, address: u64) {
         if self.get(address) != 0 {
             // SAFETY: as in `get`, which found something there.
-            unsafe { self.center.offset(index(address) as isize).write(0) };
+            unsafe { self.entries.add(index(address)).write(0) };
         }
     }
 
@@ -113,12 +122,12 @@ impl Table {
     pub(crate) fn clear(&mut self, global: bool) {
         for at in self.local.drain(..) {
             // SAFETY: only indices inside the table are logged.
-            unsafe { self.center.offset(at as isize).write(0) };
+            unsafe { self.entries.add(at).write(0) };
         }
         if global {
             for at in self.global.drain(..) {
                 // SAFETY: as above.
-                unsafe { self.center.offset(at as isize).write(0) };
+                unsafe { self.entries.add(at).write(0) };
             }
         }
     }
@@ -135,10 +144,9 @@ impl Table {
     /// Returns the table's memory to the host, and the page tables that say where it is. It must be clear.
     fn give_back(&mut self) {
         self.misses = 0;
-        let (start, bytes) = if self.lower_only { (0, HALF_BYTES) } else { (HALF, 2 * HALF_BYTES) };
+        let bytes = if self.lower_only { HALF_BYTES } else { 2 * HALF_BYTES };
         let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, FLAGS | MapFlags::FIXED);
-        // SAFETY: one half back at most, inside the mapping.
-        let at = unsafe { self.center.as_ptr().sub(start).cast() };
+        let at = self.entries.as_ptr().cast();
         // SAFETY: in place of this value's own mapping, whose entries are all zero, as they are afterwards.
         let made = unsafe { mmap_anonymous(at, bytes, access, flags) };
         // The old mapping may be gone then, and with it whatever could go on: as with memory that cannot be had.
@@ -151,7 +159,7 @@ impl Table {
 impl Drop for Table {
     fn drop(&mut self) {
         // SAFETY: this value's own mapping; generated code that knows its address ends with the vCPU that owns both.
-        let _ = unsafe { munmap(self.center.as_ptr().sub(HALF).cast(), 2 * HALF_BYTES) };
+        let _ = unsafe { munmap(self.mapping, MAPPED) };
     }
 }
 

@@ -119,9 +119,9 @@ pub(crate) struct Tlb {
     rehearses: bool,
 }
 
-/// The addresses generated code finds the tables of a view by.
+/// Where the tables of a view start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Centers {
+pub(crate) struct Starts {
     pub read: u64,
     pub write: u64,
 }
@@ -185,9 +185,9 @@ impl Tlb {
 
     /// The tables of a view of the current address space; `None` where the mode has none or the host refuses more
     /// address space.
-    pub(crate) fn centers(&mut self, mode: DataMode) -> Option<Centers> {
+    pub(crate) fn starts(&mut self, mode: DataMode) -> Option<Starts> {
         let view = self.make_view(mode)?;
-        Some(Centers { read: view.read.center(), write: view.write.center() })
+        Some(Starts { read: view.read.start(), write: view.write.start() })
     }
 
     fn make_view(&mut self, mode: DataMode) -> Option<&mut View> {
