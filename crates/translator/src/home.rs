@@ -83,6 +83,10 @@ pub(crate) struct Hot {
     pub tsc: u64,
     /// Anchors that have been placed.
     pub placed: u64,
+    /// The addend of a group of stack accesses, while the monitor resolves a miss.
+    pub group: u64,
+    /// Status flags of translated code that needs them for itself.
+    pub own_flags: u64,
     /// The bits of an address that are the index of its entry in a translation table.
     pub index_bits: u64,
 }
@@ -221,6 +225,7 @@ pub(crate) mod offset {
         FLAGS flags; SHADOW shadow; HOST_STACK host_stack; ENTRY entry; READ read; WRITE write; CONTEXT context;
         VECTORS_AWAY vectors_away; EXIT exit; VALUE value; ADDRESS address; SIGNAL signal; SCRATCH scratch; MXCSR mxcsr;
         LANDING landing; WAITS waits; DATA_MODE data_mode; TABLES tables; TSC tsc; PLACED_COUNT placed; INDEX_BITS index_bits;
+        GROUP group; OWN_FLAGS own_flags;
     }
 
     /// The landing table of a privilege.

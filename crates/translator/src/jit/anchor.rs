@@ -34,11 +34,11 @@ impl Anchors {
 }
 
 impl Jit {
-    /// The key of the code at RIP, which is at `gpa`.
-    pub(super) fn key(cpu: &Cpu, gpa: u64) -> Key {
+    /// The key of the code at RIP, which is at `gpa`; `more` is what its mode has beyond the vCPU's.
+    pub(super) fn key(cpu: &Cpu, gpa: u64, more: u8) -> Key {
         let rip = cpu.state.rip;
         let rip = if rip >> 63 != 0 { rip } else { rip & 0xfff };
-        Key { gpa, rip, mode: super::mode_of(cpu) }
+        Key { gpa, rip, mode: super::mode_of(cpu) | more }
     }
 
     /// The anchor of a page for blocks like that of `key`. `None`: there is no room for another.

@@ -11,7 +11,7 @@ use iced_x86::{Code, Instruction, OpKind};
 
 use super::anchor::FIXED;
 use super::asm::{At, Label};
-use super::emit::{Access, Address, Emit, HOST, T1, T2, T3};
+use super::emit::{Access, Address, Emit, HOST, STACK, T1, T2, T3};
 use super::same::Source;
 use super::thunk;
 use crate::home::offset;
@@ -19,42 +19,52 @@ use crate::home::offset;
 const RSP: usize = 4;
 const RBP: usize = 5;
 
-/// The host register of the guest's RSP.
-const STACK: u8 = match HOST[RSP] {
-    Some(host) => host,
-    None => panic!("RSP is pinned"),
-};
-
 impl Emit<'_> {
     fn stack_access(write: bool, live: bool) -> Access {
         Access { bytes: 8, write, aligned: true, refused: false, anywhere: false, live }
     }
 
-    /// Room for a push: T2 is the new RSP, which the caller makes it. Returns where to write.
-    pub(super) fn push_room(&mut self, live: bool, again: Label) -> At {
+    /// Room for a push, which [`Emit::pushed`] completes: unless in a group, T2 is the new RSP. Returns where to write.
+    pub(super) fn push_room(&mut self, source: &Source<'_>, again: Label) -> At {
+        if source.part.member {
+            return self.in_group(-8);
+        }
         self.asm.lea(T2, At::Base(STACK, -8));
-        self.check(Address::In(T2), Self::stack_access(true, live), again)
+        self.check(Address::In(T2), Self::stack_access(true, source.live), again)
     }
 
-    /// RSP becomes what [`Emit::push_room`] has left in T2.
-    pub(super) fn pushed(&mut self) {
-        self.asm.mov(STACK, T2);
+    /// RSP becomes what [`Emit::push_room`] has made room for.
+    pub(super) fn pushed(&mut self, source: &Source<'_>) {
+        if source.part.member {
+            self.asm.lea(STACK, At::Base(STACK, -8));
+        } else {
+            self.asm.mov(STACK, T2);
+        }
+    }
+
+    /// Where a pop, or a return, reads.
+    fn top(&mut self, source: &Source<'_>, again: Label) -> At {
+        if source.part.member {
+            return self.in_group(0);
+        }
+        self.check(Address::In(STACK), Self::stack_access(false, source.live), again)
     }
 
     pub(super) fn push_register(&mut self, source: &Source<'_>) -> Option<()> {
         let again = self.asm.bound();
-        let at = self.push_room(source.live, again);
-        let value = self.value(source.instruction.op0_register().number(), T3);
+        let at = self.push_room(source, again);
+        let temporary = if source.part.member { T2 } else { T3 };
+        let value = self.value(source.instruction.op0_register().number(), temporary);
         self.asm.store(at, value);
-        self.pushed();
+        self.pushed(source);
         Some(())
     }
 
     pub(super) fn push_constant(&mut self, source: &Source<'_>) -> Option<()> {
         let again = self.asm.bound();
-        let at = self.push_room(source.live, again);
+        let at = self.push_room(source, again);
         self.asm.store_constant(at, source.instruction.immediate(0) as i32);
-        self.pushed();
+        self.pushed(source);
         Some(())
     }
 
@@ -65,19 +75,20 @@ impl Emit<'_> {
         let again = self.asm.bound();
         let from = self.memory(source, again)?;
         // T3 outlives the second check: that is an aligned one, whose cold code does not use it.
-        self.asm.load(T3, from);
+        let value = if source.part.member { T1 } else { T3 };
+        self.asm.load(value, from);
         self.between();
-        let room = self.push_room(source.live, again);
-        self.asm.store(room, T3);
-        self.pushed();
+        let room = self.push_room(source, again);
+        self.asm.store(room, value);
+        self.pushed(source);
         Some(())
     }
 
     pub(super) fn pop_register(&mut self, source: &Source<'_>) -> Option<()> {
         let number = source.instruction.op0_register().number();
         let again = self.asm.bound();
-        let at = self.check(Address::In(STACK), Self::stack_access(false, source.live), again);
-        let to = HOST[number].unwrap_or(T3);
+        let at = self.top(source, again);
+        let to = HOST[number].unwrap_or(T1);
         if number == RSP {
             self.asm.load(STACK, at);
             return Some(());
@@ -93,24 +104,30 @@ impl Emit<'_> {
         let again = self.asm.bound();
         let access = Access { aligned: false, ..Self::stack_access(false, source.live) };
         let at = self.check(Address::In(frame), access, again);
-        self.asm.load(T3, at);
+        self.asm.load(T1, at);
         self.asm.lea(STACK, At::Base(frame, 8));
-        self.asm.mov(frame, T3);
+        self.asm.mov(frame, T1);
         Some(())
     }
 
     /// Pushes the address after a CALL. T3 is kept.
-    fn push_return(&mut self, next: u64, live: bool, again: Label) {
-        let at = self.push_room(live, again);
+    fn push_return(&mut self, source: &Source<'_>, again: Label) {
+        let next = source.instruction.next_ip();
+        let at = self.push_room(source, again);
         match i32::try_from(next as i64) {
             Ok(short) if self.anchor == FIXED => {
                 self.asm.store_constant(at, short);
-                self.pushed();
+                self.pushed(source);
+            }
+            _ if source.part.member => {
+                self.linear(T2, next);
+                self.asm.store(at, T2);
+                self.pushed(source);
             }
             _ => {
                 // T2 is needed as the new RSP first.
                 self.asm.lea(T1, at);
-                self.pushed();
+                self.pushed(source);
                 self.linear(T2, next);
                 self.asm.store(At::Base(T1, 0), T2);
             }
@@ -121,7 +138,7 @@ impl Emit<'_> {
     pub(super) fn call_direct(&mut self, source: &Source<'_>, target: Label, user: bool) -> usize {
         let next = source.instruction.next_ip();
         let again = self.asm.bound();
-        self.push_return(next, source.live, again);
+        self.push_return(source, again);
         let at = self.asm.len() + 1;
         self.asm.call(target);
         self.returned(next, user);
@@ -178,7 +195,7 @@ impl Emit<'_> {
         self.poll(poll);
         self.target(source, again, T3)?;
         self.between();
-        self.push_return(next, source.live, again);
+        self.push_return(source, again);
         self.asm.mov(T2, T3);
         self.note_site(8);
         // Over the landing jump, so that the host's return address is that of what follows it.
@@ -201,7 +218,7 @@ impl Emit<'_> {
             return None;
         }
         let again = self.asm.bound();
-        let at = self.check(Address::In(STACK), Self::stack_access(false, source.live), again);
+        let at = self.top(source, again);
         self.asm.load(T2, at);
         self.asm.lea(STACK, At::Base(STACK, 8 + release));
         self.note_site(i64::from(-8 - release));

@@ -25,7 +25,7 @@ use crate::home::offset;
 pub(super) const T1: u8 = reg::RCX;
 /// Effective address.
 pub(super) const T2: u8 = reg::R11;
-/// Operand.
+/// Operand, or the addend of a group of stack accesses.
 pub(super) const T3: u8 = reg::R10;
 /// Read table.
 pub(super) const READ: u8 = reg::R15;
@@ -60,6 +60,12 @@ pub(super) const HOST: [Option<u8>; 16] = [
     None,
     None,
 ];
+
+/// The host register of the guest's RSP.
+pub(super) const STACK: u8 = match HOST[RSP] {
+    Some(host) => host,
+    None => panic!("RSP is pinned"),
+};
 
 /// Condition codes as Jcc encodes them.
 pub(super) mod condition {
@@ -362,6 +368,9 @@ impl<'a> Emit<'a> {
             self.asm.bind(back);
             self.colds.push(Cold::Unaligned { here: unaligned, back, address: register, access, site });
         }
+        if crosses && !access.live {
+            self.crossing(register, access, site);
+        }
         if access.live {
             self.asm.extract_at(T1, register, self.field(offset::INDEX_BITS));
         } else {
@@ -370,9 +379,6 @@ impl<'a> Emit<'a> {
         let (table, bias) = table_for(access);
         self.asm.load(T1, At::Index(table, T1, 3, -bias));
         self.missing(access.live, miss);
-        if crosses && !access.live {
-            self.crossing(register, access, site);
-        }
         At::Index(register, T1, 0, 0)
     }
 
@@ -404,14 +410,14 @@ impl<'a> Emit<'a> {
             self.colds.push(Cold::Unaligned { here: unaligned, back, address: register, access, site });
         } else {
             let crosses = self.asm.label();
-            self.compare_page_end(T3, register, access.bytes);
+            self.compare_page_end(T1, register, access.bytes);
             self.asm.jcc(condition::ABOVE, crosses);
             self.colds.push(Cold::Site { here: crosses, site });
         }
     }
 
     /// "Above" where `bytes` at an address cross its page's end.
-    fn compare_page_end(&mut self, temporary: u8, address: u8, bytes: u32) {
+    pub(super) fn compare_page_end(&mut self, temporary: u8, address: u8, bytes: u32) {
         self.asm.mov_32(temporary, address);
         self.asm.and_32(temporary, 0xfff);
         self.asm.compare_32(temporary, 0x1000 - bytes as i32);
@@ -512,18 +518,18 @@ impl<'a> Emit<'a> {
             Cold::Unaligned { here, back, address, access, site } if access.live => {
                 self.asm.bind(here);
                 let crosses = self.asm.label();
-                self.save_flags(T3);
+                self.save_flags();
                 self.compare_page_end(T1, address, access.bytes);
                 self.asm.jcc(condition::ABOVE, crosses);
-                self.restore_flags(T3);
+                self.restore_flags();
                 self.asm.jmp(back);
                 self.asm.bind(crosses);
-                self.restore_flags(T3);
+                self.restore_flags();
                 self.leave_at(site);
             }
             Cold::Unaligned { here, back, address, access, site } => {
                 self.asm.bind(here);
-                self.compare_page_end(T3, address, access.bytes);
+                self.compare_page_end(T1, address, access.bytes);
                 self.asm.jcc(condition::BELOW_OR_EQUAL, back);
                 self.leave_at(site);
             }
@@ -544,17 +550,17 @@ impl<'a> Emit<'a> {
         self.asm.jmp_to(self.thunks.site);
     }
 
-    /// Saves the status flags in a register.
-    pub(super) fn save_flags(&mut self, to: u8) {
+    /// Saves the status flags.
+    pub(super) fn save_flags(&mut self) {
         self.asm.store(self.field(offset::SCRATCH), reg::RAX);
         self.asm.raw(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
-        self.asm.mov_32(to, reg::RAX);
+        self.asm.store(self.field(offset::OWN_FLAGS), reg::RAX);
         self.asm.load(reg::RAX, self.field(offset::SCRATCH));
     }
 
-    pub(super) fn restore_flags(&mut self, from: u8) {
+    pub(super) fn restore_flags(&mut self) {
         self.asm.store(self.field(offset::SCRATCH), reg::RAX);
-        self.asm.mov_32(reg::RAX, from);
+        self.asm.load(reg::RAX, self.field(offset::OWN_FLAGS));
         self.asm.raw(&[0x04, 0x7f, 0x9e]); // add al, 127; sahf
         self.asm.load(reg::RAX, self.field(offset::SCRATCH));
     }

@@ -6,7 +6,7 @@ use memory::{Gpa, Gva, PAGE_SIZE};
 use super::anchor::FIXED;
 use super::asm::Asm;
 use super::emit::{Emit, T2};
-use super::{Block, Jit, Key, Page, Ran, thunk};
+use super::{APART, Block, Jit, Key, Page, Ran, thunk};
 use crate::block::Version;
 use crate::cpu::Cpu;
 use crate::home::NOWHERE;
@@ -20,9 +20,9 @@ const VERIFIED_CACHES: u64 = 16;
 const VERIFIED_SHARE: usize = 64;
 
 impl Jit {
-    /// The block at RIP, translated where it is not yet.
-    pub(super) fn find(&mut self, cpu: &mut Cpu) -> Result<u32, Ran> {
-        let block = self.find_or_make(cpu)?;
+    /// The block at RIP, translated where it is not yet. `more` is what its mode has beyond the vCPU's.
+    pub(super) fn find(&mut self, cpu: &mut Cpu, more: u8) -> Result<u32, Ran> {
+        let block = self.find_or_make(cpu, more)?;
         // Where what was to be forgotten could not be, nothing may be entered before it is.
         if self.full {
             return Err(Ran::Look);
@@ -31,9 +31,9 @@ impl Jit {
         Ok(block)
     }
 
-    fn find_or_make(&mut self, cpu: &mut Cpu) -> Result<u32, Ran> {
+    fn find_or_make(&mut self, cpu: &mut Cpu, more: u8) -> Result<u32, Ran> {
         let place = cpu.code_place().map_err(|_| Ran::Raised)?;
-        let key = Self::key(cpu, place.gpa);
+        let key = Self::key(cpu, place.gpa, more);
         if let Some(&block) = self.by_key.get(&key)
             && self.leads_on(cpu, block)?
         {
@@ -217,7 +217,7 @@ impl Jit {
     #[cfg(debug_assertions)]
     fn verify(&self, code: &[u8], others: &[u64]) {
         let start = self.arena.range().start;
-        let bounds = super::verify::Bounds { low: self.low, thunks: start..start + self.floor as u64, others };
+        let bounds = super::verify::Bounds { low: self.low, thunks: start..start + self.floor as u64, keeping: self.thunks.keeping(), others };
         // A cache that is emptied again and again is filled with what has been verified before, mostly.
         if self.emptied < VERIFIED_CACHES || self.blocks.len().is_multiple_of(VERIFIED_SHARE) {
             super::verify::verify(code, self.arena.next(), &bounds);
@@ -239,7 +239,13 @@ impl Jit {
     pub(super) fn leave_instead(&mut self, block: u32) -> Option<u64> {
         let Block { key, anchor, start, .. } = self.blocks[block as usize];
         let exit = self.exits.len() as u64;
-        self.exits.push(super::Exit { target: key.rip, anchor, at: Some(start + 1), instead: Some(block) });
+        self.exits.push(super::Exit {
+            target: key.rip,
+            anchor,
+            mode: key.mode & APART,
+            at: Some(start + 1),
+            instead: Some(block),
+        });
         let mut asm = Asm::new(self.arena.next());
         asm.constant(super::emit::T1, exit);
         asm.jmp_to(self.thunks.chain);

@@ -173,7 +173,12 @@ impl Jit {
         }
         let (why, value) = (cpu.state.hot().exit, cpu.state.hot().value);
         match why {
-            exit::CHAIN => cpu.state.rip = self.target_of(cpu, value),
+            exit::CHAIN => {
+                cpu.state.rip = self.target_of(cpu, value);
+                if self.exits[value as usize].mode != 0 {
+                    return Left::Before;
+                }
+            }
             exit::LAND => {
                 if self.refuse_landing(cpu, value).is_some() {
                     return Left::BeforeWild;

@@ -21,6 +21,7 @@ mod control;
 mod emit;
 mod encoding;
 mod fault;
+mod group;
 mod invalidate;
 mod link;
 mod live;
@@ -79,6 +80,8 @@ const TIME: u8 = 1 << 4;
 const ACCESS_CONTROL: u8 = 1 << 5;
 /// Supervisor code may not be in user pages.
 const NO_USER_CODE: u8 = 1 << 6;
+/// Each stack access is checked on its own: for code whose groups do not pass.
+const APART: u8 = 1 << 7;
 
 impl Key {
     /// CPL 3.
@@ -156,6 +159,8 @@ struct Exit {
     /// Instruction pointer, from where the anchor is.
     target: u64,
     anchor: u32,
+    /// What more the mode of the block is that it leads to.
+    mode: u8,
     /// Where the displacement is that leads there, if it is to be linked.
     at: Option<u64>,
     /// It stands in the place of this block, which has been forgotten, and leads to one made for the same key only.
@@ -391,7 +396,8 @@ impl Jit {
                 return Ran::Unable;
             }
             let emptied = self.emptied;
-            let block = match self.find(cpu) {
+            let more = if why == exit::CHAIN { self.exits[value as usize].mode } else { 0 };
+            let block = match self.find(cpu, more) {
                 Ok(block) => block,
                 Err(ran) => return ran,
             };
@@ -410,7 +416,7 @@ impl Jit {
         if self.full {
             self.forget_everything(cpu);
         }
-        self.find(cpu)
+        self.find(cpu, 0)
     }
 
     /// What an exit comes to that ends the run.

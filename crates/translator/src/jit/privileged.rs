@@ -22,13 +22,13 @@ impl Emit<'_> {
     /// Sets or clears bits of a byte in memory.
     fn change_bits(&mut self, at: At, bits: u8, set: bool, live: bool) {
         if live {
-            self.save_flags(T3);
+            self.save_flags();
         }
         let (field, value) = if set { (1, bits) } else { (4, !bits) };
         self.asm.op(0, 0, &[0x80], field, Place::Mem(at));
         self.asm.byte(value);
         if live {
-            self.restore_flags(T3);
+            self.restore_flags();
         }
     }
 
@@ -51,7 +51,7 @@ impl Emit<'_> {
     /// PUSHF: the status flags are the processor's, the others those of the state.
     pub(super) fn push_flags(&mut self, source: &Source<'_>) -> Option<()> {
         let again = self.asm.bound();
-        let at = self.push_room(source.live, again);
+        let at = self.push_room(source, again);
         self.asm.lea(T1, at);
         self.asm.raw(&[0x9c]); // pushfq
         self.asm.pop(T3);
@@ -64,7 +64,7 @@ impl Emit<'_> {
         self.asm.lea(T3, At::Index(T3, T1, 0, 0));
         self.asm.load(T1, self.field(offset::SCRATCH));
         self.asm.store(At::Base(T1, 0), T3);
-        self.pushed();
+        self.pushed(source);
         Some(())
     }
 

@@ -5,6 +5,7 @@ use iced_x86::{ConstantOffsets, Instruction, OpKind, Register};
 use super::asm::{At, Label, Place, reg};
 use super::emit::{Access, Address, Emit, HOST, T1, T2, T3};
 use super::encoding::{Encoding, Operands};
+use super::group::{Part, at_stack};
 use super::template::{Field, Kind, Template};
 
 const RCX: usize = 1;
@@ -19,9 +20,22 @@ pub(super) struct Source<'a> {
     pub constants: ConstantOffsets,
     /// Status flags are needed after the checks of its memory operand.
     pub live: bool,
+    /// What groups of stack accesses mean to it.
+    pub part: Part,
 }
 
 impl Source<'_> {
+    /// True where its translation takes T3.
+    pub(super) fn is_crowded(&self) -> bool {
+        let template = &self.template;
+        let shared = template.reads_rcx || template.writes_rcx || template.second.general;
+        shared
+            && Encoding::parse(self.bytes).is_none_or(|encoding| {
+                let other = template.reads_rcx || template.writes_rcx || spilled(template.second, encoding.second);
+                other && spilled(template.reg, encoding.reg)
+            })
+    }
+
     fn immediate(&self) -> &[u8] {
         // An immediate is last; so is what says a fourth register.
         let length = self.instruction.len();
@@ -46,10 +60,7 @@ fn has_register_byte(instruction: &Instruction) -> bool {
 
 /// True where a memory operand cannot cross a page, given that RSP is a multiple of 8.
 pub(super) fn on_stack(instruction: &Instruction, bytes: u32) -> bool {
-    instruction.memory_base() == Register::RSP
-        && instruction.memory_index() == Register::None
-        && instruction.memory_displacement64() as u32 % 8 + bytes <= 8
-        && !matches!(instruction.memory_segment(), Register::FS | Register::GS)
+    at_stack(instruction) && instruction.memory_displacement64() as u32 % 8 + bytes <= 8
 }
 
 impl Emit<'_> {
@@ -58,6 +69,9 @@ impl Emit<'_> {
         let bytes = source.instruction.memory_size().size() as u32;
         if bytes == 0 || !(source.template.loads || source.template.stores) {
             return None;
+        }
+        if source.part.member && source.template.kind == Kind::Same {
+            return Some(self.in_group(source.instruction.memory_displacement64() as i32));
         }
         let address = self.address(&source.instruction);
         if let Address::Constant(value) = address
@@ -90,10 +104,12 @@ impl Emit<'_> {
         let mut place = None;
         if !encoding.direct {
             let at = self.memory(source, again)?;
-            let crowded = template.reads_rcx || template.writes_rcx || spilled(template.second, encoding.second);
+            let second = template.reads_rcx || template.writes_rcx || spilled(template.second, encoding.second);
+            let read = spilled(template.reg, encoding.reg) && !template.reg.replaced;
+            let crowded = second || source.part.inside && read && matches!(at, At::Index(_, T1, ..) | At::Base(T1, _));
             place = Some(if crowded { self.fold(at) } else { at });
         }
-        let reg = self.operand(template.reg, encoding.reg, T3);
+        let reg = self.operand(template.reg, encoding.reg, if source.part.inside { T1 } else { T3 });
         let second = self.operand(template.second, encoding.second, T1);
         let place = match place {
             Some(at) => Place::Mem(at),
@@ -363,7 +379,7 @@ pub(super) fn moves_stack_pointer(source: &Source<'_>) -> bool {
 }
 
 /// True where a general-purpose register operand that is written is RSP or a part of it.
-fn writes_stack_pointer(source: &Source<'_>) -> bool {
+pub(super) fn writes_stack_pointer(source: &Source<'_>) -> bool {
     let template = &source.template;
     let Some(encoding) = Encoding::parse(source.bytes) else { return false };
     let of_stack = |field: Field, number: u8| field.general && field.written && number == RSP;

@@ -128,3 +128,37 @@ fn a_page_that_is_nowhere_is_not_found_by_the_address_that_says_so() {
     let (exit, state) = bare.run();
     assert_eq!((exit, state.gpr[0]), (Exit::Shutdown, 2));
 }
+
+/// Pushes 1 to 4, pops them in order into R15, R9, RBX and RAX, and halts. The stack pointer is `stack`.
+fn pushes_and_pops(stack: u64) -> Vec<u8> {
+    let mut code = vec![0x48, 0xbc]; // mov rsp, stack
+    code.extend(stack.to_le_bytes());
+    code.extend([0x6a, 1, 0x6a, 2, 0x6a, 3, 0x6a, 4, 0x41, 0x5f, 0x41, 0x59, 0x5b, 0x58, 0xf4]);
+    code
+}
+
+#[test]
+fn a_group_of_stack_accesses_may_lie_across_pages() {
+    for stack in [0x18_0800, 0x18_0018, 0x18_0020] {
+        let mut bare = Bare::new(&pushes_and_pops(stack), Config::default());
+        for _ in 0..3 {
+            let (exit, state) = bare.run();
+            let popped = [15, 9, 3, 0].map(|register| state.gpr[register]);
+            assert_eq!((exit, popped, state.gpr[4]), (Exit::Halted, [4, 3, 2, 1], stack));
+            let mut again = state;
+            (again.halted, again.rip) = (false, CODE);
+            engine::Vcpu::load(&mut bare.vcpu, &again).unwrap();
+        }
+        assert_eq!(bare.ram.read_value::<u64>(Gpa(stack - 32)).unwrap(), 4);
+    }
+}
+
+#[test]
+fn a_group_faults_at_the_access_that_does() {
+    let bottom = AGAIN[1] << 21; // nothing is mapped below
+    let mut bare = with_memory_again(&pushes_and_pops(bottom + 16));
+    let (exit, state) = bare.run();
+    assert_eq!((exit, state.cr2, state.gpr[4]), (Exit::Shutdown, bottom - 8, bottom));
+    assert_eq!(state.rip, CODE + 10 + 2 * 2, "the third push");
+    assert_eq!(bare.ram.read_value::<u64>(Gpa(0)).unwrap(), 2);
+}

@@ -44,7 +44,7 @@ pub(super) struct Thunks {
     pub site: u64,
     /// Entered by the signal handler.
     pub fault: u64,
-    /// Called. T1: number of a `Site`, T2: the address.
+    /// Called. T1: number of a `Site`, T2: the address. T3 is kept.
     pub miss_read: u64,
     pub miss_write: u64,
     /// Called. T2: an `Op`.
@@ -57,6 +57,14 @@ pub(super) struct Thunks {
     pub place: u64,
     /// A return that is not to where the shadow stack says. T2: a guest address. One a privilege; user is 1.
     pub mismatch: [u64; 2],
+}
+
+impl Thunks {
+    /// Those that are called and keep T3.
+    #[cfg(debug_assertions)]
+    pub(super) fn keeping(&self) -> [u64; 3] {
+        [self.miss_read, self.miss_write, self.vectors]
+    }
 }
 
 /// What thunks are made for.
@@ -170,6 +178,9 @@ impl Builder<'_> {
         self.save_guest();
         self.asm.store(self.field(offset::VALUE), T1);
         self.asm.store(self.field(offset::ADDRESS), T2);
+        if write.is_some() {
+            self.asm.store(self.field(offset::GROUP), T3);
+        }
         self.asm.load_32(reg::RBX, self.field(offset::VECTORS_AWAY));
         self.save_vectors();
         self.asm.store(self.field(offset::SHADOW), reg::RSP);
@@ -193,6 +204,9 @@ impl Builder<'_> {
             self.asm.bind(away);
         }
         self.load_guest();
+        if write.is_some() {
+            self.asm.load(T3, self.field(offset::GROUP));
+        }
         self.asm.ret();
         self.asm.bind(out);
         self.asm.compare_32(reg::RAX, super::callback::AT_RIP as i32);

@@ -10,11 +10,12 @@ use memory::{Gpa, Gva, PAGE_SIZE};
 use super::anchor::FIXED;
 use super::asm::Label;
 use super::callback::Interpreted;
-use super::emit::Emit;
+use super::emit::{Emit, condition};
+use super::group::{self, Group, Part};
 use super::lone::stands_alone;
 use super::same::{Source, moves_stack_pointer};
 use super::template::{Kind, Unit, disturbs_stack_pointer};
-use super::{Exit, Jit, Key, Mark, live};
+use super::{APART, Exit, Jit, Key, Mark, live};
 use crate::block::Version;
 use crate::cpu::Cpu;
 use crate::decode::CodePlace;
@@ -130,6 +131,12 @@ impl Jit {
             source.live = live != 0;
             needed.push(live);
         }
+        if key.mode & APART == 0 {
+            let parts = group::plan(&sources);
+            for (source, part) in sources.iter_mut().zip(parts) {
+                source.part = part;
+            }
+        }
         if self.lone.is_some() {
             self.note_plain(key, &sources, &needed);
         }
@@ -146,10 +153,11 @@ impl Jit {
             marks: Vec::with_capacity(sources.len()),
             ops: Vec::new(),
             start: None,
+            broken: false,
         };
         block.emit.careful = careful;
         let start = block.emit.asm.bound();
-        block.start = self.lone.is_none().then_some(start);
+        block.start = (self.lone.is_none() && key.mode & APART == 0).then_some(start);
         if let Some(second) = bytes.second
             && second.anchor != FIXED
         {
@@ -157,9 +165,14 @@ impl Jit {
         }
         let mut ended = false;
         let mut enabled = false;
-        for (position, source) in sources.iter().enumerate() {
+        for position in 0..sources.len() {
+            block.leave_broken_group(&mut sources[position]);
+            let source = &sources[position];
             block.emit.rip = source.instruction.ip();
             block.mark();
+            if let Some(group) = source.part.begins {
+                block.begin_group(group);
+            }
             if source.template.kind == Kind::EnableInterrupts && sources.get(position + 1).is_some_and(goes_on) {
                 block.emit.set_interrupts(source, true);
                 block.emit.between();
@@ -203,7 +216,7 @@ impl Jit {
             if alone && !sources.is_empty() {
                 break;
             }
-            sources.push(Source { instruction, template, bytes: &bytes[at..], constants, live: true });
+            sources.push(Source { instruction, template, bytes: &bytes[at..], constants, live: true, part: Part::default() });
             let ends =
                 !matches!(template.kind, Kind::JumpIf) && instruction.flow_control() != iced_x86::FlowControl::Next;
             if ends || alone || template.kind == Kind::InterpretLast {
@@ -272,6 +285,8 @@ struct Block<'a> {
     #[expect(clippy::vec_box, reason = "translated code has their addresses")]
     ops: Vec<Box<Interpreted>>,
     start: Option<Label>,
+    /// The current group's addend is lost.
+    broken: bool,
 }
 
 impl Block<'_> {
@@ -284,14 +299,39 @@ impl Block<'_> {
     /// An exit to the block at `target`. The displacement that leads to it is `ahead` bytes from here.
     fn exit_to(&mut self, target: u64, ahead: usize) -> Label {
         let at = self.emit.asm.here() + ahead as u64;
-        self.exits.push(Exit { target, anchor: self.emit.anchor, at: Some(at), instead: None });
+        self.exits.push(Exit { target, anchor: self.emit.anchor, mode: 0, at: Some(at), instead: None });
         let exit = self.first_exit + self.exits.len() as u32 - 1;
         self.emit.exit(exit, false)
     }
 
+    /// Checks a group of stack accesses; what does not pass goes to code without groups.
+    fn begin_group(&mut self, group: Group) {
+        self.emit.find_group(&group);
+        self.leave_apart(condition::ZERO);
+        self.emit.compare_group_end(&group);
+        self.leave_apart(condition::ABOVE);
+    }
+
+    fn leave_apart(&mut self, condition: u8) {
+        let apart = self.exit_to(self.emit.rip, 2);
+        if let Some(exit) = self.exits.last_mut() {
+            exit.mode = APART;
+        }
+        self.emit.asm.jcc(condition, apart);
+    }
+
+    /// An instruction that its group's addend is not there for any more is none of the group.
+    fn leave_broken_group(&mut self, source: &mut Source<'_>) {
+        if source.part.begins.is_some() {
+            self.broken = false;
+        } else if self.broken {
+            source.part = Part::default();
+        }
+    }
+
     /// An exit to the monitor, to go on at `target`.
     fn look_at(&mut self, target: u64) -> Label {
-        self.exits.push(Exit { target, anchor: self.emit.anchor, at: None, instead: None });
+        self.exits.push(Exit { target, anchor: self.emit.anchor, mode: 0, at: None, instead: None });
         let exit = self.first_exit + self.exits.len() as u32 - 1;
         self.emit.exit(exit, true)
     }
@@ -386,6 +426,7 @@ impl Block<'_> {
 
     /// The interpreter does it. True where the block ends with it.
     fn interpret(&mut self, cpu: &mut Cpu, source: &Source<'_>) -> bool {
+        self.broken = true;
         let instruction = &source.instruction;
         let op = cpu.op(instruction, source.bytes, instruction.ip(), u64::MAX);
         let op = Box::new(Interpreted::new(op, instruction, self.emit.anchor));

@@ -40,17 +40,30 @@ enum Held {
     },
     /// The address of a word of the monitor's that may be read.
     Word,
+    /// So many bytes from the guest's RSP.
+    Stack(i64),
+    /// The lower half of that.
+    LowStack(i64),
+    /// Its offset in its page.
+    StackOffset(i64),
 }
 
-/// RCX, R10, R11 and the home's scratch field, and whether the last instruction tested RCX.
+/// What is known before an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct State {
+    /// RCX, R10, R11 and the home's scratch field.
     held: [Held; 4],
-    tested: bool,
+    /// Which of them the last instruction tested.
+    tested: Option<usize>,
+    /// A stack address and the most its offset in its page may be, which the last instruction compared.
+    compared: Option<(i64, i64)>,
+    /// From the guest's RSP, what the page whose addend R10 is certainly has.
+    group: Option<(i64, i64)>,
 }
 
-const START: State = State { held: [Held::Anything; 4], tested: false };
+const START: State = State { held: [Held::Anything; 4], tested: None, compared: None, group: None };
 const RCX: usize = 0;
+const R10: usize = 1;
 const SCRATCH: usize = 3;
 
 fn slot(register: Register) -> Option<usize> {
@@ -74,13 +87,35 @@ impl State {
                 *mine = Held::Anything;
             }
         }
-        Self { held, tested: self.tested && other.tested }
+        Self {
+            held,
+            tested: self.tested.filter(|_| self.tested == other.tested),
+            compared: self.compared.filter(|_| self.compared == other.compared),
+            group: self.group.filter(|_| self.group == other.group),
+        }
     }
 
-    /// Where RCX is not zero.
-    fn not_zero(mut self) -> Self {
-        if let Held::Entry { write } = self.held[RCX] {
-            self.held[RCX] = Held::Addend { write };
+    /// Where a temporary is not zero.
+    fn not_zero(mut self, slot: usize) -> Self {
+        if let Held::Entry { write } = self.held[slot] {
+            self.held[slot] = Held::Addend { write };
+        }
+        self
+    }
+
+    /// Where what was compared is not above.
+    fn not_above(mut self) -> Self {
+        self.group = self.compared.map(|(start, most)| (start, start + 0x1000 - most)).or(self.group);
+        self
+    }
+
+    /// RSP has moved.
+    fn moved(mut self, by: Option<i64>) -> Self {
+        self.group = self.group.zip(by).map(|((start, end), by)| (start - by, end - by));
+        for held in &mut self.held {
+            if matches!(held, Held::Stack(_) | Held::LowStack(_) | Held::StackOffset(_)) {
+                *held = Held::Anything;
+            }
         }
         self
     }
@@ -92,6 +127,8 @@ pub(super) struct Bounds<'a> {
     pub low: i32,
     /// Where the thunks run.
     pub thunks: Range<u64>,
+    /// Those that keep R10.
+    pub keeping: [u64; 3],
     /// Starts of other pieces that this one leads to.
     pub others: &'a [u64],
 }
@@ -123,7 +160,7 @@ fn check(code: &[u8], at: u64, bounds: &Bounds<'_>) -> Result<(), String> {
         let instruction = piece.instructions[position];
         piece
             .allowed(position, state)
-            .map_err(|complaint| format!("emitted code at {:#x} {complaint} ({:?})", instruction.ip(), state.held))?;
+            .map_err(|complaint| format!("emitted code at {:#x} {complaint} ({state:?})", instruction.ip()))?;
     }
     Ok(())
 }
@@ -150,17 +187,26 @@ impl Piece<'_> {
             *known = Some(merged);
             let instruction = self.instructions[position];
             let after = self.after(&instruction, &merged);
-            let zero =
-                instruction.code() == Code::Jrcxz_rel8_64 || merged.tested && instruction.mnemonic() == Mnemonic::Je;
+            let zero = match instruction.mnemonic() {
+                Mnemonic::Jrcxz => Some(RCX),
+                Mnemonic::Je => merged.tested,
+                _ => None,
+            };
             match instruction.flow_control() {
                 FlowControl::Next => open.push((position + 1, after)),
                 FlowControl::ConditionalBranch => {
-                    open.push((position + 1, if zero { after.not_zero() } else { after }));
+                    let stays = if instruction.mnemonic() == Mnemonic::Ja { after.not_above() } else { after };
+                    open.push((position + 1, zero.map_or(stays, |slot| stays.not_zero(slot))));
                     self.go(&instruction, after, &mut open)?;
                 }
                 FlowControl::UnconditionalBranch => self.go(&instruction, after, &mut open)?,
                 FlowControl::Call => {
-                    open.push((position + 1, START));
+                    let keeps = self.bounds.keeping.contains(&instruction.near_branch_target());
+                    let mut known = START;
+                    if keeps {
+                        (known.held[R10], known.group) = (merged.held[R10], merged.group);
+                    }
+                    open.push((position + 1, known));
                     self.go(&instruction, after, &mut open)?;
                 }
                 FlowControl::Return | FlowControl::IndirectBranch => {}
@@ -185,13 +231,21 @@ impl Piece<'_> {
 
     /// What the temporaries hold after an instruction.
     fn after(&mut self, instruction: &Instruction, before: &State) -> State {
-        let mut after = State { tested: false, ..*before };
+        let conditional = instruction.flow_control() == FlowControl::ConditionalBranch;
+        let compared = before.compared.filter(|_| conditional);
+        let mut after = State { tested: None, compared, ..*before };
         for used in self.infos.info(instruction).used_registers().iter().filter(|used| writes(used.access())) {
             if let Some(slot) = slot(used.register()) {
                 after.held[slot] = Held::Anything;
             }
             if is_table(used.register()) {
                 after = START; // what was found in the tables before is not found in these
+            }
+            if used.register().full_register() == Register::R8 {
+                after = after.moved(moves(instruction));
+            }
+            if slot(used.register()) == Some(R10) {
+                after.group = None;
             }
         }
         let to = instruction.op0_register();
@@ -207,8 +261,12 @@ impl Piece<'_> {
             }
             _ => {}
         }
-        after.tested = instruction.code() == Code::Test_rm64_r64
-            && (to, instruction.op1_register()) == (Register::RCX, Register::RCX);
+        if instruction.code() == Code::Test_rm64_r64 && to == instruction.op1_register() {
+            after.tested = slot(to);
+        }
+        if let (Code::Cmp_rm32_imm32, Held::StackOffset(start)) = (instruction.code(), before.of(to)) {
+            after.compared = Some((start, i64::from(instruction.immediate32())));
+        }
         after
     }
 
@@ -232,6 +290,19 @@ impl Piece<'_> {
                 _ => otherwise,
             },
             Code::Mov_r64_rm64 => before.of(instruction.op1_register()),
+            Code::Mov_r32_rm32 if !memory => match before.of(instruction.op1_register()) {
+                Held::Stack(at) => Held::LowStack(at),
+                _ => otherwise,
+            },
+            Code::And_rm32_imm32 if instruction.immediate32() == 0xfff => match before.of(instruction.op0_register()) {
+                Held::LowStack(at) => Held::StackOffset(at),
+                _ => otherwise,
+            },
+            Code::Lea_r64_m
+                if (instruction.memory_base(), instruction.memory_index()) == (Register::R8, Register::None) =>
+            {
+                Held::Stack(instruction.memory_displacement64() as i64)
+            }
             Code::Lea_r64_m => {
                 let scaled = instruction.memory_index_scale() != 1;
                 match (before.of(instruction.memory_base()), before.of(instruction.memory_index())) {
@@ -308,7 +379,8 @@ impl Piece<'_> {
     fn reaches(&self, instruction: &Instruction, memory: &UsedMemory, state: &State) -> Result<(), String> {
         let (base, index) = (memory.base(), memory.index());
         let (scale, displacement) = (memory.scale(), memory.displacement() as i64);
-        let loads_rcx = instruction.code() == Code::Mov_r64_rm64 && instruction.op0_register() == Register::RCX;
+        let loads_rcx = instruction.code() == Code::Mov_r64_rm64
+            && matches!(instruction.op0_register(), Register::RCX | Register::R10);
         let stores = writes(memory.access());
         let good = match (base, index) {
             (Register::None, Register::None) => self.is_home(displacement, memory.memory_size().size() as i64),
@@ -332,6 +404,11 @@ impl Piece<'_> {
                 Held::Word => displacement == 0 && !stores,
                 _ => false,
             },
+            (Register::R8, Register::R10) => {
+                let end = displacement + memory.memory_size().size() as i64;
+                let inside = state.group.is_some_and(|group| group.0 <= displacement && end <= group.1);
+                matches!(state.held[R10], Held::Addend { write } if scale == 1 && inside && (write || !stores))
+            }
             (base, Register::RCX) => {
                 let to_host = scale == 1 && displacement == 0 && base != Register::RSP;
                 matches!(state.held[RCX], Held::Addend { write } if to_host && (write || !stores))
@@ -345,6 +422,19 @@ impl Piece<'_> {
     fn is_home(&self, address: i64, bytes: i64) -> bool {
         let (start, end) = (i64::from(self.bounds.low), i64::from(self.bounds.low) + i64::from(offset::END));
         (start..end).contains(&address) && address + bytes <= end
+    }
+}
+
+/// How far an instruction moves the register it changes, where that is a constant.
+fn moves(instruction: &Instruction) -> Option<i64> {
+    let itself = instruction.memory_base() == instruction.op0_register();
+    match instruction.code() {
+        Code::Lea_r64_m if itself && instruction.memory_index() == Register::None => {
+            Some(instruction.memory_displacement64() as i64)
+        }
+        Code::Add_rm64_imm8 | Code::Add_rm64_imm32 => Some(instruction.immediate(1) as i64),
+        Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 => Some(-(instruction.immediate(1) as i64)),
+        _ => None,
     }
 }
 
@@ -400,7 +490,7 @@ mod tests {
     use crate::jit::asm::{Asm, At};
 
     const AT: u64 = 0x7000_0000;
-    const BOUNDS: Bounds<'_> = Bounds { low: 0x4000_0000, thunks: 0x6fff_0000..0x6fff_1000, others: &[] };
+    const BOUNDS: Bounds<'_> = Bounds { low: 0x4000_0000, thunks: 0x6fff_0000..0x6fff_1000, keeping: [0x6fff_0800; 3], others: &[] };
     const HOST: At = At::Index(R8, RCX, 0, 0);
     const BIAS: i32 = READ_BIAS as i32;
 
