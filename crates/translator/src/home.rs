@@ -11,6 +11,7 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
 use engine::{CpuState, Error};
+use memory::PAGE_SIZE;
 
 /// Entries of a landing table.
 pub(crate) const LANDINGS: usize = 1 << 16;
@@ -85,10 +86,13 @@ pub(crate) struct Hot {
     pub placed: u64,
     /// The addend of a group of stack accesses, while the monitor resolves a miss.
     pub group: u64,
-    /// Status flags of translated code that needs them for itself.
+    /// Status flags that translated code puts aside.
     pub own_flags: u64,
     /// The bits of an address that are the index of its entry in a translation table.
     pub index_bits: u64,
+    /// Those that are an offset in a page, and the first above them.
+    pub offset_bits: u64,
+    pub page_bit: u64,
 }
 
 #[repr(C)]
@@ -127,7 +131,8 @@ impl Home {
         let mut home = Self { at };
         home.hot_mut().vectors_away = 1;
         home.hot_mut().mxcsr = 0x1f80;
-        home.hot_mut().index_bits = crate::mmu::INDEX_BITS;
+        let hot = home.hot_mut();
+        (hot.index_bits, hot.offset_bits, hot.page_bit) = (crate::mmu::INDEX_BITS, PAGE_SIZE - 1, PAGE_SIZE);
         Ok(home)
     }
 
@@ -225,7 +230,7 @@ pub(crate) mod offset {
         FLAGS flags; SHADOW shadow; HOST_STACK host_stack; ENTRY entry; READ read; WRITE write; CONTEXT context;
         VECTORS_AWAY vectors_away; EXIT exit; VALUE value; ADDRESS address; SIGNAL signal; SCRATCH scratch; MXCSR mxcsr;
         LANDING landing; WAITS waits; DATA_MODE data_mode; TABLES tables; TSC tsc; PLACED_COUNT placed; INDEX_BITS index_bits;
-        GROUP group; OWN_FLAGS own_flags;
+        GROUP group; OWN_FLAGS own_flags; OFFSET_BITS offset_bits; PAGE_BIT page_bit;
     }
 
     /// The landing table of a privilege.

@@ -357,19 +357,12 @@ impl<'a> Emit<'a> {
             }
             Address::In(register) => register,
         };
-        let crosses = !access.aligned && access.bytes > 1;
-        if crosses && access.live {
-            // PEXT keeps flags: the low bits alone.
-            let (unaligned, back) = (self.asm.label(), self.asm.label());
-            self.asm.constant(T1, u64::from(access.bytes.next_power_of_two() - 1));
-            self.asm.extract(T1, register, T1);
-            self.asm.jrcxz(back);
-            self.asm.jmp(unaligned);
-            self.asm.bind(back);
-            self.colds.push(Cold::Unaligned { here: unaligned, back, address: register, access, site });
-        }
-        if crosses && !access.live {
-            self.crossing(register, access, site);
+        if !access.aligned && access.bytes > 1 {
+            if access.live {
+                self.crossing_with_flags(register, access, site);
+            } else {
+                self.crossing(register, access, site);
+            }
         }
         if access.live {
             self.asm.extract_at(T1, register, self.field(offset::INDEX_BITS));
@@ -414,6 +407,18 @@ impl<'a> Emit<'a> {
             self.asm.jcc(condition::ABOVE, crosses);
             self.colds.push(Cold::Site { here: crosses, site });
         }
+    }
+
+    /// Leaves where an access may cross a page; flags stay.
+    fn crossing_with_flags(&mut self, register: u8, access: Access, site: u32) {
+        let (inside, crosses) = (self.asm.label(), self.asm.label());
+        self.asm.extract_at(T1, register, self.field(offset::OFFSET_BITS));
+        self.asm.lea(T1, At::Base(T1, access.bytes as i32 - 1));
+        self.asm.extract_at(T1, T1, self.field(offset::PAGE_BIT));
+        self.asm.jrcxz(inside);
+        self.asm.jmp(crosses);
+        self.asm.bind(inside);
+        self.colds.push(Cold::Site { here: crosses, site });
     }
 
     /// "Above" where `bytes` at an address cross its page's end.
@@ -514,18 +519,6 @@ impl<'a> Emit<'a> {
                 self.asm.constant(T1, site.into());
                 self.asm.call_to(if access.write { self.thunks.miss_write } else { self.thunks.miss_read });
                 self.asm.jmp(again);
-            }
-            Cold::Unaligned { here, back, address, access, site } if access.live => {
-                self.asm.bind(here);
-                let crosses = self.asm.label();
-                self.save_flags();
-                self.compare_page_end(T1, address, access.bytes);
-                self.asm.jcc(condition::ABOVE, crosses);
-                self.restore_flags();
-                self.asm.jmp(back);
-                self.asm.bind(crosses);
-                self.restore_flags();
-                self.leave_at(site);
             }
             Cold::Unaligned { here, back, address, access, site } => {
                 self.asm.bind(here);

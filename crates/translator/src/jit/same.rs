@@ -113,6 +113,9 @@ impl Emit<'_> {
         let second = self.operand(template.second, encoding.second, T1);
         let place = match place {
             Some(at) => Place::Mem(at),
+            None if template.rm.memory && spilled(template.rm, encoding.rm) => {
+                Place::Mem(self.slot(encoding.rm.into()))
+            }
             None => Place::Reg(self.operand(template.rm, encoding.rm, T2)),
         };
         if template.reads_rcx || template.writes_rcx {

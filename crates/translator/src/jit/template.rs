@@ -68,6 +68,8 @@ pub(super) struct Field {
     pub written: bool,
     /// It is written without being read, all 64 bits of it.
     pub replaced: bool,
+    /// The register's slot can take its place, as a memory operand.
+    pub memory: bool,
 }
 
 /// A form.
@@ -153,6 +155,7 @@ impl Templates {
                 general: true,
                 written: writes,
                 replaced: writes && !reads && wide && !narrow(form.op_kind(position)),
+                memory: may_be_slot(instruction, form.op_kind(position), writes),
             };
             match encoded_in(form.op_kind(position)) {
                 Some(Encoded::Reg) => template.reg = field,
@@ -221,6 +224,19 @@ fn may_be_memory(kind: OpCodeOperandKind) -> bool {
             | r32_reg_mem
             | mem_offs
     )
+}
+
+/// True where a register operand in ModRM.rm does what it does in memory too.
+fn may_be_slot(instruction: &Instruction, kind: OpCodeOperandKind, written: bool) -> bool {
+    use OpCodeOperandKind::{r8_or_mem, r16_or_mem, r32_or_mem, r64_or_mem};
+    let kind = match kind {
+        r8_or_mem | r16_or_mem | r64_or_mem => true,
+        r32_or_mem => !written, // it would clear the upper half of a register
+        _ => false,
+    };
+    // In memory, XCHG is locked, and bit tests go beyond their operand. XADD writes its two operands in this order.
+    use Mnemonic::{Bt, Btc, Btr, Bts, Xadd, Xchg};
+    kind && !matches!(instruction.mnemonic(), Xchg | Xadd | Bt | Bts | Btr | Btc)
 }
 
 fn narrow(kind: OpCodeOperandKind) -> bool {
