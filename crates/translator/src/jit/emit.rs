@@ -1,7 +1,7 @@
 //! Emission: guest registers, memory operands and their checks.
 //!
 //! ```text
-//!   guest  rax rcx rdx rbx rsp rbp rsi rdi r12 r13 | r8 r9 r10 r11 r14 r15
+//!   guest  rax rcx rdx rbx rsp rbp rsi rdi r8  r9  | r10 to r15
 //!   host   rax r9  rdx rbx r8  rbp rsi rdi r12 r13 | in memory
 //!
 //!   rcx, r11, r10   temporaries: addend, effective address, operand
@@ -51,12 +51,12 @@ pub(super) const HOST: [Option<u8>; 16] = [
     Some(reg::RBP),
     Some(reg::RSI),
     Some(reg::RDI),
-    None,
-    None,
-    None,
-    None,
     Some(reg::R12),
     Some(reg::R13),
+    None,
+    None,
+    None,
+    None,
     None,
     None,
 ];
