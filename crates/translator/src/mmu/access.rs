@@ -150,13 +150,53 @@ impl Cpu {
 
     #[cold]
     fn read_bytes_slow(&mut self, address: u64, buffer: &mut [u8], segment: u8, rights: Rights) -> Done {
+        if self.read_across(address, buffer, rights).is_some() {
+            return Ok(());
+        }
         let place = self.locate(address, buffer.len() as u64, Access::Read, segment, rights)?;
         self.transfer(&place, Transfer::Read(buffer));
         Ok(())
     }
 
+    /// A read across two pages, both of which have entries.
+    fn read_across(&self, address: u64, buffer: &mut [u8], rights: Rights) -> Option<()> {
+        let (first, mode) = (0x1000 - address % 0x1000, self.data_mode_for(rights));
+        if !self.mode.long || first >= buffer.len() as u64 {
+            return None;
+        }
+        let (low, high) = buffer.split_at_mut(first as usize);
+        let low_host = self.tlb.lookup_read(mode, address, first)?;
+        let high_host = self.tlb.lookup_read(mode, address.wrapping_add(first), high.len() as u64)?;
+        // SAFETY: the soft TLB vouches for that many bytes at each.
+        unsafe {
+            copy_from(low_host, low);
+            copy_from(high_host, high);
+        }
+        Some(())
+    }
+
+    /// The same for a write.
+    fn write_across(&self, address: u64, data: &[u8], rights: Rights) -> Option<()> {
+        let (first, mode) = (0x1000 - address % 0x1000, self.data_mode_for(rights));
+        if !self.mode.long || first >= data.len() as u64 {
+            return None;
+        }
+        let (low, high) = data.split_at(first as usize);
+        let low_host = self.tlb.lookup_write(mode, address, first)?;
+        let high_host = self.tlb.lookup_write(mode, address.wrapping_add(first), high.len() as u64)?;
+        // SAFETY: as above.
+        unsafe {
+            copy_to(low_host, low);
+            copy_to(high_host, high);
+        }
+        Some(())
+    }
+
     #[cold]
     fn write_slow(&mut self, address: u64, data: &[u8], segment: u8, rights: Rights) -> Done {
+        if self.write_across(address, data, rights).is_some() {
+            return Ok(());
+        }
         let place = self.locate(address, data.len() as u64, Access::Write, segment, rights)?;
         self.transfer(&place, Transfer::Write(data));
         Ok(())
@@ -245,6 +285,8 @@ impl Cpu {
         } else {
             let low = self.translate(Gva(address), access, rights)?;
             let high = self.translate(Gva(last & !0xfff), access, rights)?;
+            self.fill(address, access, rights, &low);
+            self.fill(last & !0xfff, access, rights, &high);
             Place::Split { low, high, first: 0x1000 - (address & 0xfff) }
         };
         if self.rehearsal.is_some() && self.is_for_good(&place, access) {
