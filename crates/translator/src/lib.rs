@@ -32,6 +32,8 @@ mod offered;
 mod op;
 #[cfg(test)]
 mod oracle;
+#[cfg(test)]
+mod random;
 mod run;
 mod shared;
 mod system;

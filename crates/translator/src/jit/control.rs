@@ -72,6 +72,7 @@ impl Emit<'_> {
         if source.instruction.op0_kind() == OpKind::Register {
             return self.push_register(source); // the same, encoded otherwise
         }
+        self.cached = None; // T3 is something else where the second check goes back to the first
         let again = self.asm.bound();
         let from = self.memory(source, again)?;
         // T3 outlives the second check: that is an aligned one, whose cold code does not use it.
@@ -191,6 +192,7 @@ impl Emit<'_> {
 
     pub(super) fn call_indirect(&mut self, source: &Source<'_>, user: bool, poll: Label) -> Option<()> {
         let next = source.instruction.next_ip();
+        self.cached = None; // as for a push of memory
         let again = self.asm.bound();
         self.poll(poll);
         self.target(source, again, T3)?;
@@ -235,6 +237,7 @@ impl Emit<'_> {
             self.asm.call_to(self.thunks().op);
         }
         self.vectors = false;
+        self.cached = None;
     }
 
     /// A conditional jump on the flags to a label. Returns where its displacement is.

@@ -136,6 +136,8 @@ pub(super) struct Emit<'a> {
     pub anchor: u32,
     /// Vector registers are known to be in the processor.
     pub vectors: bool,
+    /// The guest register that is in memory, and in T3 too.
+    pub cached: Option<usize>,
     /// Short jumps land at once, so that none is too long: for blocks that did not come out otherwise.
     pub careful: bool,
 }
@@ -154,6 +156,7 @@ impl<'a> Emit<'a> {
             rip: 0,
             anchor,
             vectors: false,
+            cached: None,
             careful: false,
         }
     }
@@ -182,9 +185,28 @@ impl<'a> Emit<'a> {
         match HOST[number] {
             Some(host) => host,
             None => {
-                self.asm.load(temporary, self.slot(number));
+                self.fetch(number, temporary);
                 temporary
             }
+        }
+    }
+
+    /// Loads a guest register that is in memory.
+    pub(super) fn fetch(&mut self, number: usize, to: u8) {
+        match (self.cached == Some(number), to) {
+            (true, T3) => {}
+            (true, _) => self.asm.mov(to, T3),
+            (false, _) => self.asm.load(to, self.slot(number)),
+        }
+        if to == T3 {
+            self.cached = Some(number);
+        }
+    }
+
+    /// The slot of a guest register is written to directly.
+    pub(super) fn outdated(&mut self, number: usize) {
+        if self.cached == Some(number) {
+            self.cached = None;
         }
     }
 
@@ -193,7 +215,14 @@ impl<'a> Emit<'a> {
         match HOST[number] {
             Some(host) if host == from => {}
             Some(host) => self.asm.mov(host, from),
-            None => self.asm.store(self.slot(number), from),
+            None => {
+                self.asm.store(self.slot(number), from);
+                if from == T3 {
+                    self.cached = Some(number);
+                } else {
+                    self.outdated(number);
+                }
+            }
         }
     }
 

@@ -61,18 +61,22 @@ impl Encoding {
             bytes.get(at - 1).copied()
         };
         let mut current = byte()?;
+        let mut rex = 0;
         loop {
             match current {
                 0x66 => e.legacy[0] = current,
                 0xf2 => e.legacy[1] = current,
                 0xf3 => e.legacy[2] = current,
                 0xf0 => e.legacy[3] = current,
-                0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0x67 => {}
+                0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0x67 | 0x40..=0x4f => {}
                 _ => break,
             }
+            // It counts only right before the opcode.
+            rex = if current & 0xf0 == 0x40 { current } else { 0 };
             current = byte()?;
         }
-        let (mut r, mut b) = (0, 0);
+        (e.rex, e.wide) = (rex != 0, rex & 8 != 0);
+        let (mut r, mut b) = ((rex & 4) << 1, (rex & 1) << 3);
         match current {
             0xc4 => {
                 let (first, second) = (byte()?, byte()?);
@@ -87,11 +91,6 @@ impl Encoding {
                 r = !first >> 7 << 3;
                 e.vex = Some(Vex { map: 1, low: first & 7 });
                 e.second = !first >> 3 & 15;
-                current = byte()?;
-            }
-            0x40..=0x4f => {
-                (e.rex, e.wide) = (true, current & 8 != 0);
-                (r, b) = ((current & 4) << 1, (current & 1) << 3);
                 current = byte()?;
             }
             _ => {}
@@ -174,6 +173,9 @@ mod tests {
         let registers = Operands { reg: reg::RSI, place: Place::Reg(reg::RAX), second: 0 };
         assert_eq!(again(&[0x40, 0x88, 0xf0], registers, &[reg::RSI, 0], &[]), "mov al,sil");
         assert_eq!(again(&[0x88, 0xe0], Operands { reg: 4, ..registers }, &[], &[]), "mov al,ah");
+        // A REX prefix that others follow is none.
+        assert_eq!(again(&[0x4f, 0xf2, 0x48, 0x39, 0xf0], registers, &[], &[]), "cmp rax,rsi");
+        assert_eq!(again(&[0x4f, 0x66, 0x39, 0xf0], registers, &[], &[]), "cmp ax,si");
         assert_eq!(again(&[0x66, 0x0f, 0x3a, 0x14, 0xc0, 7], registers, &[], &[7]), "pextrb eax,xmm6,7");
     }
 }

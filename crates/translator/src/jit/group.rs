@@ -196,6 +196,7 @@ impl Emit<'_> {
     /// T3 becomes the addend of a group's first page, T2 its first address; flags say whether there is none.
     pub(super) fn find_group(&mut self, group: &Group) {
         let (table, bias) = if group.writes { (WRITE, 0) } else { (READ, READ_BIAS as i32) };
+        self.cached = None;
         self.asm.lea(T2, At::Base(STACK, group.start));
         self.asm.extract_bits(T1, T2, READ);
         self.asm.load(T3, At::Index(table, T1, 3, -bias));

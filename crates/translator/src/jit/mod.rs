@@ -28,6 +28,8 @@ mod live;
 mod lone;
 mod privileged;
 mod same;
+#[cfg(test)]
+mod sequences;
 mod template;
 #[cfg(test)]
 mod tests;

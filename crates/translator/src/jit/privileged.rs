@@ -55,6 +55,7 @@ impl Emit<'_> {
         self.asm.lea(T1, at);
         self.asm.raw(&[0x9c]); // pushfq
         self.asm.pop(T3);
+        self.cached = None;
         self.asm.store(self.field(offset::SCRATCH), T1);
         // PEXT and PDEP by the same mask keep the bits of the mask, and flags.
         self.asm.constant(T1, STATUS);

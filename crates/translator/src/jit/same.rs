@@ -94,7 +94,8 @@ impl Emit<'_> {
     pub(super) fn same(&mut self, source: &Source<'_>) -> Option<()> {
         let encoding = Encoding::parse(source.bytes)?;
         let template = &source.template;
-        if !encoding.direct && reaches_beyond(&source.instruction) {
+        let memory = source.instruction.op_kinds().any(|kind| kind == OpKind::Memory);
+        if memory == encoding.direct || memory && reaches_beyond(&source.instruction) {
             return None;
         }
         if self.any_high(source, &encoding) {
@@ -109,11 +110,16 @@ impl Emit<'_> {
             let crowded = second || source.part.inside && read && matches!(at, At::Index(_, T1, ..) | At::Base(T1, _));
             place = Some(if crowded { self.fold(at) } else { at });
         }
+        let rm_at_hand = place.is_none() && self.is_at_hand(template, &encoding);
         let reg = self.operand(template.reg, encoding.reg, if source.part.inside { T1 } else { T3 });
         let second = self.operand(template.second, encoding.second, T1);
         let place = match place {
             Some(at) => Place::Mem(at),
+            None if rm_at_hand => Place::Reg(T3),
             None if template.rm.memory && spilled(template.rm, encoding.rm) => {
+                if template.rm.written {
+                    self.outdated(encoding.rm.into());
+                }
                 Place::Mem(self.slot(encoding.rm.into()))
             }
             None => Place::Reg(self.operand(template.rm, encoding.rm, T2)),
@@ -137,6 +143,13 @@ impl Emit<'_> {
         Some(())
     }
 
+    /// True where the register in ModRM.rm is in T3, and will be when the other operands are where they have to be.
+    fn is_at_hand(&self, template: &Template, encoding: &Encoding) -> bool {
+        spilled(template.rm, encoding.rm)
+            && self.cached == Some(encoding.rm.into())
+            && (!spilled(template.reg, encoding.reg) || encoding.reg == encoding.rm)
+    }
+
     /// Puts an operand's host address into T2, which frees T1.
     fn fold(&mut self, at: At) -> At {
         self.asm.lea(T2, at);
@@ -152,7 +165,7 @@ impl Emit<'_> {
             Some(host) => host,
             None => {
                 if !field.replaced {
-                    self.asm.load(temporary, self.slot(number.into()));
+                    self.fetch(number.into(), temporary);
                 }
                 temporary
             }
@@ -255,7 +268,10 @@ impl Emit<'_> {
                 match HOST[number] {
                     Some(host) => self.asm.constant(host, value),
                     None => match i32::try_from(value as i64) {
-                        Ok(short) => self.asm.store_constant(self.slot(number), short),
+                        Ok(short) => {
+                            self.asm.store_constant(self.slot(number), short);
+                            self.outdated(number);
+                        }
                         Err(_) => {
                             self.asm.constant(T2, value);
                             self.set(number, T2);

@@ -4,7 +4,7 @@ use engine::state::rflags::{AC, DF, ID, IF, STATUS, TF};
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 
 use super::case::{ARENA, ARENA_BYTES, CODE, CODE_BYTES, Case, Code, DATA_BASE_16, DATA_LIMIT_16, XSAVE_BYTES, Xsave};
-use super::random::Random;
+use crate::random::Random;
 
 const LOCK: u8 = 0xf0;
 const OPERAND_SIZE: u8 = 0x66;

@@ -14,7 +14,6 @@ mod compare;
 mod engine;
 mod generate;
 mod native;
-mod random;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -23,7 +22,7 @@ use case::{Case, Code, Outcome};
 use classes::{CLASSES, Class};
 use engine::Guest;
 use native::{BATCH, Native};
-use random::Random;
+use crate::random::Random;
 
 /// Cases of each class in an ordinary test run; a class takes two or three seconds.
 const CASES: u64 = 12_000;
