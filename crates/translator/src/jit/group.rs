@@ -128,6 +128,11 @@ pub(super) fn plan(sources: &[Source<'_>]) -> Vec<Part> {
         if let Some(open) = &mut open {
             open.moved += moves;
         }
+        if source.template.kind == Kind::Call
+            && let Some(open) = open.take()
+        {
+            open.close(&mut parts);
+        }
     }
     if let Some(open) = open {
         open.close(&mut parts);

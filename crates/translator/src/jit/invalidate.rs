@@ -78,6 +78,7 @@ impl Jit {
             return;
         }
         self.by_key.remove(&key);
+        self.forgotten = true;
         match self.leave_instead(block) {
             Some(target) => {
                 let mut jump = [0xe9, 0, 0, 0, 0];
@@ -132,6 +133,11 @@ impl Jit {
         for user in [0, 1] {
             cpu.state.landings(user).fill(self.thunks.land);
         }
+        Self::forget_returns(cpu);
+    }
+
+    /// Makes every return look for where it leads anew.
+    pub(super) fn forget_returns(cpu: &mut Cpu) {
         let hot = cpu.state.hot_mut();
         hot.pointers = hot.begins;
         hot.shadow = hot.begins[hot.user as usize & 1];

@@ -186,6 +186,8 @@ struct Block {
     marks: std::ops::Range<u32>,
     /// Its one instruction lies across two pages.
     second: Option<translate::Second>,
+    /// Status flags are needed at its start.
+    live: bool,
     /// What branches enter that compare addresses; 0 until needed.
     landing: u64,
     alive: bool,
@@ -274,6 +276,8 @@ pub(crate) struct Jit {
     active: Box<Active>,
     context: Box<Context>,
     seen: Seen,
+    /// Blocks have been forgotten that calls may return into.
+    forgotten: bool,
     /// The code cache has no room even to forget: it is to be emptied.
     full: bool,
     /// How often the code cache has been emptied: numbers of blocks and exits from before mean nothing after.
@@ -343,6 +347,7 @@ impl Jit {
             active,
             context: Box::new(Context { cpu: std::ptr::null_mut(), jit: std::ptr::null() }),
             seen: Seen::default(),
+            forgotten: false,
             full: false,
             emptied: 0,
             lone: (cpu.shared.config.check == Check::Lockstep).then(Lone::default),
@@ -451,6 +456,9 @@ impl Jit {
         callback::change_privilege(cpu);
         if !callback::use_tables(cpu) {
             return false;
+        }
+        if std::mem::take(&mut self.forgotten) {
+            Self::forget_returns(cpu);
         }
         *self.context = Context { cpu: std::ptr::from_mut(cpu), jit: std::ptr::from_ref(self) };
         let raised = std::ptr::from_ref(cpu.config.signal.word()) as u64;

@@ -162,3 +162,13 @@ fn a_group_faults_at_the_access_that_does() {
     assert_eq!(state.rip, CODE + 10 + 2 * 2, "the third push");
     assert_eq!(bare.ram.read_value::<u64>(Gpa(0)).unwrap(), 2);
 }
+
+#[test]
+fn a_call_returns_into_what_was_written_there_meanwhile() {
+    // call function; mov eax, 1; hlt; function: mov byte [the constant], 2; ret
+    let code = [0xe8, 6, 0, 0, 0, 0xb8, 1, 0, 0, 0, 0xf4, 0xc6, 5, 0xf4, 0xff, 0xff, 0xff, 2, 0xc3];
+    let mut bare = Bare::new(&code, Config::default());
+    let (exit, state) = bare.run();
+    assert_eq!((exit, state.gpr[0]), (Exit::Halted, 2));
+    assert!(bare.ledger.worked(Work::SelfModified) > 0);
+}

@@ -61,6 +61,8 @@ pub(super) struct Translation {
     pub marks: Vec<Mark>,
     #[expect(clippy::vec_box, reason = "translated code has their addresses")]
     pub ops: Vec<Box<Interpreted>>,
+    /// Status flags are needed at its start.
+    pub live: bool,
 }
 
 impl Jit {
@@ -111,8 +113,6 @@ impl Jit {
         let mut live = match last.template.kind {
             Kind::Jump => self.needs_flags(cpu, key, last.instruction.near_branch_target()),
             Kind::Interpret
-            | Kind::Call
-            | Kind::CallIndirect
             | Kind::JumpIndirect
             | Kind::Return
             | Kind::InterpretLast => live::ALL,
@@ -122,6 +122,10 @@ impl Jit {
         for source in sources.iter_mut().rev() {
             let instruction = &source.instruction;
             match source.template.kind {
+                Kind::Call | Kind::CallIndirect => {
+                    source.live_behind = live != 0;
+                    live = live::ALL;
+                }
                 Kind::Interpret | Kind::InterpretLast | Kind::PushFlags => live = live::ALL,
                 Kind::JumpIf => {
                     live |= live::reads(instruction) | self.needs_flags(cpu, key, instruction.near_branch_target())
@@ -192,7 +196,8 @@ impl Jit {
             block.emit.asm.jmp(out);
         }
         let Block { emit, exits, marks, ops, .. } = block;
-        Some(Translation { code: emit.finish()?, exits, marks, ops })
+        let live = needed.last().is_none_or(|&live| live != 0);
+        Some(Translation { code: emit.finish()?, exits, marks, ops, live })
     }
 
     fn decode<'b>(&mut self, cpu: &mut Cpu, key: Key, bytes: &'b [u8], most: usize) -> Vec<Source<'b>> {
@@ -216,9 +221,14 @@ impl Jit {
             if alone && !sources.is_empty() {
                 break;
             }
-            sources.push(Source { instruction, template, bytes: &bytes[at..], constants, live: true, part: Part::default() });
-            let ends =
-                !matches!(template.kind, Kind::JumpIf) && instruction.flow_control() != iced_x86::FlowControl::Next;
+            sources.push(Source { instruction, template, bytes: &bytes[at..], constants, live: true, live_behind: true, part: Part::default() });
+            // A call comes back, mostly; a block that is run alone does not wait for it.
+            let goes_on = match template.kind {
+                Kind::JumpIf => true,
+                Kind::Call | Kind::CallIndirect => self.lone.is_none(),
+                _ => false,
+            };
+            let ends = !goes_on && instruction.flow_control() != iced_x86::FlowControl::Next;
             if ends || alone || template.kind == Kind::InterpretLast {
                 break;
             }
@@ -371,11 +381,11 @@ impl Block<'_> {
             }
             Kind::Call => {
                 self.call(source);
-                return true;
+                return false;
             }
             Kind::CallIndirect => {
                 let poll = self.look_at(self.emit.rip);
-                self.emit.call_indirect(source, user, poll)
+                self.emit.call_indirect(source, (user, source.live_behind), poll)
             }
             Kind::JumpIndirect => {
                 let poll = self.look_at(self.emit.rip);
@@ -398,14 +408,8 @@ impl Block<'_> {
         if done.is_none() {
             return self.interpret(cpu, source);
         }
-        match kind {
-            Kind::CallIndirect => {
-                let out = self.exit_to(source.instruction.next_ip(), 1);
-                self.emit.asm.jmp(out);
-                return true;
-            }
-            Kind::JumpIndirect | Kind::Return => return true,
-            _ => {}
+        if matches!(kind, Kind::JumpIndirect | Kind::Return) {
+            return true;
         }
         if moves_stack_pointer(source) {
             let out = self.look_at(source.instruction.next_ip());
@@ -483,10 +487,8 @@ impl Block<'_> {
         let out = self.exit_to(target, 0);
         let exit = self.exits.len() - 1;
         let base = self.emit.asm.here() - self.emit.asm.len() as u64;
-        let at = self.emit.call_direct(source, out, self.key.is_user());
+        let at = self.emit.call_direct(source, out, (self.key.is_user(), source.live_behind));
         self.exits[exit].at = Some(base + at as u64);
-        let next = self.exit_to(source.instruction.next_ip(), 1);
-        self.emit.asm.jmp(next);
     }
 
     /// True where a branch to `target` goes backwards. Addresses are from the page's start, perhaps before it.
