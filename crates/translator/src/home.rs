@@ -15,6 +15,9 @@ use engine::{CpuState, Error};
 /// Entries of a landing table.
 pub(crate) const LANDINGS: usize = 1 << 16;
 
+/// Counters of instructions. There are several, so that code that counts need not wait until the last count is stored.
+pub(crate) const COUNTERS: usize = 64;
+
 /// What generated code and the monitor tell each other.
 #[repr(C)]
 pub(crate) struct Hot {
@@ -63,6 +66,9 @@ pub(crate) struct Hot {
     pub tables: [[u64; 2]; 2],
     /// Where the guest's TSC offset is.
     pub tsc: u64,
+    /// Guest instructions that translated code has run since the monitor last looked, where they are counted: a part in
+    /// each.
+    pub instructions: [u64; COUNTERS],
 }
 
 #[repr(C)]
@@ -150,7 +156,7 @@ pub(crate) mod offset {
     hot! {
         FLAGS flags; SHADOW shadow; HOST_STACK host_stack; ENTRY entry; READ read; WRITE write; CONTEXT context;
         VECTORS_AWAY vectors_away; EXIT exit; VALUE value; ADDRESS address; SIGNAL signal; SCRATCH scratch; MXCSR mxcsr;
-        LANDING landing; WAITS waits; DATA_MODE data_mode; TABLES tables; TSC tsc;
+        LANDING landing; WAITS waits; DATA_MODE data_mode; TABLES tables; TSC tsc; INSTRUCTIONS instructions;
     }
 
     /// The landing table of a privilege.

@@ -1,6 +1,6 @@
 //! Finding blocks, and making one lead to the next.
 
-use engine::ledger::Work;
+use engine::Phase;
 use memory::{Gpa, Gva};
 
 use super::asm::Asm;
@@ -33,6 +33,7 @@ impl Jit {
         {
             return Ok(block);
         }
+        cpu.now(Phase::Translating);
         let mut emptied = false;
         loop {
             let bytes = match self.fetch(cpu, &place) {
@@ -71,11 +72,11 @@ impl Jit {
         if self.arena.add(&translation.code).is_none() {
             return Ok(None);
         }
+        Self::count_block(cpu, &translation);
         let first = self.marks.len() as u32;
         self.marks.extend(translation.marks);
         self.exits.extend(translation.exits);
         self.ops.extend(translation.ops);
-        Self::count(cpu, Work::Translate);
         let block = self.blocks.len() as u32;
         self.blocks.push(Block {
             key,

@@ -25,6 +25,7 @@ mod link;
 mod live;
 mod lone;
 mod privileged;
+mod profile;
 mod same;
 mod template;
 #[cfg(test)]
@@ -37,6 +38,7 @@ mod verify;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
+use engine::Phase;
 use engine::ledger::Work;
 use engine::state::{cr0, cr4, rflags};
 
@@ -333,6 +335,7 @@ impl Jit {
             wrong: false,
         };
         jit.forget_landings(cpu);
+        jit.declare_code(cpu);
         Some(jit)
     }
 
@@ -385,6 +388,7 @@ impl Jit {
                 Ok(block) => block,
                 Err(ran) => return ran,
             };
+            cpu.now(Phase::Translating);
             if why == exit::LAND {
                 self.land(cpu, block);
             } else if self.emptied == emptied {
@@ -396,10 +400,12 @@ impl Jit {
 
     /// The block at RIP, after a look at what may have changed since translated code last ran.
     fn first(&mut self, cpu: &mut Cpu) -> Result<u32, Ran> {
+        cpu.now(Phase::Translating);
         self.catch_up(cpu);
         if self.full {
             self.forget_everything(cpu);
         }
+        cpu.now(Phase::Switching);
         self.find(cpu)
     }
 
@@ -430,6 +436,7 @@ impl Jit {
 
     /// Enters translated code. False where the host gives no address space for its tables.
     fn enter(&mut self, cpu: &mut Cpu, entry: u64) -> bool {
+        cpu.now(Phase::Switching);
         callback::change_privilege(cpu);
         if !callback::use_tables(cpu) {
             return false;
@@ -452,6 +459,7 @@ impl Jit {
             enter(entry);
         }
         fault::leave();
+        cpu.now(Phase::Switching); // callbacks have said otherwise
         let status = callback::from_hot(cpu.state.hot().flags);
         cpu.flags.set_status(status);
         true

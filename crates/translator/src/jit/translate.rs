@@ -147,6 +147,7 @@ impl Jit {
         for (position, source) in sources.iter().enumerate() {
             block.emit.rip = source.instruction.ip();
             block.mark();
+            block.emit.count(cpu, &sources, position);
             if source.template.kind == Kind::EnableInterrupts && sources.get(position + 1).is_some_and(goes_on) {
                 block.emit.set_interrupts(source, true);
                 block.emit.between();
