@@ -5,6 +5,7 @@
 //!   test  ──> host workspace, end to end, guests' programs, documentation examples
 //!   fuzz  ──> the translator's native oracle, for as long as you like
 //!   bench ──> release build, guest/bench, the cached kernel; QEMU where it is installed
+//!   soak  ──> the same without QEMU, for an hour
 //! ```
 
 mod bench;
@@ -25,7 +26,9 @@ Usage: cargo xtask COMMAND
   fuzz [OPTION...]   random instructions on this processor and on the engine: --minutes N (of each class; default 10),
                      --cases N, --class NAME, --seed N
   bench boot|cpu|programs [OPTION...]
-                     Cordial beside QEMU's software engine and the processor itself; `bench` alone lists the options";
+                     Cordial beside QEMU's software engine and the processor itself; `bench` alone lists the options
+  soak [OPTION...]   Debian's programs over and over in one guest, then in lockstep: right results, no growth;
+                     --minutes N (default 60), --lockstep-minutes N (default 10), --only NAME,..., --cordial FILE";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -40,6 +43,7 @@ fn main() -> ExitCode {
         ["test", rest @ ..] => test::run(rest),
         ["fuzz", rest @ ..] => fuzz::run(rest),
         ["bench", rest @ ..] => bench::run(rest),
+        ["soak", rest @ ..] => bench::soak::run(rest),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);

@@ -159,6 +159,10 @@ pub struct RunArguments {
     /// Print the exit table at the end, on standard error.
     #[arg(long)]
     exits: bool,
+    /// Print at the end, on standard error, where the engine's time went: translated code, translating, page walks,
+    /// devices and so on; and how many guest instructions were translated and executed. Translated code is slower meanwhile.
+    #[arg(long)]
+    profile: bool,
     /// Download what is missing without asking.
     #[arg(short, long)]
     yes: bool,
@@ -188,6 +192,7 @@ impl RunArguments {
         let switches = [
             ("test-devices", self.test_devices),
             ("exits", self.exits),
+            ("profile", self.profile),
             ("yes", self.yes),
             ("quiet", self.quiet),
             ("verbose", self.verbose),

@@ -31,7 +31,7 @@ const fn key(name: &'static str, default: Option<&'static str>, help: &'static s
 }
 
 /// Everything that can be set, in the order `--print-config` shows it.
-pub const KEYS: [Key; 22] = [
+pub const KEYS: [Key; 23] = [
     key("cpus", None, "virtual CPUs; default: the host's, at most 2"),
     key("mem", Some("1G"), "memory; K, M, G or T; a plain number is MiB"),
     key("engine", Some("auto"), "auto, translate or kvm"),
@@ -55,6 +55,7 @@ pub const KEYS: [Key; 22] = [
     key("cwd", Some("/"), "working directory of the command"),
     key("test-devices", Some("false"), "devices that bare-metal test kernels expect"),
     key("exits", Some("false"), "print the exit table at the end"),
+    key("profile", Some("false"), "print at the end where the engine's time went"),
     key("yes", Some("false"), "download what is missing without asking"),
     key("quiet", Some("false"), "print nothing of our own unless something fails"),
     key("verbose", Some("false"), "show the kernel's console and what is done"),

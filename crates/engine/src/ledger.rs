@@ -2,9 +2,11 @@
 //!
 //! An exit is a departure from guest code into the monitor for something the guest asked for or the architecture
 //! demands. The engine's own work (decoding, TLB fills) is counted apart, as [`Work`]. Always on: one relaxed add and
-//! two time-stamp reads an exit.
+//! two time-stamp reads an exit. Where the rest of the time goes is the [`Profile`]'s.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::profile::Profile;
 
 /// Why a vCPU left guest code. The same names on every engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -84,12 +86,18 @@ impl Cause {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
 pub enum Work {
-    /// Guest instructions executed.
+    /// Guest instructions that the interpreter executed by itself.
     Instructions,
+    /// Guest instructions that translated code executed. Counted only where the engine is told to.
+    NativeInstructions,
     /// Blocks decoded for the interpreter.
     Decode,
     /// Blocks translated.
     Translate,
+    /// Guest instructions in them.
+    TranslateInstructions,
+    /// Bytes of host code made of them.
+    TranslateBytes,
     /// Decoded or translated blocks dropped because their bytes were written.
     SelfModified,
     /// Times a full code cache was emptied.
@@ -106,10 +114,13 @@ pub enum Work {
 
 impl Work {
     /// All kinds, in table order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 12] = [
         Self::Instructions,
+        Self::NativeInstructions,
         Self::Decode,
         Self::Translate,
+        Self::TranslateInstructions,
+        Self::TranslateBytes,
         Self::SelfModified,
         Self::CacheEmptied,
         Self::Compared,
@@ -122,8 +133,11 @@ impl Work {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Instructions => "instructions",
+            Self::NativeInstructions => "native-instructions",
             Self::Decode => "decode",
             Self::Translate => "translate",
+            Self::TranslateInstructions => "translate-instructions",
+            Self::TranslateBytes => "translate-bytes",
             Self::SelfModified => "self-modified",
             Self::CacheEmptied => "cache-emptied",
             Self::Compared => "compared",
@@ -161,6 +175,8 @@ impl Default for Row {
 pub struct Ledger {
     rows: [Row; Cause::ALL.len()],
     work: [AtomicU64; Work::ALL.len()],
+    /// Where the vCPU's time goes.
+    pub profile: Profile,
 }
 
 /// What one row says.

@@ -7,9 +7,11 @@ mod clock;
 mod entropy;
 pub mod fake;
 mod process;
+mod sample;
 mod timer;
 
 pub use clock::{Clock, HostClock, read_tsc};
 pub use entropy::{Entropy, HostEntropy};
 pub use process::resident_bytes;
+pub use sample::{SAMPLE_KINDS, SAMPLE_SIGNAL, Samples, ThreadTime};
 pub use timer::{HostTimers, Timer, TimerCallback, Timers};

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use device::bus::Bus;
 use device::interrupt::{InterruptChips, Refused, lapic::msr};
-use engine::{Cause, CpuIo, HypercallArgs, Ledger, MsrRefused};
+use engine::{Cause, CpuIo, HypercallArgs, Ledger, MsrRefused, Phase};
 use memory::{Gpa, PAGE_SIZE};
 
 use crate::announce::Announcer;
@@ -72,9 +72,11 @@ impl GuestIo {
 
     /// Counts what `access` took.
     fn counted<R>(&mut self, cause: Cause, access: impl FnOnce(&mut Self) -> R) -> R {
+        let before = self.ledger.profile.begin(Phase::Devices);
         let start = host::read_tsc();
         let result = access(self);
         self.ledger.record(cause, host::read_tsc().wrapping_sub(start));
+        self.ledger.profile.back(before);
         result
     }
 }

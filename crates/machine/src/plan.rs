@@ -146,6 +146,8 @@ pub struct Plan {
     pub disks: Vec<DiskPlan>,
     /// The conveniences bare-metal test kernels expect: debug exit, fw_cfg, the test latch.
     pub test_devices: bool,
+    /// Sample what vCPUs spend their time on, and have the engine count instructions: the ledgers' profiles tell.
+    pub profile: bool,
 }
 
 impl Plan {
@@ -165,6 +167,7 @@ impl Plan {
             command_line: String::new(),
             disks: Vec::new(),
             test_devices: false,
+            profile: false,
         }
     }
 
@@ -203,6 +206,7 @@ impl Plan {
             code_cache: self.code_cache,
             check: if self.engine_check == EngineCheck::Lockstep { Check::Lockstep } else { Check::Off },
             translate: self.engine_check != EngineCheck::Interpret,
+            count: self.profile,
         }
     }
 }
@@ -242,7 +246,7 @@ mod tests {
     #[test]
     fn checks_become_the_engines_settings() {
         let config = |engine_check| Plan { engine_check, code_cache: 1 << 20, ..Plan::new("vmlinuz") }.translator();
-        let off = Config { code_cache: 1 << 20, check: Check::Off, translate: true };
+        let off = Config { code_cache: 1 << 20, check: Check::Off, translate: true, count: false };
         assert_eq!(config(EngineCheck::Off), off);
         assert_eq!(config(EngineCheck::Interpret), Config { translate: false, ..off });
         assert_eq!(config(EngineCheck::Lockstep), Config { check: Check::Lockstep, ..off });

@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use engine::state::rflags;
 use engine::{Cause, CpuState, Exit, Ledger, Signal, Signals, Vcpu};
+use host::{Clock as _, HostClock};
 
 use crate::Outcome;
 use crate::control::Control;
@@ -44,12 +45,24 @@ pub(crate) struct Processor {
     pub(crate) signal: Arc<Signal>,
     pub(crate) ledger: Arc<Ledger>,
     pub(crate) control: Arc<Control>,
+    /// Time is to be accounted for.
+    pub(crate) profiled: bool,
 }
 
 impl Processor {
     /// Runs the processor to the end of the run.
     pub(crate) fn run(mut self) {
         let _guard = EndOnPanic(Arc::clone(&self.control));
+        if !self.profiled {
+            return self.run_to_end();
+        }
+        let ledger = Arc::clone(&self.ledger);
+        if let Err(error) = ledger.profile.during(|| self.run_to_end()) {
+            tracing::warn!(vcpu = self.index, "there are no samples of what this vCPU did: {error}");
+        }
+    }
+
+    fn run_to_end(&mut self) {
         let mut stage = if self.index == BOOTSTRAP { Stage::Running } else { Stage::Waiting };
         while stage != Stage::Ended && !self.control.is_ending() {
             stage = match stage {
@@ -96,7 +109,7 @@ impl Processor {
             wakes.set(Signals::INTERRUPT, state.rflags & rflags::IF != 0);
             wakes.set(Signals::NMI, !state.nmi_blocked);
         }
-        self.signal.wait(wakes, None);
+        self.sleep(wakes);
         self.ledger.record(Cause::Halt, host::read_tsc().wrapping_sub(start));
     }
 
@@ -114,7 +127,7 @@ impl Processor {
     }
 
     fn wait_for_startup(&mut self) -> Stage {
-        let pending = self.signal.wait(Signals::STARTUP | Signals::INIT | Signals::STOP, None);
+        let pending = self.sleep(Signals::STARTUP | Signals::INIT | Signals::STOP);
         if pending.contains(Signals::STOP) {
             return Stage::Ended;
         }
@@ -127,6 +140,16 @@ impl Processor {
             return Stage::Running;
         }
         Stage::Waiting
+    }
+
+    /// Sleeps until any of `signals` is raised. Returns what is pending then.
+    fn sleep(&self, signals: Signals) -> Signals {
+        let start = self.profiled.then(|| HostClock.monotonic_ns());
+        let pending = self.signal.wait(signals, None);
+        if let Some(start) = start {
+            self.ledger.profile.slept(HostClock.monotonic_ns() - start);
+        }
+        pending
     }
 
     fn load(&mut self, state: &CpuState) -> Stage {

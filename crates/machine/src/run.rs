@@ -220,6 +220,7 @@ fn processors(
             signal: Arc::clone(&slot.signal),
             ledger: Arc::clone(&slot.ledger),
             control: Arc::clone(&shared.control),
+            profiled: plan.profile,
         })
     };
     slots.iter().enumerate().map(make).collect()

@@ -15,11 +15,13 @@ pub struct Config {
     pub check: Check,
     /// Translate; otherwise everything is interpreted.
     pub translate: bool,
+    /// Translated code counts the instructions it runs ([`engine::ledger::Work::NativeInstructions`]); it is slower then.
+    pub count: bool,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { code_cache: 64 << 20, check: Check::Off, translate: true }
+        Self { code_cache: 64 << 20, check: Check::Off, translate: true, count: false }
     }
 }
 

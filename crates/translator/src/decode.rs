@@ -5,6 +5,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use engine::Phase;
 use iced_x86::{CodeSize, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, OpKind, Register};
 use memory::{Gva, PAGE_SIZE};
 
@@ -65,7 +66,10 @@ impl Cpu {
         if self.mode.long && !crate::mmu::canonical(linear) {
             return Err(self.gp());
         }
-        let translation = self.translate(Gva(linear), Access::Execute, Rights::Current)?;
+        let before = self.config.ledger.profile.begin(Phase::TlbFill);
+        let found = self.translate(Gva(linear), Access::Execute, Rights::Current);
+        self.config.ledger.profile.back(before);
+        let translation = found?;
         let Some(host) = self.shared.ram.host_page(translation.gpa) else {
             // Code in device memory: nothing there to run. A processor would fetch whatever the bus returns.
             return Err(self.ud());

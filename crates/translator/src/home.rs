@@ -34,6 +34,9 @@ pub(crate) struct Anchor {
 /// [`Anchor::negative`] of a page that is nowhere: no canonical address is the difference of this and an offset.
 pub(crate) const NOWHERE: u64 = 1 << 62;
 
+/// Counters of instructions. There are several, so that code that counts need not wait until the last count is stored.
+pub(crate) const COUNTERS: usize = 64;
+
 /// What generated code and the monitor tell each other.
 #[repr(C)]
 pub(crate) struct Hot {
@@ -93,6 +96,9 @@ pub(crate) struct Hot {
     /// Those that are an offset in a page, and the first above them.
     pub offset_bits: u64,
     pub page_bit: u64,
+    /// Guest instructions that translated code has run since the monitor last looked, where they are counted: a part in
+    /// each.
+    pub instructions: [u64; COUNTERS],
 }
 
 #[repr(C)]
@@ -231,6 +237,7 @@ pub(crate) mod offset {
         VECTORS_AWAY vectors_away; EXIT exit; VALUE value; ADDRESS address; SIGNAL signal; SCRATCH scratch; MXCSR mxcsr;
         LANDING landing; WAITS waits; DATA_MODE data_mode; TABLES tables; TSC tsc; PLACED_COUNT placed; INDEX_BITS index_bits;
         GROUP group; OWN_FLAGS own_flags; OFFSET_BITS offset_bits; PAGE_BIT page_bit;
+        INSTRUCTIONS instructions;
     }
 
     /// The landing table of a privilege.

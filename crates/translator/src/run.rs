@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use engine::ledger::{Cause, Work};
 use engine::state::{Shadow, rflags};
-use engine::{CpuIo, CpuState, Error, Exit, Signals, Vcpu, VcpuConfig};
+use engine::{CpuIo, CpuState, Error, Exit, Phase, Signals, Vcpu, VcpuConfig};
 
 use crate::block::{Block, Blocks};
 use crate::cpu::Cpu;
+use crate::home::COUNTERS;
 use crate::jit::{Jit, Ran};
 use crate::lockstep::{self, take_turn};
 use crate::op::Leave;
@@ -96,6 +97,7 @@ impl Runner {
     /// What lies between two instructions, in order of priority (SDM vol. 3A, table 6-2).
     fn boundary(&mut self) -> Result<Stretch, Exit> {
         let cpu = &mut self.cpu;
+        cpu.now(Phase::Other);
         if cpu.state.shadow == Shadow::Sti && cpu.state.rip != cpu.sti_shadow_at {
             cpu.state.shadow = Shadow::None;
         }
@@ -218,6 +220,7 @@ impl Runner {
     #[inline(always)]
     fn block(&mut self, limit: usize) -> Result<(), Exit> {
         let cpu = &mut self.cpu;
+        cpu.now(Phase::Interpreting);
         let place = match cpu.code_place() {
             Ok(place) => place,
             Err(_) => return self.raised(),
@@ -305,7 +308,12 @@ impl Vcpu for Runner {
         self.cpu.detach_io();
         self.cpu.link.leave();
         self.cpu.state.rflags = self.cpu.rflags();
-        self.cpu.config.ledger.work(Work::TlbFlush, std::mem::take(&mut self.cpu.tlb.flushes));
+        let ledger = &self.cpu.config.ledger;
+        ledger.work(Work::TlbFlush, std::mem::take(&mut self.cpu.tlb.flushes));
+        if self.cpu.shared.config.count {
+            let counted = std::mem::replace(&mut self.cpu.state.hot_mut().instructions, [0; COUNTERS]);
+            ledger.work(Work::NativeInstructions, counted.iter().sum());
+        }
         exit
     }
 

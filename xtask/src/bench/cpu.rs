@@ -21,16 +21,23 @@ const CLOCK_LEAST_MS: f64 = 3000.0;
 
 /// One line of the program; see guest/bench.
 #[derive(Clone, Debug, Deserialize, Serialize)]
-struct Record {
-    name: String,
+pub(super) struct Record {
+    pub(super) name: String,
     kind: String,
     iterations: u64,
     best_ns: f64,
-    median_ns: f64,
+    pub(super) median_ns: f64,
     rounds_ns: Vec<f64>,
-    checksum: Option<String>,
+    pub(super) checksum: Option<String>,
     clock_ns: u64,
-    error: Option<String>,
+    pub(super) error: Option<String>,
+}
+
+impl Record {
+    /// Reads a line; `None` where it is another one.
+    pub(super) fn of(line: &str) -> Option<Self> {
+        serde_json::from_str(line).ok()
+    }
 }
 
 /// One run of the program.
@@ -48,7 +55,7 @@ struct Measured {
 
 impl Measured {
     fn of(place: Place, round: usize, run: &Run) -> Self {
-        let record = |(when, line): &(f64, String)| Some((*when, serde_json::from_str::<Record>(line).ok()?));
+        let record = |(when, line): &(f64, String)| Some((*when, Record::of(line)?));
         let timed: Vec<_> = run.lines.iter().filter_map(record).collect();
         let clock = match (timed.first(), timed.last()) {
             (Some((from, first)), Some((to, last))) if to - from > CLOCK_LEAST_MS => {

@@ -122,6 +122,9 @@ impl Drop for Running {
     }
 }
 
+/// What happens, and when.
+pub(super) type Happenings = Receiver<(Instant, Happening)>;
+
 /// Timed happenings, from any thread.
 #[derive(Clone)]
 pub(super) struct Teller(Sender<(Instant, Happening)>);
@@ -159,9 +162,7 @@ pub(super) fn run(place: Place, machine: &Machine, argv: &[String]) -> Result<Ru
             follow(running, None, started, &happenings, 2, || ())
         }
         Place::Cordial => {
-            let mut command = Command::new(&machine.cordial);
-            command.args(["run", "--events", "/dev/stderr"]).args(&machine.words).arg("--").args(argv);
-            let running = spawn(&mut command, &teller, event)?;
+            let running = boot(machine, &[], argv, &teller)?;
             follow(running, Some(machine.memory), started, &happenings, 2, || ())
         }
         Place::Qemu => {
@@ -169,6 +170,21 @@ pub(super) fn run(place: Place, machine: &Machine, argv: &[String]) -> Result<Ru
             follow(running, Some(machine.memory), started, &happenings, qemu::STREAMS, move || session.end())
         }
     }
+}
+
+/// Starts a command in a guest of Cordial's, with `more` words for the monitor; what happens there can be followed.
+///
+/// # Errors
+/// The monitor cannot be started.
+pub(super) fn start(machine: &Machine, more: &[&str], argv: &[String]) -> Result<(Running, Happenings)> {
+    let (to, happenings) = channel();
+    Ok((boot(machine, more, argv, &Teller(to))?, happenings))
+}
+
+fn boot(machine: &Machine, more: &[&str], argv: &[String], teller: &Teller) -> Result<Running> {
+    let mut command = Command::new(&machine.cordial);
+    command.args(["run", "--events", "/dev/stderr"]).args(more).args(&machine.words).arg("--").args(argv);
+    spawn(&mut command, teller, event)
 }
 
 fn spawn(command: &mut Command, teller: &Teller, complaint: fn(String) -> Happening) -> Result<Running> {
@@ -203,7 +219,7 @@ fn follow(
     mut running: Running,
     guest: Option<u64>,
     started: Instant,
-    happenings: &Receiver<(Instant, Happening)>,
+    happenings: &Happenings,
     streams: usize,
     mut release: impl FnMut(),
 ) -> Result<Run> {

@@ -9,6 +9,8 @@ pub(super) struct Figures {
     pub(super) peak: u64,
     /// What of the guest's RAM is in memory: what the guest, or the loader, ever touched.
     pub(super) guest_touched: u64,
+    /// What else is in memory now, each page once, however often it is mapped.
+    pub(super) own: u64,
 }
 
 impl Figures {
@@ -22,20 +24,24 @@ impl Figures {
 pub(super) fn of_process(id: u32, ram: u64) -> Option<Figures> {
     let read = |name: &str| std::fs::read_to_string(format!("/proc/{id}/{name}")).ok();
     let peak = kilobytes(&read("status")?, "VmHWM:")?;
-    Some(Figures { peak, guest_touched: touched(&read("smaps")?, ram) })
+    let (guest_touched, own) = parts(&read("smaps")?, ram);
+    Some(Figures { peak, guest_touched, own })
 }
 
-/// Resident bytes of the mapping whose size is that of the guest's RAM.
-fn touched(smaps: &str, ram: u64) -> u64 {
-    let (mut is_ram, mut sum) = (false, 0);
+/// Resident bytes of the mappings whose size is that of the guest's RAM, and those of all others, the latter shared out
+/// among the mappings of a page (Pss).
+fn parts(smaps: &str, ram: u64) -> (u64, u64) {
+    let (mut is_ram, mut touched, mut own) = (false, 0, 0);
     for line in smaps.lines() {
         if let Some(size) = kilobytes(line, "Size:") {
             is_ram = size == ram;
         } else if is_ram && let Some(resident) = kilobytes(line, "Rss:") {
-            sum += resident;
+            touched += resident;
+        } else if !is_ram && let Some(share) = kilobytes(line, "Pss:") {
+            own += share;
         }
     }
-    sum
+    (touched, own)
 }
 
 /// The number behind a line's name, in bytes.
@@ -50,10 +56,11 @@ mod tests {
 
     #[test]
     fn guest_ram_is_found_by_its_size() {
-        let smaps = "7f00-7f10 rw-p 0 00:00 0\nSize:       1024 kB\nKernelPageSize: 4 kB\nRss:        12 kB\n\
+        let smaps = "7f00-7f10 rw-p 0 00:00 0\nSize:       1024 kB\nKernelPageSize: 4 kB\nRss:        12 kB\nPss: 8 kB\n\
                      7f20-7f30 rw-p 0 00:00 0\nSize:       2048 kB\nRss:        500 kB\nPss: 500 kB\n";
-        assert_eq!(touched(smaps, 2 << 20), 500 << 10);
-        assert_eq!(touched(smaps, 4 << 20), 0);
-        assert!(of_process(std::process::id(), 1).unwrap().peak > 100 << 10);
+        assert_eq!(parts(smaps, 2 << 20), (500 << 10, 8 << 10));
+        assert_eq!(parts(smaps, 4 << 20), (0, 508 << 10));
+        let this = of_process(std::process::id(), 1).unwrap();
+        assert!(this.peak > 100 << 10 && this.own > 100 << 10);
     }
 }

@@ -7,6 +7,7 @@
 //!   cpu      workloads that time themselves (guest/bench)
 //!   programs real programs of Debian's, timed by the same program
 //!   report   medians, tables, JSON
+//!   soak     the programs for hours: no measurement, but all that it takes is here      (curve: memory over time)
 //! ```
 //!
 //! What makes the comparison fair: one kernel file, one initramfs, one command line, one vCPU, as much memory; the
@@ -14,11 +15,13 @@
 
 mod boot;
 mod cpu;
+mod curve;
 mod guest;
 mod memory;
 mod programs;
 mod qemu;
 mod report;
+pub(crate) mod soak;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -16,7 +16,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::guest::Place;
+use super::guest::{Machine, Place};
 use super::{Kit, Options, PROGRAM, Setup, cpu};
 use crate::run;
 
@@ -26,6 +26,10 @@ const SECONDS: f64 = 0.5;
 const INNER_ROUNDS: usize = 1;
 /// A program that takes longer is given up, seconds.
 const LIMIT: u32 = 300;
+/// The same where a program may run in lockstep.
+const ENDLESS_LIMIT: u32 = 3600;
+/// The shortest round there is: a program runs once to find out how long it takes, and once more.
+pub(super) const LEAST: f64 = 0.001;
 /// Guests' memory, MiB.
 const MEMORY: u64 = 1024;
 /// Where the script lies in a guest's initramfs.
@@ -102,19 +106,12 @@ exec chroot "$1" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp LC
 /// Measures, prints, writes.
 pub(super) fn run(options: &Options) -> Result<bool> {
     let root = super::root();
-    let names: Vec<String> = PROGRAMS.iter().map(|(name, _, _)| (*name).to_owned()).collect();
-    let names = cpu::chosen(&names.join("\n"), &options.only)?;
-    let bench = super::build_workloads(&root)?;
-    let file_system = FileSystem::find_or_make()?;
-    let script = super::folder(&root)?.join("programs");
-    std::fs::write(&script, self::script(&names, options.seconds.unwrap_or(SECONDS)))
-        .with_context(|| format!("cannot write {}", script.display()))?;
-    let setup =
-        Setup { memory: MEMORY, disk: Some(&file_system.image), copies: &[(&bench, PROGRAM), (&script, SCRIPT)] };
-    let machine = super::machine(&root, options, &setup)?;
+    let names = chosen(options)?;
+    let Stage { machine, native, guest } =
+        Stage::set(&root, options, &script(&names, options.seconds.unwrap_or(SECONDS)))?;
     let argv = |place: Place| match place {
-        Place::Native => native(&file_system.tree, &script, &bench),
-        Place::Cordial | Place::Qemu => guest(),
+        Place::Native => native.clone(),
+        Place::Cordial | Place::Qemu => guest.clone(),
     };
     cpu::compare(
         &Kit { root, machine, rounds: options.rounds.unwrap_or(ROUNDS), names, schema: "programs" },
@@ -123,17 +120,60 @@ pub(super) fn run(options: &Options) -> Result<bool> {
     )
 }
 
-/// The script, the same in all places.
-fn script(names: &[String], seconds: f64) -> String {
-    let chosen = PROGRAMS.iter().filter(|(name, _, _)| names.iter().any(|chosen| chosen == name));
-    let line = |(name, same, words): &(&str, bool, &str)| {
+/// The names of the programs to run.
+pub(super) fn chosen(options: &Options) -> Result<Vec<String>> {
+    let names: Vec<String> = PROGRAMS.iter().map(|(name, _, _)| (*name).to_owned()).collect();
+    cpu::chosen(&names.join("\n"), &options.only)
+}
+
+/// Where a script runs.
+pub(super) struct Stage {
+    pub(super) machine: Machine,
+    /// What runs it on the host.
+    pub(super) native: Vec<String>,
+    /// What runs it in a guest.
+    pub(super) guest: Vec<String>,
+}
+
+impl Stage {
+    /// Builds and makes what a script needs. The next stage takes its script's place.
+    pub(super) fn set(root: &Path, options: &Options, script: &str) -> Result<Self> {
+        let bench = super::build_workloads(root)?;
+        let file_system = FileSystem::find_or_make()?;
+        let file = super::folder(root)?.join("programs");
+        std::fs::write(&file, script).with_context(|| format!("cannot write {}", file.display()))?;
+        let copies: [(&Path, &str); 2] = [(&bench, PROGRAM), (&file, SCRIPT)];
+        let setup = Setup { memory: MEMORY, disk: Some(&file_system.image), copies: &copies };
+        let machine = super::machine(root, options, &setup)?;
+        Ok(Self { machine, native: native(&file_system.tree, &file, &bench), guest: guest() })
+    }
+}
+
+/// Each program once; the same script in all places.
+pub(super) fn script(names: &[String], seconds: f64) -> String {
+    format!("cd /tmp\n{DATA}{}", commands(names, seconds, LIMIT).concat())
+}
+
+/// The programs in this order, again and again, until so many seconds have passed, and the one that runs then has ended.
+pub(super) fn endless(names: &[String], seconds: u64) -> String {
+    let again = commands(names, LEAST, ENDLESS_LIMIT).into_iter().map(|command| command + "is_over && exit\n");
+    let again: String = again.collect();
+    format!(
+        "cd /tmp\n{DATA}uptime() {{ read -r up idle < /proc/uptime; echo ${{up%.*}}; }}\nend=$(($(uptime) + {seconds}))\n\
+         is_over() {{ [ $(uptime) -ge $end ]; }}\nwhile :; do\n{again}done\n"
+    )
+}
+
+/// What runs and measures each program.
+fn commands(names: &[String], seconds: f64, limit: u32) -> Vec<String> {
+    let command = |(name, same, words): &(&str, bool, &str)| {
         let (output, words) = (if *same { "same" } else { "varies" }, words.replace('\'', r"'\''"));
         format!(
-            "/tmp/bench --command {name} --output {output} --rounds {INNER_ROUNDS} --seconds {seconds} --limit {LIMIT} \
+            "/tmp/bench --command {name} --output {output} --rounds {INNER_ROUNDS} --seconds {seconds} --limit {limit} \
              -- sh -c '{words}'\n"
         )
     };
-    format!("cd /tmp\n{DATA}{}", chosen.map(line).collect::<String>())
+    names.iter().filter_map(|name| PROGRAMS.iter().find(|(known, _, _)| known == name)).map(command).collect()
 }
 
 fn shell(script: String) -> Vec<String> {
@@ -228,7 +268,9 @@ mod tests {
         let names: Vec<String> = PROGRAMS.iter().map(|(name, _, _)| (*name).to_owned()).collect();
         let all = script(&names, 0.5);
         assert_eq!(all.matches("/tmp/bench --command").count(), PROGRAMS.len());
-        for text in [all, ENTER.to_owned(), guest()[2].clone()] {
+        let endless = endless(&names, 60);
+        assert_eq!(endless.matches("/tmp/bench --command").count(), endless.matches("is_over && exit").count());
+        for text in [all, endless, ENTER.to_owned(), guest()[2].clone()] {
             assert!(Command::new("sh").args(["-n", "-c", &text]).status().unwrap().success(), "{text}");
         }
         assert!(!script(&["xz".into()], 0.5).contains("--command gcc"));

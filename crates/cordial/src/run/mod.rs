@@ -9,6 +9,7 @@
 mod connect;
 pub mod exits;
 pub mod prepare;
+pub mod profile;
 mod progress;
 mod report;
 mod supervise;
@@ -60,6 +61,11 @@ pub fn run(arguments: &RunArguments) -> Result<u8, Failure> {
     explain(&prepared, &ended);
     if prepared.options.exits {
         eprint!("{}", ended.exits().print());
+    }
+    if prepared.options.profile
+        && let Some(profile) = ended.profile()
+    {
+        eprint!("{}", profile.print());
     }
     if let Some(file) = &arguments.json {
         let document = Document::of(&prepared, &engine, &ended);

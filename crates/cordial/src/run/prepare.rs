@@ -51,6 +51,8 @@ pub struct Options {
     pub test_devices: bool,
     /// Print the exit table.
     pub exits: bool,
+    /// Account for the vCPUs' time, and print where it went.
+    pub profile: bool,
     /// Download without asking.
     pub yes: bool,
     /// Say nothing that is not asked for.
@@ -82,6 +84,7 @@ impl Options {
             events: values::text(settings, "events").map(PathBuf::from),
             test_devices: values::switch(settings, "test-devices")?,
             exits: values::switch(settings, "exits")?,
+            profile: values::switch(settings, "profile")?,
             yes: values::switch(settings, "yes")?,
             quiet: values::switch(settings, "quiet")?,
             verbose: values::switch(settings, "verbose")?,
@@ -153,6 +156,7 @@ pub fn prepare(options: Options, arguments: &RunArguments, settings: &Settings) 
         command_line: command_line(settings, kernel.linux, ours, console),
         disks: options.disks.clone(),
         test_devices: options.test_devices,
+        profile: options.profile,
         ..Plan::new(kernel.image.clone())
     };
     plan.check().map_err(|error| Failure::usage(error.to_string()))?;

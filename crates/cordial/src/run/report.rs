@@ -2,6 +2,7 @@
 
 use super::exits::Table;
 use super::prepare::Prepared;
+use super::profile::Profile;
 use super::supervise::Ended;
 use machine::SelectedEngine;
 use machine::plan::Plan;
@@ -25,6 +26,9 @@ pub(super) struct Document<'a> {
     run_ms: Option<f64>,
     memory: Option<machine::MemoryFigures>,
     exits: Table,
+    /// With `--profile`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    profile: Option<Profile>,
     #[serde(skip_serializing_if = "Option::is_none")]
     stdout: Option<Stream>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -71,6 +75,7 @@ impl<'a> Document<'a> {
             run_ms: ended.report.as_ref().map(|report| report.run_ns as f64 / 1e6),
             memory: ended.report.as_ref().map(|report| report.memory),
             exits: ended.exits(),
+            profile: if prepared.options.profile { ended.profile() } else { None },
             stdout: stream(0),
             stderr: stream(1),
             console: ended.console.tail(super::TAIL),

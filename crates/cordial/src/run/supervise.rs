@@ -3,6 +3,7 @@
 use super::connect::{Captured, Connected};
 use super::exits::Table;
 use super::prepare::Prepared;
+use super::profile::Profile;
 use super::progress::Progress;
 use super::verdict::{Evidence, Stop, Verdict};
 use crate::console::ConsoleLog;
@@ -43,6 +44,11 @@ impl Ended {
     /// The exit table.
     pub(super) fn exits(&self) -> Table {
         self.report.as_ref().map(|report| Table::of(&report.ledgers, report.tsc_khz)).unwrap_or_default()
+    }
+
+    /// Where the time went, of a run that was profiled.
+    pub(super) fn profile(&self) -> Option<Profile> {
+        self.report.as_ref().map(|report| Profile::of(report.engine, &report.ledgers))
     }
 }
 

@@ -4,16 +4,17 @@
 //! interrupt returns and page faults take the second way where nothing else has to be looked at between instructions,
 //! so that a change of privilege does not leave translated code.
 
+use engine::Phase;
 use engine::ledger::Work;
-use iced_x86::{Instruction, OpKind};
 use engine::state::rflags::{IF, OF, RF, STATUS, TF};
 use engine::state::{Shadow, cr4};
+use iced_x86::{Instruction, OpKind};
 
 use super::emit::READ_BIAS;
 use super::{Jit, units_of};
 use crate::cpu::Cpu;
 use crate::home::LANDINGS;
-use crate::mmu::{Access, Starts, DataMode, canonical};
+use crate::mmu::{Access, DataMode, Starts, canonical};
 use crate::op::{Leave, Op};
 
 /// Whom callbacks work for.
@@ -109,6 +110,7 @@ fn give_flags(cpu: &mut Cpu) {
 pub(super) unsafe extern "sysv64" fn on_miss(context: *const Context, write: u64) -> u64 {
     // SAFETY: by the caller's promise; whoever entered translated code does not use them meanwhile.
     let (cpu, jit) = unsafe { (&mut *(*context).cpu, &*(*context).jit) };
+    cpu.now(Phase::TlbFill);
     let hot = cpu.state.hot();
     let (address, site) = (hot.address, hot.value);
     let access = if write != 0 { Access::Write } else { Access::Read };
@@ -135,6 +137,7 @@ pub(super) unsafe extern "sysv64" fn on_op(context: *const Context, interpreted:
     // SAFETY: by the caller's promise.
     let (cpu, interpreted) = unsafe { (&mut *(*context).cpu, &*interpreted) };
     let op = &interpreted.op(cpu);
+    cpu.now(Phase::Handlers);
     let user = cpu.mode.cpl == 3;
     take_flags(cpu);
     cpu.state.rip = op.next;
@@ -157,6 +160,7 @@ pub(super) unsafe extern "sysv64" fn on_last(context: *const Context, interprete
     // SAFETY: by the caller's promise.
     let (cpu, interpreted) = unsafe { (&mut *(*context).cpu, &*interpreted) };
     let op = &interpreted.op(cpu);
+    cpu.now(Phase::Handlers);
     take_flags(cpu);
     cpu.state.rip = op.next;
     let done = (op.handler)(cpu, op);
@@ -187,6 +191,7 @@ fn raised(cpu: &mut Cpu) -> u64 {
         cpu.after = After::Raised;
         return LEAVE;
     }
+    cpu.now(Phase::Handlers);
     cpu.config.ledger.work(Work::Exception, 1);
     if cpu.deliver_exception().is_err() {
         cpu.after = After::Shutdown;

@@ -196,12 +196,7 @@ impl Emit<'_> {
         thunk::land(&mut self.asm, low, user);
     }
 
-    pub(super) fn call_indirect(
-        &mut self,
-        source: &Source<'_>,
-        (user, live): (bool, bool),
-        poll: Label,
-    ) -> Option<()> {
+    pub(super) fn call_indirect(&mut self, source: &Source<'_>, (user, live): (bool, bool), poll: Label) -> Option<()> {
         let next = source.instruction.next_ip();
         self.cached = None; // as for a push of memory
         let again = self.asm.bound();

@@ -41,8 +41,12 @@ pub(super) fn install() {
             let mut ours: libc::sigaction = unsafe { std::mem::zeroed() };
             ours.sa_sigaction = handler as *const () as usize;
             ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
-            // SAFETY: both structures live; the handler below is async-signal-safe.
-            unsafe { libc::sigaction(signal, &raw const ours, &raw mut before) };
+            // SAFETY: the structures live; the handler below is async-signal-safe. No sample is taken on top of it: the
+            // alternate stack is small.
+            unsafe {
+                libc::sigaddset(&raw mut ours.sa_mask, host::SAMPLE_SIGNAL);
+                libc::sigaction(signal, &raw const ours, &raw mut before);
+            }
             before
         })
     });

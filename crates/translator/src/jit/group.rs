@@ -168,11 +168,7 @@ fn operand(source: &Source<'_>) -> Option<Access> {
     let (instruction, template) = (&source.instruction, &source.template);
     let bytes = instruction.memory_size().size() as i64;
     let at_stack = at_stack(instruction) && bytes > 0 && (template.loads || template.stores);
-    at_stack.then(|| Access {
-        at: instruction.memory_displacement64() as i32 as i64,
-        bytes,
-        writes: template.stores,
-    })
+    at_stack.then(|| Access { at: instruction.memory_displacement64() as i32 as i64, bytes, writes: template.stores })
 }
 
 /// True where the memory operand's address is RSP and a displacement.

@@ -1,6 +1,6 @@
 //! Finding blocks, and making one lead to the next.
 
-use engine::ledger::Work;
+use engine::Phase;
 use memory::{Gpa, Gva, PAGE_SIZE};
 
 use super::anchor::FIXED;
@@ -39,6 +39,7 @@ impl Jit {
         {
             return Ok(block);
         }
+        cpu.now(Phase::Translating);
         let mut emptied = false;
         loop {
             let bytes = match self.fetch(cpu, key, &place) {
@@ -78,11 +79,11 @@ impl Jit {
         if self.arena.add(&translation.code).is_none() {
             return Ok(None);
         }
+        Self::count_block(cpu, &translation);
         let first = self.marks.len() as u32;
         self.marks.extend(translation.marks);
         self.exits.extend(translation.exits);
         self.ops.extend(translation.ops);
-        Self::count(cpu, Work::Translate);
         let block = self.blocks.len() as u32;
         self.blocks.push(Block {
             key,
@@ -219,7 +220,12 @@ impl Jit {
     #[cfg(debug_assertions)]
     fn verify(&self, code: &[u8], others: &[u64]) {
         let start = self.arena.range().start;
-        let bounds = super::verify::Bounds { low: self.low, thunks: start..start + self.floor as u64, keeping: self.thunks.keeping(), others };
+        let bounds = super::verify::Bounds {
+            low: self.low,
+            thunks: start..start + self.floor as u64,
+            keeping: self.thunks.keeping(),
+            others,
+        };
         // A cache that is emptied again and again is filled with what has been verified before, mostly.
         if self.emptied < VERIFIED_CACHES || self.blocks.len().is_multiple_of(VERIFIED_SHARE) {
             super::verify::verify(code, self.arena.next(), &bounds);

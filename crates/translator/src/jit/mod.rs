@@ -27,6 +27,7 @@ mod link;
 mod live;
 mod lone;
 mod privileged;
+mod profile;
 mod same;
 #[cfg(test)]
 mod sequences;
@@ -41,6 +42,7 @@ mod verify;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
+use engine::Phase;
 use engine::ledger::Work;
 use engine::state::{cr0, cr4, rflags};
 
@@ -355,6 +357,7 @@ impl Jit {
             wrong: false,
         };
         jit.forget_landings(cpu);
+        jit.declare_code(cpu);
         Some(jit)
     }
 
@@ -408,6 +411,7 @@ impl Jit {
                 Ok(block) => block,
                 Err(ran) => return ran,
             };
+            cpu.now(Phase::Translating);
             if why == exit::LAND {
                 self.land(cpu, block);
             } else if self.emptied == emptied {
@@ -419,10 +423,12 @@ impl Jit {
 
     /// The block at RIP, after a look at what may have changed since translated code last ran.
     fn first(&mut self, cpu: &mut Cpu) -> Result<u32, Ran> {
+        cpu.now(Phase::Translating);
         self.catch_up(cpu);
         if self.full {
             self.forget_everything(cpu);
         }
+        cpu.now(Phase::Switching);
         self.find(cpu, 0)
     }
 
@@ -453,6 +459,7 @@ impl Jit {
 
     /// Enters translated code. False where the host gives no address space for its tables.
     fn enter(&mut self, cpu: &mut Cpu, entry: u64) -> bool {
+        cpu.now(Phase::Switching);
         callback::change_privilege(cpu);
         if !callback::use_tables(cpu) {
             return false;
@@ -478,6 +485,7 @@ impl Jit {
             enter(entry);
         }
         fault::leave();
+        cpu.now(Phase::Switching); // callbacks have said otherwise
         let status = callback::from_hot(cpu.state.hot().flags);
         cpu.flags.set_status(status);
         true

@@ -118,7 +118,7 @@ impl Writer {
         let (a, b, wide) = (self.register(), self.register(), self.random.one_in(2));
         match self.random.below(7) {
             0 => self.direct(&[], wide, &[0x0f, 0xaf], a, b),
-            1 => self.direct(&[], wide, &[0xd3], 4, a), // shl by cl
+            1 => self.direct(&[], wide, &[0xd3], 4, a),       // shl by cl
             2 => self.direct(&[], wide, &[0x0f, 0xa5], a, b), // shld by cl
             3 => self.direct(&[], wide, &[0x31], a, b),
             4 => self.direct(&[], wide, &[0xf7], 2, a), // not

@@ -1,7 +1,7 @@
 //! Whole runs of translated code.
 
-use engine::Exit;
 use engine::ledger::Work;
+use engine::{Exit, Phase, Profile, Vcpu as _};
 use memory::Gpa;
 
 use crate::bare::{Bare, CODE, LARGE, PRESENT_WRITABLE, TABLES};
@@ -171,4 +171,57 @@ fn a_call_returns_into_what_was_written_there_meanwhile() {
     let (exit, state) = bare.run();
     assert_eq!((exit, state.gpr[0]), (Exit::Halted, 2));
     assert!(bare.ledger.worked(Work::SelfModified) > 0);
+}
+
+#[test]
+fn instructions_are_counted_where_that_is_asked_for() {
+    // Two jumps a round: one that is taken every other time, and the loop's.
+    let code = [
+        0xb9, 0xe8, 0x03, 0x00, 0x00, // mov ecx, 1000
+        0xf6, 0xc1, 0x01, // again: test cl, 1
+        0x74, 0x03, // jz even
+        0x48, 0xff, 0xc0, // inc rax
+        0x48, 0xff, 0xc9, // even: dec rcx
+        0x75, 0xf3, // jnz again
+        0xf4, // hlt
+    ];
+    for (count, counted) in [(true, 1 + 1000 * 4 + 500 + 1), (false, 0)] {
+        let mut bare = Bare::new(&code, Config { count, ..Config::default() });
+        let (exit, state) = bare.run();
+        assert_eq!((exit, state.gpr[0]), (Exit::Halted, 500));
+        assert_eq!(bare.ledger.worked(Work::NativeInstructions), counted);
+    }
+}
+
+#[test]
+fn what_is_translated_is_counted_in_blocks_instructions_and_bytes() {
+    let mut bare = Bare::new(&chain(), Config::default());
+    bare.run();
+    let [blocks, instructions, bytes] =
+        [Work::Translate, Work::TranslateInstructions, Work::TranslateBytes].map(|work| bare.ledger.worked(work));
+    assert!(blocks >= LINKS && instructions >= 2 * blocks && bytes > instructions, "{blocks} {instructions} {bytes}");
+}
+
+#[test]
+fn samples_of_a_loop_are_those_of_the_tier_that_runs_it() {
+    // mov ecx, 1 << 22; again: dec rcx; jnz again; hlt
+    let code = [0xb9, 0x00, 0x00, 0x40, 0x00, 0x48, 0xff, 0xc9, 0x75, 0xfb, 0xf4];
+    for (translate, phase, other) in
+        [(true, Phase::Translated, Phase::Interpreting), (false, Phase::Interpreting, Phase::Translated)]
+    {
+        let mut bare = Bare::new(&code, Config { translate, ..Config::default() });
+        let mut state = bare.vcpu.save();
+        let ledger = std::sync::Arc::clone(&bare.ledger);
+        let samples = || Profile::sum([&ledger.profile].into_iter());
+        let of = |phase: Phase| samples().samples[Phase::ALL.iter().position(|known| *known == phase).unwrap()];
+        let until_sampled = || {
+            while of(phase) == 0 {
+                assert_eq!(bare.run().0, Exit::Halted);
+                (state.rip, state.halted) = (CODE, false);
+                bare.vcpu.load(&state).unwrap();
+            }
+        };
+        ledger.profile.during(until_sampled).unwrap();
+        assert_eq!(of(other), 0, "{:?}", samples());
+    }
 }

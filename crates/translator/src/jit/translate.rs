@@ -112,10 +112,7 @@ impl Jit {
         let next = last.instruction.next_ip();
         let mut live = match last.template.kind {
             Kind::Jump => self.needs_flags(cpu, key, last.instruction.near_branch_target()),
-            Kind::Interpret
-            | Kind::JumpIndirect
-            | Kind::Return
-            | Kind::InterpretLast => live::ALL,
+            Kind::Interpret | Kind::JumpIndirect | Kind::Return | Kind::InterpretLast => live::ALL,
             _ => self.needs_flags(cpu, key, next),
         };
         let mut needed = Vec::new();
@@ -177,6 +174,7 @@ impl Jit {
             if let Some(group) = source.part.begins {
                 block.begin_group(group);
             }
+            block.emit.count(cpu, &sources, position);
             if source.template.kind == Kind::EnableInterrupts && sources.get(position + 1).is_some_and(goes_on) {
                 block.emit.set_interrupts(source, true);
                 block.emit.between();
@@ -221,7 +219,15 @@ impl Jit {
             if alone && !sources.is_empty() {
                 break;
             }
-            sources.push(Source { instruction, template, bytes: &bytes[at..], constants, live: true, live_behind: true, part: Part::default() });
+            sources.push(Source {
+                instruction,
+                template,
+                bytes: &bytes[at..],
+                constants,
+                live: true,
+                live_behind: true,
+                part: Part::default(),
+            });
             // A call comes back, mostly; a block that is run alone does not wait for it.
             let goes_on = match template.kind {
                 Kind::JumpIf => true,

@@ -490,7 +490,8 @@ mod tests {
     use crate::jit::asm::{Asm, At};
 
     const AT: u64 = 0x7000_0000;
-    const BOUNDS: Bounds<'_> = Bounds { low: 0x4000_0000, thunks: 0x6fff_0000..0x6fff_1000, keeping: [0x6fff_0800; 3], others: &[] };
+    const BOUNDS: Bounds<'_> =
+        Bounds { low: 0x4000_0000, thunks: 0x6fff_0000..0x6fff_1000, keeping: [0x6fff_0800; 3], others: &[] };
     const HOST: At = At::Index(R8, RCX, 0, 0);
     const BIAS: i32 = READ_BIAS as i32;
 

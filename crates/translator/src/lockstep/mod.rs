@@ -16,9 +16,9 @@ mod report;
 mod tests;
 mod turn;
 
-use engine::CpuState;
 use engine::ledger::Work;
 use engine::state::{XsaveArea, rflags};
+use engine::{CpuState, Phase};
 
 use crate::cpu::{Cpu, Exception};
 use crate::flags::Flags;
@@ -111,6 +111,7 @@ fn attempt(jit: &mut Jit, cpu: &mut Cpu, block: u32, plain: &Plain, before: &Mom
     if left == Left::Unable {
         return Ok(Ran::Unable);
     }
+    cpu.now(Phase::Other);
     let theirs = Moment::of(cpu);
     let held = rehearsal.held(&cpu.shared.ram);
     let mut expected = rehearsal.came_to().to_vec();
@@ -142,6 +143,7 @@ fn attempt(jit: &mut Jit, cpu: &mut Cpu, block: u32, plain: &Plain, before: &Mom
 
 /// The interpreter runs up to `most` instructions of a block, straight on. RIP is where it stopped.
 fn rehearse(cpu: &mut Cpu, plain: &Plain, most: usize) -> (Rehearsal, Reached) {
+    cpu.now(Phase::Interpreting);
     cpu.begin_rehearsal();
     let mut reached = Reached { steps: 0, branched: plain.steps.len() <= most };
     for step in plain.steps.iter().take(most) {

@@ -4,6 +4,7 @@
 //! devices, breakpoints, alignment checks) goes through [`Cpu::locate`]. Faults come before any side effect: a store
 //! that crosses into a page it may not write leaves the first page alone.
 
+use engine::Phase;
 use engine::state::{cr0, rflags, seg};
 use memory::{Gpa, Gva};
 
@@ -279,9 +280,13 @@ impl Cpu {
         };
         self.check_alignment(address, bytes, rights)?;
         let place = if (address ^ last) & !0xfff == 0 {
-            let translation = self.translate(Gva(address), access, rights)?;
-            self.fill(address, access, rights, &translation);
-            self.place(&translation)
+            let before = self.config.ledger.profile.begin(Phase::TlbFill);
+            let found = self.translate(Gva(address), access, rights);
+            if let Ok(translation) = &found {
+                self.fill(address, access, rights, translation);
+            }
+            self.config.ledger.profile.back(before);
+            self.place(&found?)
         } else {
             let low = self.translate(Gva(address), access, rights)?;
             let high = self.translate(Gva(last & !0xfff), access, rights)?;

@@ -18,7 +18,7 @@ use crate::jit::{Jit, Ran};
 use crate::op::Leave;
 use crate::shared::Shared;
 
-const CONFIG: Config = Config { code_cache: 4 << 20, check: Check::Off, translate: true };
+const CONFIG: Config = Config { code_cache: 4 << 20, check: Check::Off, translate: true, count: false };
 
 /// Guest-physical places: four levels of page tables, code, data.
 const TABLES: u64 = 0x1000;

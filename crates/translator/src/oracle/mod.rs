@@ -18,11 +18,11 @@ mod native;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use crate::random::Random;
 use case::{Case, Code, Outcome};
 use classes::{CLASSES, Class};
 use engine::Guest;
 use native::{BATCH, Native};
-use crate::random::Random;
 
 /// Cases of each class in an ordinary test run; a class takes two or three seconds.
 const CASES: u64 = 12_000;

@@ -1,0 +1,55 @@
+//! What a profiled run wants to know of translated code: where it lies, what was made, how many instructions it runs.
+//!
+//! ```text
+//!   block:   count 3 │ i i jcc │ count 2 │ i jmp          a count where a stretch of instructions begins that
+//!                        └──> exit                        is left early by exceptions and misses only
+//! ```
+//!
+//! Counting costs translated code a load and a store a stretch, so it is there only where the engine is told to count.
+
+use engine::ledger::Work;
+
+use super::Jit;
+use super::asm::At;
+use super::emit::{Emit, T1};
+use super::same::Source;
+use super::template::Kind;
+use super::translate::Translation;
+use crate::cpu::Cpu;
+use crate::home::{COUNTERS, offset};
+
+impl Jit {
+    /// Says where what translates runs.
+    pub(super) fn declare_code(&self, cpu: &Cpu) {
+        let code = self.arena.range();
+        let blocks = code.start + self.floor as u64;
+        cpu.config.ledger.profile.declare_code(blocks..code.end, code.start..blocks);
+    }
+
+    /// Counts a block that was translated.
+    pub(super) fn count_block(cpu: &Cpu, translation: &Translation) {
+        let ledger = &cpu.config.ledger;
+        ledger.work(Work::Translate, 1);
+        ledger.work(Work::TranslateInstructions, translation.marks.len() as u64);
+        ledger.work(Work::TranslateBytes, translation.code.len() as u64);
+    }
+}
+
+impl Emit<'_> {
+    /// Where instructions are counted, has the one at `position` counted with all behind it up to the next that the block
+    /// may be left after, if it is the first of these. Keeps flags.
+    pub(super) fn count(&mut self, cpu: &Cpu, sources: &[Source<'_>], position: usize) {
+        let may_leave = |source: &Source<'_>| {
+            matches!(source.template.kind, Kind::JumpIf | Kind::Interpret | Kind::Call | Kind::CallIndirect)
+        };
+        if !cpu.shared.config.count || position > 0 && !may_leave(&sources[position - 1]) {
+            return;
+        }
+        let rest = &sources[position..];
+        let stretch = rest.iter().position(may_leave).map_or(rest.len(), |last| last + 1);
+        let counter = self.field(offset::INSTRUCTIONS + 8 * (self.rip % COUNTERS as u64) as i32);
+        self.asm.load(T1, counter);
+        self.asm.lea(T1, At::Base(T1, stretch as i32));
+        self.asm.store(counter, T1);
+    }
+}
