@@ -19,6 +19,11 @@ const MOST_LOGGED: usize = 1 << 16;
 /// Probes that found nothing after which the table is given back to the host: each may have cost it a page of page tables.
 const MOST_MISSES: u32 = 1 << 15;
 
+/// Pages of a table's lower half that are left behind after which it is given back: each program is at other addresses.
+const MOST_LEFT: usize = 1 << 11;
+/// log2 of the entries in a page of a table.
+const ENTRIES_LOG2: u32 = 9;
+
 const FLAGS: MapFlags = MapFlags::PRIVATE.union(MapFlags::NORESERVE);
 
 /// Tables begin at multiples of this.
@@ -43,6 +48,10 @@ pub(crate) struct Table {
     /// Indices filled since they were last cleared, global pages apart.
     local: Vec<usize>,
     global: Vec<usize>,
+    /// There are, or were, global entries of lower addresses.
+    global_below: bool,
+    /// Pages of the lower half whose entries have been cleared, some more than once.
+    left: usize,
     misses: u32,
 }
 
@@ -57,7 +66,7 @@ impl Table {
         let mapping = unsafe { mmap_anonymous(std::ptr::null_mut(), MAPPED, access, FLAGS)? };
         let entries = mapping.map_addr(|address| address.next_multiple_of(ALIGNMENT)).cast::<u64>();
         let Some(entries) = NonNull::new(entries) else { return Err(io::Error::other("mapped at address zero")) };
-        let table = Self { entries, mapping, lower_only, local: Vec::new(), global: Vec::new(), misses: 0 };
+        let table = Self { entries, mapping, lower_only, local: Vec::new(), global: Vec::new(), global_below: false, left: 0, misses: 0 };
         // SAFETY: the mapping just made. Huge pages would turn each sparse entry into 2 MiB of memory.
         unsafe { madvise(mapping, MAPPED, Advice::LinuxNoHugepage) }?;
         if lower_only {
@@ -95,10 +104,11 @@ impl Table {
             let log = if global { &mut self.global } else { &mut self.local };
             if log.len() >= MOST_LOGGED {
                 self.clear(true);
-                self.give_back();
+                self.give_back(2 * HALF_BYTES);
                 return self.set(address, addend, global);
             }
             log.push(at);
+            self.global_below |= global && at < HALF;
         }
         *slot = addend;
     }
@@ -120,15 +130,24 @@ impl Table {
 
     /// Forgets everything; global pages only where asked to.
     pub(crate) fn clear(&mut self, global: bool) {
+        let mut page = usize::MAX;
         for at in self.local.drain(..) {
             // SAFETY: only indices inside the table are logged.
             unsafe { self.entries.add(at).write(0) };
+            if at < HALF && at >> ENTRIES_LOG2 != page {
+                page = at >> ENTRIES_LOG2;
+                self.left += 1;
+            }
         }
         if global {
             for at in self.global.drain(..) {
                 // SAFETY: as above.
                 unsafe { self.entries.add(at).write(0) };
             }
+            self.global_below = false;
+        }
+        if self.left >= MOST_LEFT && !self.global_below {
+            self.give_back(HALF_BYTES);
         }
     }
 
@@ -137,14 +156,15 @@ impl Table {
         self.misses += 1;
         if self.misses >= MOST_MISSES {
             self.clear(true);
-            self.give_back();
+            self.give_back(2 * HALF_BYTES);
         }
     }
 
-    /// Returns the table's memory to the host, and the page tables that say where it is. It must be clear.
-    fn give_back(&mut self) {
-        self.misses = 0;
-        let bytes = if self.lower_only { HALF_BYTES } else { 2 * HALF_BYTES };
+    /// Returns the memory of the table's first `most` bytes to the host, and the page tables that say where it is. They
+    /// must be clear.
+    fn give_back(&mut self, most: usize) {
+        (self.misses, self.left) = (0, 0);
+        let bytes = if self.lower_only { HALF_BYTES } else { most };
         let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, FLAGS | MapFlags::FIXED);
         let at = self.entries.as_ptr().cast();
         // SAFETY: in place of this value's own mapping, whose entries are all zero, as they are afterwards.
@@ -211,6 +231,24 @@ mod tests {
             table.missed();
         }
         assert!(table.local.len() <= MOST_LOGGED && table.misses < MOST_MISSES);
+    }
+
+    #[test]
+    fn programs_at_ever_other_addresses_leave_nothing_behind() {
+        let resident = || {
+            let status = std::fs::read_to_string("/proc/self/statm").unwrap();
+            status.split(' ').nth(1).unwrap().parse::<u64>().unwrap()
+        };
+        let mut table = Table::new(true).unwrap();
+        let before = resident();
+        for program in 0..20 * MOST_LEFT as u64 {
+            table.set(program << 21, 0x1000, false);
+            table.clear(false);
+        }
+        assert!(resident() < before + 2 * MOST_LEFT as u64, "{} pages more", resident() - before);
+        table.set(0x5000, 0x1000, true);
+        table.clear(false);
+        assert_eq!(table.get(0x5000), 0x1000, "global");
     }
 
     #[test]
