@@ -14,7 +14,7 @@
 
 use memory::Gpa;
 
-use super::{Jit, Key, Map, USER};
+use super::{Block, Jit, Key, Map, USER};
 use crate::cpu::Cpu;
 use crate::home::ANCHORS;
 
@@ -87,7 +87,8 @@ impl Jit {
     /// The guest instruction of a site.
     pub(super) fn rip_of(&self, cpu: &Cpu, site: u64) -> u64 {
         let site = &self.sites[site as usize];
-        Self::linear(cpu, site.anchor, site.rip)
+        let Block { key, anchor, .. } = self.blocks[site.block as usize];
+        Self::linear(cpu, anchor, key.rip.wrapping_add(site.offset.into()))
     }
 
     /// The guest instruction whose translation is at a host address.

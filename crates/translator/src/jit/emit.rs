@@ -116,11 +116,11 @@ enum Cold {
 /// Where a piece of code may be left.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Site {
-    /// Address of the guest instruction, from where the anchor is.
-    pub rip: u64,
-    pub anchor: u32,
-    /// What RSP has to be moved by to undo what has been done of it.
-    pub undo: i64,
+    pub block: u32,
+    /// The guest instruction, from the block's first.
+    pub offset: u16,
+    /// What RSP has to be moved by to undo what has been done of it, in pieces of 8 bytes.
+    pub undo: i16,
 }
 
 /// The emitter of one block.
@@ -133,6 +133,8 @@ pub(super) struct Emit<'a> {
     /// Short jumps that still need a place to land, and where they go on to.
     pending: Vec<(Label, Label)>,
     oldest: usize,
+    /// The number the block will have, and its first instruction.
+    pub block: (u32, u64),
     /// Address of the instruction being translated, from where the anchor is.
     pub rip: u64,
     pub anchor: u32,
@@ -155,6 +157,7 @@ impl<'a> Emit<'a> {
             colds: Vec::with_capacity(64),
             pending: Vec::new(),
             oldest: 0,
+            block: (0, 0),
             rip: 0,
             anchor,
             vectors: false,
@@ -315,7 +318,8 @@ impl<'a> Emit<'a> {
     }
 
     pub(super) fn site(&mut self, undo: i64) -> u32 {
-        self.sites.push(Site { rip: self.rip, anchor: self.anchor, undo });
+        let (block, first) = self.block;
+        self.sites.push(Site { block, offset: self.rip.wrapping_sub(first) as u16, undo: (undo / 8) as i16 });
         self.sites.len() as u32 - 1
     }
 

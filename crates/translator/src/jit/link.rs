@@ -239,7 +239,7 @@ impl Jit {
         }
         let site = cpu.state.hot().address;
         cpu.state.rip = self.rip_of(cpu, site);
-        cpu.state.gpr[4] = cpu.state.gpr[4].wrapping_add_signed(self.sites[site as usize].undo);
+        cpu.state.gpr[4] = cpu.state.gpr[4].wrapping_add_signed(8 * i64::from(self.sites[site as usize].undo));
         Some(Ran::One)
     }
 

@@ -93,6 +93,12 @@ impl Key {
         self.mode & USER != 0
     }
 
+    /// The key of the code so many bytes further on its page.
+    fn after(self, bytes: usize) -> Self {
+        let bytes = bytes as u64;
+        Self { gpa: self.gpa.wrapping_add(bytes), rip: self.rip.wrapping_add(bytes), ..self }
+    }
+
     /// An upper address.
     fn is_upper(self) -> bool {
         self.rip >> 63 != 0

@@ -23,7 +23,7 @@ use crate::mmu::{Access, Rights};
 use crate::op::Leave;
 
 /// Most instructions in a block.
-const MOST: usize = 48;
+const MOST: usize = 24;
 /// Most bytes read for a block.
 const WINDOW: usize = 256;
 /// Longest instruction.
@@ -156,7 +156,7 @@ impl Jit {
             start: None,
             broken: false,
         };
-        block.emit.careful = careful;
+        (block.emit.careful, block.emit.block) = (careful, (self.blocks.len() as u32, key.rip));
         let start = block.emit.asm.bound();
         block.start = (self.lone.is_none() && key.mode & APART == 0).then_some(start);
         if let Some(second) = bytes.second
@@ -236,6 +236,11 @@ impl Jit {
             };
             let ends = !goes_on && instruction.flow_control() != iced_x86::FlowControl::Next;
             if ends || alone || template.kind == Kind::InterpretLast {
+                break;
+            }
+            // What follows may have been translated already, as where a branch led.
+            let branches = instruction.flow_control() != iced_x86::FlowControl::Next;
+            if branches && self.by_key.contains_key(&key.after(decoder.position())) {
                 break;
             }
         }
