@@ -300,22 +300,6 @@ impl Asm {
         self.byte(mask);
     }
 
-    /// `add register, [at]`
-    pub(crate) fn add_at(&mut self, register: u8, at: At) {
-        self.op(0, 8, &[0x03], register, Place::Mem(at));
-    }
-
-    /// `sub register, [at]`
-    pub(crate) fn subtract_at(&mut self, register: u8, at: At) {
-        self.op(0, 8, &[0x2b], register, Place::Mem(at));
-    }
-
-    /// `cmp register, value`, sign-extended.
-    pub(crate) fn compare(&mut self, register: u8, value: i32) {
-        self.op(0, 8, &[0x81], 7, Place::Reg(register));
-        self.imm32(value);
-    }
-
     /// `cmp register32, value`
     pub(crate) fn compare_32(&mut self, register: u8, value: i32) {
         self.op(0, 0, &[0x81], 7, Place::Reg(register));

@@ -135,29 +135,24 @@ impl Emit<'_> {
         }
     }
 
-    /// A direct CALL: returns where its displacement is, for the caller to link. With `live`, flags must survive the
-    /// return.
-    pub(super) fn call_direct(&mut self, source: &Source<'_>, target: Label, (user, live): (bool, bool)) -> usize {
+    /// A direct CALL: returns where its displacement is, for the caller to link.
+    pub(super) fn call_direct(&mut self, source: &Source<'_>, target: Label, user: bool) -> usize {
         let next = source.instruction.next_ip();
         let again = self.asm.bound();
         self.push_return(source, again);
         let at = self.asm.len() + 1;
         self.asm.call(target);
-        self.returned(next, user, live);
+        self.returned(next, user);
         at
     }
 
     /// Where a host RET arrives: goes on where T2 is the address after the CALL.
-    fn returned(&mut self, next: u64, user: bool, live: bool) {
-        if !live && self.compare_linear(next).is_some() {
-            self.leave_elsewhere(user);
-        } else {
-            let right = self.asm.label();
-            self.difference(T2, next);
-            self.asm.jrcxz(right);
-            self.asm.jmp_to(self.thunks().mismatch[usize::from(user)]);
-            self.asm.bind(right);
-        }
+    fn returned(&mut self, next: u64, user: bool) {
+        let right = self.asm.label();
+        self.difference(T2, next);
+        self.asm.jrcxz(right);
+        self.asm.jmp_to(self.thunks().mismatch[usize::from(user)]);
+        self.asm.bind(right);
         self.vectors = false;
         self.cached = None;
     }
@@ -196,7 +191,7 @@ impl Emit<'_> {
         thunk::land(&mut self.asm, low, user);
     }
 
-    pub(super) fn call_indirect(&mut self, source: &Source<'_>, (user, live): (bool, bool), poll: Label) -> Option<()> {
+    pub(super) fn call_indirect(&mut self, source: &Source<'_>, user: bool, poll: Label) -> Option<()> {
         let next = source.instruction.next_ip();
         self.cached = None; // as for a push of memory
         let again = self.asm.bound();
@@ -213,7 +208,7 @@ impl Emit<'_> {
         self.asm.bind(land);
         self.land(user);
         self.asm.bind(after);
-        self.returned(next, user, live);
+        self.returned(next, user);
         Some(())
     }
 

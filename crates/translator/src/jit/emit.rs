@@ -109,8 +109,6 @@ enum Cold {
     Exit { here: Label, exit: u32, poll: bool },
     /// The instruction is the interpreter's.
     Site { here: Label, site: u32 },
-    /// A return led elsewhere than to T2, less the anchor's address.
-    Elsewhere { here: Label, user: bool },
 }
 
 /// Where a piece of code may be left.
@@ -267,43 +265,11 @@ impl<'a> Emit<'a> {
         self.asm.lea(T1, At::Index(T1, register, 0, rest));
     }
 
-    /// "Equal" where T2 is the linear address of `rip`. T2 is less by the anchor's address then. `None`: no instruction
-    /// says that in one.
-    pub(super) fn compare_linear(&mut self, rip: u64) -> Option<()> {
-        let value = i32::try_from(rip as i64).ok()?;
-        if self.anchor != FIXED {
-            self.asm.add_at(T2, self.anchored(self.anchor, offset::NEGATIVE_IN_ANCHOR));
-        }
-        self.asm.compare(T2, value);
-        Some(())
-    }
-
-    /// Goes to where a return that is not expected leads, unless the last comparison found it to be the expected one.
-    pub(super) fn leave_elsewhere(&mut self, user: bool) {
-        let here = self.asm.label();
-        self.asm.jcc(condition::NOT_ZERO, here);
-        self.colds.push(Cold::Elsewhere { here, user });
-    }
-
     /// T1 becomes zero where another anchor is so far from this one's; T2 is lost, flags stay.
     pub(super) fn distance(&mut self, other: u32, distance: i32) {
         self.asm.load(T1, self.anchored(other, offset::NEGATIVE_IN_ANCHOR));
         self.asm.load(T2, self.anchored(self.anchor, offset::ADDRESS_IN_ANCHOR));
         self.asm.lea(T1, At::Index(T1, T2, 0, distance));
-    }
-
-    /// Goes to the code at `start` where T2 is the linear address of `rip`; flags are lost. `None` as for
-    /// [`Emit::compare_linear`].
-    pub(super) fn go_where_found(&mut self, rip: u64, start: u64) -> Option<()> {
-        let other = self.asm.label();
-        self.compare_linear(rip)?;
-        self.asm.jcc_short(condition::NOT_ZERO, other);
-        self.asm.jmp_to(start);
-        self.asm.bind(other);
-        if self.anchor != FIXED {
-            self.asm.subtract_at(T2, self.anchored(self.anchor, offset::NEGATIVE_IN_ANCHOR));
-        }
-        Some(())
     }
 
     /// Goes on at `right` where T2 is the address of `rip` and the anchor can be placed there; else behind this, with T2
@@ -599,13 +565,6 @@ impl<'a> Emit<'a> {
             Cold::Site { here, site } => {
                 self.asm.bind(here);
                 self.leave_at(site);
-            }
-            Cold::Elsewhere { here, user } => {
-                self.asm.bind(here);
-                if self.anchor != FIXED {
-                    self.asm.subtract_at(T2, self.anchored(self.anchor, offset::NEGATIVE_IN_ANCHOR));
-                }
-                self.asm.jmp_to(self.thunks.mismatch[usize::from(user)]);
             }
         }
     }

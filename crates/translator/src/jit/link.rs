@@ -91,7 +91,6 @@ impl Jit {
             start,
             marks: first..self.marks.len() as u32,
             second: bytes.second,
-            live: translation.live,
             landing: 0,
             alive: true,
         });
@@ -192,16 +191,14 @@ impl Jit {
 
     /// Code before a block that makes sure that it is at the address in T2.
     fn make_landing(&mut self, block: u32) -> Option<u64> {
-        let Block { key, anchor, start, live, landing, .. } = self.blocks[block as usize];
+        let Block { key, anchor, start, landing, .. } = self.blocks[block as usize];
         if landing != 0 {
             return Some(landing);
         }
         let mut emit = Emit::new(self.arena.next(), (self.low, anchor), &self.thunks, &mut self.sites);
         let right = emit.asm.label();
-        if live || emit.go_where_found(key.rip, start).is_none() {
-            emit.difference(T2, key.rip);
-            emit.asm.jrcxz(right);
-        }
+        emit.difference(T2, key.rip);
+        emit.asm.jrcxz(right);
         if anchor != FIXED {
             emit.find_place(key.rip, right);
         }

@@ -194,8 +194,6 @@ struct Block {
     marks: std::ops::Range<u32>,
     /// Its one instruction lies across two pages.
     second: Option<translate::Second>,
-    /// Status flags are needed at its start.
-    live: bool,
     /// What branches enter that compare addresses; 0 until needed.
     landing: u64,
     alive: bool,

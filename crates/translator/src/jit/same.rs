@@ -20,8 +20,6 @@ pub(super) struct Source<'a> {
     pub constants: ConstantOffsets,
     /// Status flags are needed after the checks of its memory operand.
     pub live: bool,
-    /// Of a call: they are needed where it returns.
-    pub live_behind: bool,
     /// What groups of stack accesses mean to it.
     pub part: Part,
 }

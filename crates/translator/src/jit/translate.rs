@@ -61,8 +61,6 @@ pub(super) struct Translation {
     pub marks: Vec<Mark>,
     #[expect(clippy::vec_box, reason = "translated code has their addresses")]
     pub ops: Vec<Box<Interpreted>>,
-    /// Status flags are needed at its start.
-    pub live: bool,
 }
 
 impl Jit {
@@ -119,11 +117,9 @@ impl Jit {
         for source in sources.iter_mut().rev() {
             let instruction = &source.instruction;
             match source.template.kind {
-                Kind::Call | Kind::CallIndirect => {
-                    source.live_behind = live != 0;
+                Kind::Call | Kind::CallIndirect | Kind::Interpret | Kind::InterpretLast | Kind::PushFlags => {
                     live = live::ALL;
                 }
-                Kind::Interpret | Kind::InterpretLast | Kind::PushFlags => live = live::ALL,
                 Kind::JumpIf => {
                     live |= live::reads(instruction) | self.needs_flags(cpu, key, instruction.near_branch_target())
                 }
@@ -194,8 +190,7 @@ impl Jit {
             block.emit.asm.jmp(out);
         }
         let Block { emit, exits, marks, ops, .. } = block;
-        let live = needed.last().is_none_or(|&live| live != 0);
-        Some(Translation { code: emit.finish()?, exits, marks, ops, live })
+        Some(Translation { code: emit.finish()?, exits, marks, ops })
     }
 
     fn decode<'b>(&mut self, cpu: &mut Cpu, key: Key, bytes: &'b [u8], most: usize) -> Vec<Source<'b>> {
@@ -225,7 +220,6 @@ impl Jit {
                 bytes: &bytes[at..],
                 constants,
                 live: true,
-                live_behind: true,
                 part: Part::default(),
             });
             // A call comes back, mostly; a block that is run alone does not wait for it.
@@ -396,7 +390,7 @@ impl Block<'_> {
             }
             Kind::CallIndirect => {
                 let poll = self.look_at(self.emit.rip);
-                self.emit.call_indirect(source, (user, source.live_behind), poll)
+                self.emit.call_indirect(source, user, poll)
             }
             Kind::JumpIndirect => {
                 let poll = self.look_at(self.emit.rip);
@@ -498,7 +492,7 @@ impl Block<'_> {
         let out = self.exit_to(target, 0);
         let exit = self.exits.len() - 1;
         let base = self.emit.asm.here() - self.emit.asm.len() as u64;
-        let at = self.emit.call_direct(source, out, (self.key.is_user(), source.live_behind));
+        let at = self.emit.call_direct(source, out, self.key.is_user());
         self.exits[exit].at = Some(base + at as u64);
     }
 

@@ -66,7 +66,16 @@ impl Table {
         let mapping = unsafe { mmap_anonymous(std::ptr::null_mut(), MAPPED, access, FLAGS)? };
         let entries = mapping.map_addr(|address| address.next_multiple_of(ALIGNMENT)).cast::<u64>();
         let Some(entries) = NonNull::new(entries) else { return Err(io::Error::other("mapped at address zero")) };
-        let table = Self { entries, mapping, lower_only, local: Vec::new(), global: Vec::new(), global_below: false, left: 0, misses: 0 };
+        let table = Self {
+            entries,
+            mapping,
+            lower_only,
+            local: Vec::new(),
+            global: Vec::new(),
+            global_below: false,
+            left: 0,
+            misses: 0,
+        };
         // SAFETY: the mapping just made. Huge pages would turn each sparse entry into 2 MiB of memory.
         unsafe { madvise(mapping, MAPPED, Advice::LinuxNoHugepage) }?;
         if lower_only {
