@@ -106,28 +106,8 @@ impl Jit {
     ) -> Option<Translation> {
         let across = bytes.second.is_some();
         let mut sources = self.decode(cpu, key, &bytes.bytes, if across { 1 } else { MOST });
-        let last = sources.last()?;
-        let next = last.instruction.next_ip();
-        let mut live = match last.template.kind {
-            Kind::Jump => self.needs_flags(cpu, key, last.instruction.near_branch_target()),
-            Kind::Interpret | Kind::JumpIndirect | Kind::Return | Kind::InterpretLast => live::ALL,
-            _ => self.needs_flags(cpu, key, next),
-        };
-        let mut needed = Vec::new();
-        for source in sources.iter_mut().rev() {
-            let instruction = &source.instruction;
-            match source.template.kind {
-                Kind::Call | Kind::CallIndirect | Kind::Interpret | Kind::InterpretLast | Kind::PushFlags => {
-                    live = live::ALL;
-                }
-                Kind::JumpIf => {
-                    live |= live::reads(instruction) | self.needs_flags(cpu, key, instruction.near_branch_target())
-                }
-                _ => live = live & !live::replaces(instruction) | live::reads(instruction),
-            }
-            source.live = live != 0;
-            needed.push(live);
-        }
+        let needed = self.needed_flags(cpu, key, &mut sources)?;
+        let next = sources.last()?.instruction.next_ip();
         if key.mode & APART == 0 {
             let parts = group::plan(&sources);
             for (source, part) in sources.iter_mut().zip(parts) {
@@ -191,6 +171,34 @@ impl Jit {
         }
         let Block { emit, exits, marks, ops, .. } = block;
         Some(Translation { code: emit.finish()?, exits, marks, ops })
+    }
+
+    /// Finds out which flags are needed before each instruction, last first, and tells the instructions. `None`: there are
+    /// none.
+    fn needed_flags(&mut self, cpu: &mut Cpu, key: Key, sources: &mut [Source<'_>]) -> Option<Vec<u32>> {
+        let last = sources.last()?;
+        let next = last.instruction.next_ip();
+        let mut live = match last.template.kind {
+            Kind::Jump => self.needs_flags(cpu, key, last.instruction.near_branch_target()),
+            Kind::Interpret | Kind::JumpIndirect | Kind::Return | Kind::InterpretLast => live::ALL,
+            _ => self.needs_flags(cpu, key, next),
+        };
+        let mut needed = Vec::new();
+        for source in sources.iter_mut().rev() {
+            let instruction = &source.instruction;
+            match source.template.kind {
+                Kind::Call | Kind::CallIndirect | Kind::Interpret | Kind::InterpretLast | Kind::PushFlags => {
+                    live = live::ALL;
+                }
+                Kind::JumpIf => {
+                    live |= live::reads(instruction) | self.needs_flags(cpu, key, instruction.near_branch_target())
+                }
+                _ => live = live & !live::replaces(instruction) | live::reads(instruction),
+            }
+            source.live = live != 0;
+            needed.push(live);
+        }
+        Some(needed)
     }
 
     fn decode<'b>(&mut self, cpu: &mut Cpu, key: Key, bytes: &'b [u8], most: usize) -> Vec<Source<'b>> {
