@@ -146,7 +146,7 @@ impl Emit<'_> {
         at
     }
 
-    /// Where a host RET arrives: goes on where T2 is the address after the CALL.
+    /// Where a host RET arrives: goes on where T2 is the address after the CALL. Flags stay, for what is at T2 otherwise.
     fn returned(&mut self, next: u64, user: bool) {
         let right = self.asm.label();
         self.difference(T2, next);

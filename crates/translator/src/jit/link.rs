@@ -189,7 +189,8 @@ impl Jit {
         }
     }
 
-    /// Code before a block that makes sure that it is at the address in T2.
+    /// Code before a block that makes sure that it is at the address in T2. Flags stay even where this block does not need
+    /// them: the one that is at the address instead may.
     fn make_landing(&mut self, block: u32) -> Option<u64> {
         let Block { key, anchor, start, landing, .. } = self.blocks[block as usize];
         if landing != 0 {
