@@ -6,8 +6,9 @@
 //! ```
 //!
 //! A program is loaded at another address each time it is started, and in each process. So its code is translated for no
-//! address: a block knows its page's [anchor](crate::home::Anchor), and numbers addresses from the page's start. An anchor is *placed* where a
-//! branch leads to its page from another one, by comparing that address with the page's read entry (`thunk.rs`) or by a walk.
+//! address: a block knows its page's [anchor](crate::home::Anchor), and numbers addresses from the page's start. An anchor
+//! is *placed* where a branch leads to its page from another one, by comparing that address with the page's read entry
+//! (`thunk.rs`) or by a walk.
 //! It holds until a translation of the address space may have changed. While a page's code runs, its anchor is placed.
 //!
 //! Upper addresses (a kernel's) do not change: their blocks have the anchor [`FIXED`], at address zero.

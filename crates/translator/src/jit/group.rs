@@ -23,6 +23,8 @@ use super::template::Kind;
 const FEWEST: usize = 3;
 /// Most bytes from the first to the last.
 const MOST_BYTES: i64 = 2048;
+/// Farthest from RSP: where the stack moves on, displacements must still be what 32 bits can say.
+const FARTHEST: i64 = 1 << 20;
 
 /// A group, at its first access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,8 +169,9 @@ fn effect(source: &Source<'_>) -> Effect {
 fn operand(source: &Source<'_>) -> Option<Access> {
     let (instruction, template) = (&source.instruction, &source.template);
     let bytes = instruction.memory_size().size() as i64;
-    let at_stack = at_stack(instruction) && bytes > 0 && (template.loads || template.stores);
-    at_stack.then(|| Access { at: instruction.memory_displacement64() as i32 as i64, bytes, writes: template.stores })
+    let at = i64::from(instruction.memory_displacement64() as i32);
+    let near = at_stack(instruction) && at.abs() <= FARTHEST;
+    (near && bytes > 0 && (template.loads || template.stores)).then_some(Access { at, bytes, writes: template.stores })
 }
 
 /// True where the memory operand's address is RSP and a displacement.

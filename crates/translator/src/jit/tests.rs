@@ -154,6 +154,23 @@ fn a_group_of_stack_accesses_may_lie_across_pages() {
 }
 
 #[test]
+fn stack_accesses_as_far_away_as_they_can_be_are_no_group() {
+    let mut code = vec![0x48, 0xbc]; // mov rsp, ...
+    code.extend((0x8000_0000_u64 + 0x10_0f00).to_le_bytes());
+    for register in [0, 1, 2] {
+        code.extend([0x48, 0x8b, 0x84 | register << 3, 0x24, 0, 0, 0, 0x80]); // mov register, [rsp - 0x80000000]
+        code.extend([0x48, 0x81, 0xec, 0, 7, 0, 0]); // sub rsp, 0x700
+    }
+    code.push(0xf4);
+    let mut bare = Bare::new(&code, Config::default());
+    for (at, value) in [(0x10_0f00, 1_u64), (0x10_0800, 2), (0x10_0100, 3)] {
+        bare.ram.write_value(Gpa(at), &value).unwrap();
+    }
+    let (exit, state) = bare.run();
+    assert_eq!((exit, state.gpr[..3].to_vec()), (Exit::Halted, vec![1, 2, 3]));
+}
+
+#[test]
 fn a_group_faults_at_the_access_that_does() {
     let bottom = AGAIN[1] << 21; // nothing is mapped below
     let mut bare = with_memory_again(&pushes_and_pops(bottom + 16));
