@@ -159,11 +159,11 @@ fn stack_accesses_as_far_away_as_they_can_be_are_no_group() {
     code.extend((0x8000_0000_u64 + 0x10_0f00).to_le_bytes());
     for register in [0, 1, 2] {
         code.extend([0x48, 0x8b, 0x84 | register << 3, 0x24, 0, 0, 0, 0x80]); // mov register, [rsp - 0x80000000]
-        code.extend([0x48, 0x81, 0xec, 0, 7, 0, 0]); // sub rsp, 0x700
+        code.extend([0x48, 0x81, 0xec, 0, 2, 0, 0]); // sub rsp, 0x200
     }
     code.push(0xf4);
     let mut bare = Bare::new(&code, Config::default());
-    for (at, value) in [(0x10_0f00, 1_u64), (0x10_0800, 2), (0x10_0100, 3)] {
+    for (at, value) in [(0x10_0f00, 1_u64), (0x10_0d00, 2), (0x10_0b00, 3)] {
         bare.ram.write_value(Gpa(at), &value).unwrap();
     }
     let (exit, state) = bare.run();
