@@ -205,6 +205,38 @@ impl GuestRam {
         Some(unsafe { region.host.add((gpa.0 - region.start.0) as usize) })
     }
 
+    /// The guest-physical address of a byte of a region's first mapping in the host.
+    pub fn gpa_of(&self, host: u64) -> Option<Gpa> {
+        self.regions.iter().find_map(|region| {
+            let offset = host.wrapping_sub(region.host.as_ptr() as u64);
+            (offset < region.bytes).then(|| Gpa(region.start.0 + offset))
+        })
+    }
+
+    /// Maps pages of RAM once more, at a place of the caller's, in memory already.
+    ///
+    /// # Errors
+    /// Where they are not in one region, or the host refuses.
+    ///
+    /// # Safety
+    /// `bytes` bytes at `at`, a multiple of 4096, are a mapping of the caller's that nothing else uses. They are good as
+    /// long as this `GuestRam` lives.
+    pub unsafe fn map_pages(&self, gpa: Gpa, bytes: u64, at: *mut u8) -> std::io::Result<()> {
+        let found = self.regions.iter().zip(self.backend.iter()).find(|(region, _)| region.contains(gpa));
+        let Some((region, file)) = found.and_then(|(region, mapped)| Some((region, mapped.file_offset()?))) else {
+            return Err(std::io::ErrorKind::NotFound.into());
+        };
+        let offset = gpa.0 - region.start.0;
+        if bytes > region.bytes - offset {
+            return Err(std::io::ErrorKind::InvalidInput.into());
+        }
+        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
+        let flags = flags | MapFlags::FIXED | MapFlags::POPULATE;
+        // SAFETY: in place of what the caller gives away.
+        unsafe { mmap(at.cast(), bytes as usize, protection, flags, file.file(), file.start() + offset) }?;
+        Ok(())
+    }
+
     /// Copies `buffer.len()` bytes out of RAM.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   0x1000 page tables (2 MiB identity-mapped)   0x10000 code   0x100000 data   0x180000 stack, downwards
+//!   0x200000 to 0x400000: the same for programs, in small pages; from 0x300000 on not to be executed
 //! ```
 
 use std::sync::Arc;
@@ -18,9 +19,16 @@ use crate::shared::Shared;
 pub(crate) const TABLES: u64 = 0x1000;
 pub(crate) const CODE: u64 = 0x1_0000;
 const STACK: u64 = 0x18_0000;
+/// What a program finds memory at, more than where it is.
+pub(crate) const PROGRAM: u64 = 2 << 20;
+const PROGRAM_TABLE: u64 = 0x8000;
+/// From here on, its pages are not to be executed.
+pub(crate) const DATA: u64 = 0x10_0000;
 
 pub(crate) const PRESENT_WRITABLE: u64 = 3;
 pub(crate) const LARGE: u64 = 1 << 7;
+const USER: u64 = 1 << 2;
+const NO_EXECUTE: u64 = 1 << 63;
 
 /// A vCPU whose next instruction is the first of its code, at CPL 0.
 pub(crate) struct Bare {
@@ -33,11 +41,16 @@ impl Bare {
     pub(crate) fn new(code: &[u8], config: Config) -> Self {
         let ram = GuestRam::new(&[(Gpa(0), 2 << 20)]).unwrap();
         for (at, entry) in [
-            (TABLES, (TABLES + 0x1000) | PRESENT_WRITABLE),
-            (TABLES + 0x1000, (TABLES + 0x2000) | PRESENT_WRITABLE),
+            (TABLES, (TABLES + 0x1000) | PRESENT_WRITABLE | USER),
+            (TABLES + 0x1000, (TABLES + 0x2000) | PRESENT_WRITABLE | USER),
             (TABLES + 0x2000, PRESENT_WRITABLE | LARGE),
+            (TABLES + 0x2008, PROGRAM_TABLE | PRESENT_WRITABLE | USER),
         ] {
             ram.write_value(Gpa(at), &entry).unwrap();
+        }
+        for page in (0..PROGRAM).step_by(0x1000) {
+            let code = if page < DATA { 0 } else { NO_EXECUTE };
+            ram.write_value(Gpa(PROGRAM_TABLE + page / 512), &(page | PRESENT_WRITABLE | USER | code)).unwrap();
         }
         ram.write(Gpa(CODE), code).unwrap();
         let table = lookup(DEFAULT).unwrap().table(&HostCpu::read(), 0, 1).unwrap();
@@ -59,6 +72,21 @@ impl Bare {
         let exit = self.vcpu.run(&mut Nothing);
         (exit, self.vcpu.save())
     }
+}
+
+/// Gives a program another page of RAM at an address of its own.
+pub(crate) fn remap(ram: &GuestRam, address: u64, gpa: u64) {
+    let entry = gpa | PRESENT_WRITABLE | USER | NO_EXECUTE;
+    ram.write_value(Gpa(PROGRAM_TABLE + (address - PROGRAM) / 512), &entry).unwrap();
+}
+
+/// The state in which a program runs, at CPL 3, from what a kernel's state is.
+pub(crate) fn as_program(state: &mut CpuState) {
+    for segment in &mut state.segments {
+        segment.attributes |= 3 << 5;
+        segment.selector |= 3;
+    }
+    state.rip += PROGRAM;
 }
 
 fn state() -> CpuState {

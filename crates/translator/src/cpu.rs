@@ -12,7 +12,7 @@ use crate::flags::Flags;
 use crate::home::Home;
 use crate::jit::After;
 use crate::lockstep::Rehearsal;
-use crate::mmu::{DataMode, Tlb, Where, Written};
+use crate::mmu::{DataMode, Tlb, Where, Window, Written};
 use crate::op::{Leave, NO_REG};
 use crate::shared::{Link, Shared};
 use crate::system::features::Features;
@@ -90,6 +90,8 @@ pub(crate) struct Cpu {
     pub mode: Mode,
     /// Soft TLB.
     pub tlb: Tlb,
+    /// Pages that the host has where the guest has them, but for a distance.
+    pub window: Window,
     /// Where the soft TLB may have write entries for each page of RAM.
     pub written: Written,
     /// Pages whose code may have been overwritten: what was translated from them is to be looked at before it runs again.
@@ -101,7 +103,7 @@ pub(crate) struct Cpu {
     /// [`Tlb::generation`] when translated code was entered.
     pub seen_generation: u64,
     /// What of the vector and x87 state could be used then.
-    pub seen_units: u8,
+    pub seen_units: u16,
     /// The exception behind [`Leave::Raised`].
     pub exception: Exception,
     /// Leave the block after this instruction: something the loop must look at has changed.
@@ -138,11 +140,13 @@ impl Cpu {
     pub(crate) fn new(shared: Arc<Shared>, config: VcpuConfig) -> Result<Self, Error> {
         let link = shared.link(Arc::clone(&config.signal));
         let end = shared.ram.regions().last().map_or(Gpa(0), |region| Gpa(region.start.0 + region.bytes));
+        let window = Window::new(config.id.0);
         let mut cpu = Self {
             state: Home::new(CpuState::reset())?,
             flags: Flags::default(),
             mode: Mode::default(),
-            tlb: Tlb::new(),
+            tlb: Tlb::new(window.distance()),
+            window,
             written: Written::new(end),
             stale: Vec::new(),
             after: After::Look,

@@ -2,7 +2,7 @@
 //! 32-bit address and needs no register for it.
 //!
 //! ```text
-//!   CpuState | Hot | landing tables (where indirect branches go, by target address; one a privilege) | anchors | placed
+//!   CpuState | Hot | landing tables (where indirect branches go, by target address) | anchors | placed
 //! ```
 
 use std::io;
@@ -15,6 +15,8 @@ use memory::PAGE_SIZE;
 
 /// Entries of a landing table.
 pub(crate) const LANDINGS: usize = 1 << 16;
+/// Landing tables of a vCPU.
+pub(crate) const LANDING_TABLES: usize = 3;
 /// Most pages of code at lower addresses.
 pub(crate) const ANCHORS: usize = 1 << 15;
 
@@ -75,7 +77,7 @@ pub(crate) struct Hot {
     /// Where the shadow stacks begin, and where the one not in use stands; one a privilege.
     pub begins: [u64; 2],
     pub pointers: [u64; 2],
-    /// The landing table of the current privilege, in bytes from the first.
+    /// The landing table in force, in bytes from the first.
     pub landing: u64,
     /// Not 0: the interrupt controller may have a vector to deliver once interrupts are enabled.
     pub waits: u64,
@@ -105,7 +107,7 @@ pub(crate) struct Hot {
 struct Layout {
     state: CpuState,
     hot: Hot,
-    landings: [[u64; LANDINGS]; 2],
+    landings: [[u64; LANDINGS]; LANDING_TABLES],
     anchors: [Anchor; ANCHORS],
     /// The addresses of those that have been placed; the rest is nothing.
     placed: [u64; ANCHORS],
@@ -159,10 +161,10 @@ impl Home {
         unsafe { &mut (*self.at.as_ptr()).hot }
     }
 
-    /// The landing table of a privilege: `user` is 1 for CPL 3, else 0.
-    pub(crate) fn landings(&mut self, user: usize) -> &mut [u64; LANDINGS] {
+    /// A landing table.
+    pub(crate) fn landings(&mut self, table: usize) -> &mut [u64; LANDINGS] {
         // SAFETY: as above.
-        unsafe { &mut (*self.at.as_ptr()).landings[user & 1] }
+        unsafe { &mut (*self.at.as_ptr()).landings[table % LANDING_TABLES] }
     }
 
     /// The anchor with a number; there is one for every number, by its remainder.
@@ -240,9 +242,9 @@ pub(crate) mod offset {
         INSTRUCTIONS instructions;
     }
 
-    /// The landing table of a privilege.
-    pub(crate) const fn landings(user: bool) -> i32 {
-        offset_of!(Layout, landings) as i32 + if user { (LANDINGS * 8) as i32 } else { 0 }
+    /// A landing table.
+    pub(crate) const fn landings(table: usize) -> i32 {
+        offset_of!(Layout, landings) as i32 + (table * LANDINGS * 8) as i32
     }
 
     pub(crate) const PLACED: i32 = offset_of!(Layout, placed) as i32;

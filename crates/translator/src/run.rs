@@ -28,7 +28,7 @@ enum Stretch {
 
 /// A vCPU with its decoded and translated blocks.
 pub(crate) struct Runner {
-    cpu: Cpu,
+    pub cpu: Cpu,
     blocks: Blocks,
     /// Absent where the host lacks what it takes, or the user wants none.
     pub jit: Option<Jit>,
@@ -301,6 +301,7 @@ impl Vcpu for Runner {
         }
         let vcpus = self.cpu.shared.vcpus();
         self.cpu.tlb.share(vcpus);
+        self.cpu.window.share(vcpus);
         self.cpu.refresh();
         self.cpu.state.rflags &= !rflags::STATUS; // they live in `flags` meanwhile
         self.cpu.attach_io(io);

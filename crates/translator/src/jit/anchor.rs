@@ -36,7 +36,7 @@ impl Anchors {
 
 impl Jit {
     /// The key of the code at RIP, which is at `gpa`; `more` is what its mode has beyond the vCPU's.
-    pub(super) fn key(cpu: &Cpu, gpa: u64, more: u8) -> Key {
+    pub(super) fn key(cpu: &Cpu, gpa: u64, more: u16) -> Key {
         let rip = cpu.state.rip;
         let rip = if rip >> 63 != 0 { rip } else { rip & 0xfff };
         Key { gpa, rip, mode: super::mode_of(cpu) | more }

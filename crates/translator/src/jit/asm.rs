@@ -306,6 +306,12 @@ impl Asm {
         self.imm32(value);
     }
 
+    /// `cmp qword at, value`
+    pub(crate) fn compare_at(&mut self, at: At, value: i32) {
+        self.op(0, 8, &[0x81], 7, Place::Mem(at));
+        self.imm32(value);
+    }
+
     /// `and register32, value`
     pub(crate) fn and_32(&mut self, register: u8, value: i32) {
         self.op(0, 0, &[0x81], 4, Place::Reg(register));

@@ -11,7 +11,7 @@ use engine::state::{Shadow, cr4};
 use iced_x86::{Instruction, OpKind};
 
 use super::emit::READ_BIAS;
-use super::{Jit, units_of};
+use super::{Jit, landings_of, units_of};
 use crate::cpu::Cpu;
 use crate::home::LANDINGS;
 use crate::mmu::{Access, DataMode, Starts, canonical};
@@ -229,7 +229,7 @@ fn nothing_to_look_at(cpu: &Cpu) -> bool {
 /// Changes to the shadow stack and landing table of the current privilege. A kernel that is entered begins with an empty
 /// stack.
 pub(super) fn change_privilege(cpu: &mut Cpu) {
-    let user = usize::from(cpu.mode.cpl == 3);
+    let (user, near) = (usize::from(cpu.mode.cpl == 3), cpu.window.busy);
     let hot = cpu.state.hot_mut();
     let before = hot.user as usize & 1;
     if before != user {
@@ -237,7 +237,7 @@ pub(super) fn change_privilege(cpu: &mut Cpu) {
         hot.shadow = if user == 1 { hot.pointers[1] } else { hot.begins[0] };
         hot.user = user as u64;
     }
-    hot.landing = (user * LANDINGS * 8) as u64;
+    hot.landing = (landings_of(user == 1, near) * LANDINGS * 8) as u64;
 }
 
 /// Puts the tables of the current mode in force. False where the host gives no address space for them.

@@ -177,21 +177,21 @@ impl Emit<'_> {
         self.asm.store_constant(self.field(offset::ADDRESS), site as i32);
     }
 
-    pub(super) fn jump_indirect(&mut self, source: &Source<'_>, user: bool, poll: Label) -> Option<()> {
+    pub(super) fn jump_indirect(&mut self, source: &Source<'_>, table: usize, poll: Label) -> Option<()> {
         let again = self.asm.bound();
         self.poll(poll);
         self.target(source, again, T2)?;
         self.note_site(0);
-        self.land(user);
+        self.land(table);
         Some(())
     }
 
-    fn land(&mut self, user: bool) {
+    fn land(&mut self, table: usize) {
         let low = self.low();
-        thunk::land(&mut self.asm, low, user);
+        thunk::land(&mut self.asm, low, table);
     }
 
-    pub(super) fn call_indirect(&mut self, source: &Source<'_>, user: bool, poll: Label) -> Option<()> {
+    pub(super) fn call_indirect(&mut self, source: &Source<'_>, table: usize, poll: Label) -> Option<()> {
         let next = source.instruction.next_ip();
         self.cached = None; // as for a push of memory
         let again = self.asm.bound();
@@ -206,9 +206,9 @@ impl Emit<'_> {
         self.asm.call(land);
         self.asm.jmp_short(after);
         self.asm.bind(land);
-        self.land(user);
+        self.land(table);
         self.asm.bind(after);
-        self.returned(next, user);
+        self.returned(next, table != 0);
         Some(())
     }
 

@@ -16,8 +16,10 @@
 
 use iced_x86::{Instruction, Register};
 
+use super::Mark;
 use super::anchor::FIXED;
 use super::asm::{Asm, At, Label, reg};
+use super::near::Far;
 use super::thunk::Thunks;
 use crate::home::offset;
 
@@ -100,7 +102,7 @@ pub(super) enum Address {
 }
 
 /// Code for later, out of the way.
-enum Cold {
+enum Cold<'a> {
     /// The access at `again` missed.
     Miss { here: Label, again: Label, address: Address, access: Access, site: u32 },
     /// An access may cross a page; it goes on at `back` where it does not.
@@ -109,6 +111,8 @@ enum Cold {
     Exit { here: Label, exit: u32, poll: bool },
     /// The instruction is the interpreter's.
     Site { here: Label, site: u32 },
+    /// A memory operand is not in the window.
+    Far(Far<'a>),
 }
 
 /// Where a piece of code may be left.
@@ -127,7 +131,8 @@ pub(super) struct Emit<'a> {
     low: i32,
     thunks: &'a Thunks,
     sites: &'a mut Vec<Site>,
-    colds: Vec<Cold>,
+    colds: Vec<Cold<'a>>,
+    marks: Vec<Mark>,
     /// Short jumps that still need a place to land, and where they go on to.
     pending: Vec<(Label, Label)>,
     oldest: usize,
@@ -140,6 +145,8 @@ pub(super) struct Emit<'a> {
     pub vectors: bool,
     /// The guest register that is in memory, and in T3 too.
     pub cached: Option<usize>,
+    /// What pages in the window are moved by, where most of the accesses are to those.
+    pub window: Option<i32>,
     /// Short jumps land at once, so that none is too long: for blocks that did not come out otherwise.
     pub careful: bool,
 }
@@ -153,6 +160,7 @@ impl<'a> Emit<'a> {
             thunks,
             sites,
             colds: Vec::with_capacity(64),
+            marks: Vec::with_capacity(32),
             pending: Vec::new(),
             oldest: 0,
             block: (0, 0),
@@ -160,6 +168,7 @@ impl<'a> Emit<'a> {
             anchor,
             vectors: false,
             cached: None,
+            window: None,
             careful: false,
         }
     }
@@ -281,6 +290,12 @@ impl<'a> Emit<'a> {
         self.asm.call_to(self.thunks.place);
         self.asm.lea(T2, At::Base(T2, offset));
         self.asm.jrcxz(right);
+    }
+
+    /// Notes that the translation of the current instruction, or a part of it, begins here.
+    pub(super) fn mark(&mut self) {
+        let guest = self.rip.wrapping_sub(self.block.1) as u16;
+        self.marks.push(Mark { host: self.asm.len() as u16, guest });
     }
 
     pub(super) fn site(&mut self, undo: i64) -> u32 {
@@ -521,17 +536,26 @@ impl<'a> Emit<'a> {
         }
     }
 
-    /// Ends the block: what was put off. The code before does not run on into it.
-    pub(super) fn finish(mut self) -> Option<Vec<u8>> {
-        self.island();
-        for cold in std::mem::take(&mut self.colds) {
-            self.cold(cold);
-        }
-        self.asm.finish()
+    /// Puts off code for an operand that is not in the window.
+    pub(super) fn put_off(&mut self, far: Far<'a>) {
+        self.colds.push(Cold::Far(far));
     }
 
-    fn cold(&mut self, cold: Cold) {
+    /// Ends the block: what was put off. The code before does not run on into it.
+    pub(super) fn finish(mut self) -> Option<(Vec<u8>, Vec<Mark>)> {
+        self.island();
+        while !self.colds.is_empty() {
+            for cold in std::mem::take(&mut self.colds) {
+                self.cold(cold)?;
+            }
+        }
+        Some((self.asm.finish()?, self.marks))
+    }
+
+    /// Emits what was put off; that may put off more. `None`: it cannot be done.
+    fn cold(&mut self, cold: Cold<'a>) -> Option<()> {
         match cold {
+            Cold::Far(far) => self.far(&far)?,
             Cold::Miss { here, again, address, access, site } => {
                 self.asm.bind(here);
                 match address {
@@ -567,6 +591,7 @@ impl<'a> Emit<'a> {
                 self.leave_at(site);
             }
         }
+        Some(())
     }
 
     fn leave_at(&mut self, site: u32) {

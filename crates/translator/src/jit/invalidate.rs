@@ -5,6 +5,7 @@ use memory::{Gpa, Gva};
 
 use super::{Jit, Seen, units_of};
 use crate::cpu::Cpu;
+use crate::home::LANDING_TABLES;
 use crate::mmu::{Access, Rights};
 use crate::shared::EVERY_PAGE;
 
@@ -132,8 +133,8 @@ impl Jit {
 
     /// Makes every indirect branch look for its target anew.
     pub(super) fn forget_landings(&mut self, cpu: &mut Cpu) {
-        for user in [0, 1] {
-            cpu.state.landings(user).fill(self.thunks.land);
+        for table in 0..LANDING_TABLES {
+            cpu.state.landings(table).fill(self.thunks.land);
         }
         Self::forget_returns(cpu);
     }

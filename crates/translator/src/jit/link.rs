@@ -21,7 +21,7 @@ const VERIFIED_SHARE: usize = 64;
 
 impl Jit {
     /// The block at RIP, translated where it is not yet. `more` is what its mode has beyond the vCPU's.
-    pub(super) fn find(&mut self, cpu: &mut Cpu, more: u8) -> Result<u32, Ran> {
+    pub(super) fn find(&mut self, cpu: &mut Cpu, more: u16) -> Result<u32, Ran> {
         let block = self.find_or_make(cpu, more)?;
         // Where what was to be forgotten could not be, nothing may be entered before it is.
         if self.full {
@@ -31,7 +31,7 @@ impl Jit {
         Ok(block)
     }
 
-    fn find_or_make(&mut self, cpu: &mut Cpu, more: u8) -> Result<u32, Ran> {
+    fn find_or_make(&mut self, cpu: &mut Cpu, more: u16) -> Result<u32, Ran> {
         let place = cpu.code_place().map_err(|_| Ran::Raised)?;
         let key = Self::key(cpu, place.gpa, more);
         if let Some(&block) = self.by_key.get(&key)
@@ -166,7 +166,7 @@ impl Jit {
         emit.asm.jmp_to(landing);
         emit.asm.bind(right);
         emit.asm.jmp_to(start);
-        let code = emit.finish()?;
+        let (code, _) = emit.finish()?;
         #[cfg(debug_assertions)]
         self.verify(&code, &[start, landing]);
         self.arena.add(&code).map(|at| at.as_ptr() as u64)
@@ -185,7 +185,7 @@ impl Jit {
             }
         }
         if let Some(landing) = self.make_landing(block) {
-            cpu.state.landings(key.is_user().into())[slot] = landing;
+            cpu.state.landings(key.landings())[slot] = landing;
         }
     }
 
@@ -206,7 +206,7 @@ impl Jit {
         emit.asm.jmp_to(self.thunks.land);
         emit.asm.bind(right);
         emit.asm.jmp_to(start);
-        let code = emit.finish()?;
+        let (code, _) = emit.finish()?;
         #[cfg(debug_assertions)]
         self.verify(&code, &[start]);
         let landing = self.arena.add(&code)?.as_ptr() as u64;
@@ -222,6 +222,7 @@ impl Jit {
             low: self.low,
             thunks: start..start + self.floor as u64,
             keeping: self.thunks.keeping(),
+            distance: self.distance,
             others,
         };
         // A cache that is emptied again and again is filled with what has been verified before, mostly.

@@ -26,6 +26,7 @@ mod invalidate;
 mod link;
 mod live;
 mod lone;
+mod near;
 mod privileged;
 mod profile;
 mod same;
@@ -71,26 +72,33 @@ pub(super) struct Key {
     /// Instruction pointer.
     rip: u64,
     /// See the constants.
-    mode: u8,
+    mode: u16,
 }
 
-const USER: u8 = 1 << 0;
-const X87: u8 = 1 << 1;
-const SSE: u8 = 1 << 2;
-const AVX: u8 = 1 << 3;
+const USER: u16 = 1 << 0;
+const X87: u16 = 1 << 1;
+const SSE: u16 = 1 << 2;
+const AVX: u16 = 1 << 3;
 /// RDTSC.
-const TIME: u8 = 1 << 4;
+const TIME: u16 = 1 << 4;
 /// STAC and CLAC do something.
-const ACCESS_CONTROL: u8 = 1 << 5;
+const ACCESS_CONTROL: u16 = 1 << 5;
 /// Supervisor code may not be in user pages.
-const NO_USER_CODE: u8 = 1 << 6;
+const NO_USER_CODE: u16 = 1 << 6;
 /// Each stack access is checked on its own: for code whose groups do not pass.
-const APART: u8 = 1 << 7;
+const APART: u16 = 1 << 7;
+/// Most of what the program accesses is in the window.
+const NEAR: u16 = 1 << 8;
 
 impl Key {
     /// CPL 3.
     fn is_user(self) -> bool {
         self.mode & USER != 0
+    }
+
+    /// Which landing table its code uses.
+    fn landings(self) -> usize {
+        landings_of(self.is_user(), self.mode & NEAR != 0)
     }
 
     /// The key of the code so many bytes further on its page.
@@ -127,12 +135,24 @@ impl Key {
     }
 }
 
+/// The landing table of a privilege; programs with a window have their own.
+fn landings_of(user: bool, near: bool) -> usize {
+    match (user, near) {
+        (false, _) => 0,
+        (true, false) => 1,
+        (true, true) => 2,
+    }
+}
+
 /// The modes of code: privilege and what may be used.
-fn mode_of(cpu: &Cpu) -> u8 {
+fn mode_of(cpu: &Cpu) -> u16 {
     let (cr0, cr4) = (cpu.state.cr0, cpu.state.cr4);
     let mut mode = 0;
     if cpu.mode.cpl == 3 {
         mode |= USER;
+        if cpu.window.busy {
+            mode |= NEAR;
+        }
     }
     if cr0 & (cr0::EM | cr0::TS) == 0 {
         if cr0 & cr0::NE != 0 {
@@ -158,9 +178,9 @@ fn mode_of(cpu: &Cpu) -> u8 {
 }
 
 /// What of the modes of code a change of privilege alone does not change.
-fn units_of(cpu: &Cpu) -> u8 {
+fn units_of(cpu: &Cpu) -> u16 {
     let time = if cpu.state.cr4 & cr4::TSD == 0 { TIME } else { 0 };
-    mode_of(cpu) & !(USER | TIME) | time
+    mode_of(cpu) & !(USER | TIME | NEAR) | time
 }
 
 /// Where a block may be left for another.
@@ -170,7 +190,7 @@ struct Exit {
     target: u64,
     anchor: u32,
     /// What more the mode of the block is that it leads to.
-    mode: u8,
+    mode: u16,
     /// Where the displacement is that leads there, if it is to be linked.
     at: Option<u64>,
     /// It stands in the place of this block, which has been forgotten, and leads to one made for the same key only.
@@ -255,12 +275,14 @@ struct Seen {
     generation: u64,
     upper_generation: u64,
     code_writes: u64,
-    units: u8,
+    units: u16,
 }
 
 /// The translator of one vCPU.
 pub(crate) struct Jit {
     low: i32,
+    /// The addend of pages in the window.
+    distance: u64,
     arena: Arena,
     thunks: Thunks,
     /// Bytes of the arena that are thunks.
@@ -336,6 +358,7 @@ impl Jit {
         (hot.begins, hot.pointers, hot.shadow) = (begins, begins, begins[0]);
         let mut jit = Self {
             low,
+            distance: cpu.window.distance(),
             floor: arena.used(),
             arena,
             thunks,
@@ -442,6 +465,10 @@ impl Jit {
             exit::POLL => {
                 cpu.state.rip = self.target_of(cpu, value);
                 cpu.recheck = true;
+                if self.lone.is_none() && cpu.mode.cpl == 3 {
+                    // What it returns into was translated without a window.
+                    self.forgotten |= cpu.sample_space();
+                }
                 Ran::Look
             }
             exit::SITE => {

@@ -12,6 +12,7 @@ const RCX: usize = 1;
 const RSP: u8 = 4;
 
 /// One instruction on its way.
+#[derive(Clone, Copy)]
 pub(super) struct Source<'a> {
     pub instruction: Instruction,
     pub template: Template,
@@ -63,7 +64,7 @@ pub(super) fn on_stack(instruction: &Instruction, bytes: u32) -> bool {
     at_stack(instruction) && instruction.memory_displacement64() as u32 % 8 + bytes <= 8
 }
 
-impl Emit<'_> {
+impl<'a> Emit<'a> {
     /// Checks the memory operand of an instruction. `None`: it is a constant address across two pages.
     pub(super) fn memory(&mut self, source: &Source<'_>, again: Label) -> Option<At> {
         let bytes = source.instruction.memory_size().size() as u32;
@@ -91,9 +92,8 @@ impl Emit<'_> {
     }
 
     /// Translates an instruction to itself. `None`: this cannot be done.
-    pub(super) fn same(&mut self, source: &Source<'_>) -> Option<()> {
+    pub(super) fn same(&mut self, source: &Source<'a>) -> Option<()> {
         let encoding = Encoding::parse(source.bytes)?;
-        let template = &source.template;
         let memory = source.instruction.op_kinds().any(|kind| kind == OpKind::Memory);
         if memory == encoding.direct || memory && reaches_beyond(&source.instruction) {
             return None;
@@ -102,15 +102,31 @@ impl Emit<'_> {
             return self.high_bytes(source, &encoding);
         }
         let again = self.asm.bound();
-        let mut place = None;
-        if !encoding.direct {
-            let at = self.memory(source, again)?;
+        if encoding.direct {
+            self.operate(source, &encoding, None);
+        } else if !self.near(source, &encoding, again) {
+            self.checked(source, &encoding, again)?;
+        }
+        Some(())
+    }
+
+    /// Checks the memory operand of an instruction that is translated to itself, and emits it.
+    pub(super) fn checked(&mut self, source: &Source<'_>, encoding: &Encoding, again: Label) -> Option<()> {
+        let at = self.memory(source, again)?;
+        self.operate(source, encoding, Some(at));
+        Some(())
+    }
+
+    /// Emits an instruction that is translated to itself, with its memory operand at `at`.
+    pub(super) fn operate(&mut self, source: &Source<'_>, encoding: &Encoding, at: Option<At>) {
+        let template = &source.template;
+        let place = at.map(|at| {
             let second = template.reads_rcx || template.writes_rcx || spilled(template.second, encoding.second);
             let read = spilled(template.reg, encoding.reg) && !template.reg.replaced;
-            let crowded = second || source.part.inside && read && matches!(at, At::Index(_, T1, ..) | At::Base(T1, _));
-            place = Some(if crowded { self.fold(at) } else { at });
-        }
-        let rm_at_hand = place.is_none() && self.is_at_hand(template, &encoding);
+            let crowded = second || source.part.inside && read;
+            if crowded && matches!(at, At::Index(_, T1, ..) | At::Base(T1, _)) { self.fold(at) } else { at }
+        });
+        let rm_at_hand = place.is_none() && self.is_at_hand(template, encoding);
         let reg = self.operand(template.reg, encoding.reg, if source.part.inside { T1 } else { T3 });
         let second = self.operand(template.second, encoding.second, T1);
         let place = match place {
@@ -140,7 +156,6 @@ impl Emit<'_> {
         if let Place::Reg(rm) = place {
             self.put(template.rm, encoding.rm, rm);
         }
-        Some(())
     }
 
     /// True where the register in ModRM.rm is in T3, and will be when the other operands are where they have to be.

@@ -7,7 +7,7 @@ use engine::state::{CpuState, rflags};
 use engine::{Exit, Vcpu as _};
 use memory::Gpa;
 
-use crate::bare::{Bare, CODE};
+use crate::bare::{Bare, CODE, PROGRAM, as_program};
 use crate::config::Config;
 use crate::random::Random;
 
@@ -149,6 +149,14 @@ impl Writer {
     }
 }
 
+/// Who runs the code.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Who {
+    Kernel,
+    /// A program that has its data in the window. HLT ends it by an exception that nobody handles.
+    Program,
+}
+
 /// Runs code from a state; returns what it comes to, with the memory around both pointers.
 fn outcome(bare: &mut Bare, code: &[u8], state: &CpuState) -> (Exit, Box<CpuState>, Vec<u8>) {
     let mut memory = vec![0x5a; 2 * AREA];
@@ -166,6 +174,15 @@ fn outcome(bare: &mut Bare, code: &[u8], state: &CpuState) -> (Exit, Box<CpuStat
 
 #[test]
 fn sequences_are_translated_as_they_are_interpreted() {
+    compare(Who::Kernel);
+}
+
+#[test]
+fn sequences_of_programs_with_a_window_are_too() {
+    compare(Who::Program);
+}
+
+fn compare(who: Who) {
     let mut translated = Bare::new(&[0xf4], Config::default());
     let mut interpreted = Bare::new(&[0xf4], Config { translate: false, ..Config::default() });
     let start = translated.run().1;
@@ -179,12 +196,23 @@ fn sequences_are_translated_as_they_are_interpreted() {
         (state.halted, state.rip) = (false, CODE);
         state.gpr[4] = STACK + 8 * writer.random.below(12);
         state.gpr[5] = DATA + writer.random.below(80);
+        if who == Who::Program {
+            as_program(&mut state);
+            state.gpr[4] += PROGRAM;
+            state.gpr[5] += PROGRAM;
+            translated.vcpu.cpu.window.favour();
+        }
         let ours = outcome(&mut translated, &code, &state);
         let theirs = outcome(&mut interpreted, &code, &state);
         let flags = |state: &CpuState| state.rflags & rflags::STATUS & !rflags::AF;
-        assert_eq!((ours.0, theirs.0), (Exit::Halted, Exit::Halted), "case {case}: {code:02x?}");
+        let end = if who == Who::Kernel { Exit::Halted } else { Exit::Shutdown };
+        assert_eq!((ours.0, theirs.0), (end, end), "case {case}: {code:02x?}");
         assert_eq!((ours.1.gpr, ours.1.rip), (theirs.1.gpr, theirs.1.rip), "case {case}: {code:02x?}");
         assert_eq!(flags(&ours.1), flags(&theirs.1), "case {case}: {code:02x?}");
         assert!(ours.2 == theirs.2, "case {case}, memory: {code:02x?}");
+        translated.vcpu.cpu.fill_window();
     }
+    let moved =
+        translated.vcpu.cpu.tlb.is_in_window(PROGRAM + DATA) && translated.vcpu.cpu.tlb.is_in_window(PROGRAM + STACK);
+    assert_eq!(moved, who == Who::Program);
 }

@@ -114,10 +114,10 @@ fn landing_index(asm: &mut Asm) {
     asm.raw(&[0x0f, 0xb7, 0xc9]); // movzx ecx, cx
 }
 
-/// Goes to where the landing table of a privilege says T2 is.
-pub(super) fn land(asm: &mut Asm, low: i32, user: bool) {
+/// Goes to where a landing table says T2 is.
+pub(super) fn land(asm: &mut Asm, low: i32, table: usize) {
     landing_index(asm);
-    asm.jmp_at(At::Scaled(T1, 3, low + offset::landings(user)));
+    asm.jmp_at(At::Scaled(T1, 3, low + offset::landings(table)));
 }
 
 /// The entry of an address in a landing table: what [`land`] computes.
@@ -213,9 +213,7 @@ impl Builder<'_> {
         self.asm.jcc(super::emit::condition::NOT_ZERO, leaves);
         self.load_guest();
         self.asm.load(T2, self.field(offset::RIP));
-        landing_index(&mut self.asm);
-        self.asm.load(T3, self.field(offset::LANDING));
-        self.asm.jmp_at(At::Index(T3, T1, 3, self.plan.low + offset::landings(false)));
+        self.land();
         self.asm.bind(leaves);
         self.asm.store_constant(self.field(offset::EXIT), exit::LOOK as i32);
         self.asm.jmp(leave);
@@ -282,8 +280,15 @@ impl Builder<'_> {
     fn mismatch(&mut self, user: bool) -> u64 {
         let start = self.asm.here();
         self.asm.constant(reg::RSP, self.plan.shadows[usize::from(user)]);
-        land(&mut self.asm, self.plan.low, user);
+        self.land();
         start
+    }
+
+    /// Goes to where the landing table in force says T2 is.
+    fn land(&mut self) {
+        landing_index(&mut self.asm);
+        self.asm.load(T3, self.field(offset::LANDING));
+        self.asm.jmp_at(At::Index(T3, T1, 3, self.plan.low + offset::landings(0)));
     }
 
     fn slot(&self, number: i32) -> At {

@@ -15,7 +15,7 @@ use super::group::{self, Group, Part};
 use super::lone::stands_alone;
 use super::same::{Source, moves_stack_pointer};
 use super::template::{Kind, Unit, disturbs_stack_pointer};
-use super::{APART, Exit, Jit, Key, Mark, live};
+use super::{APART, Exit, Jit, Key, Mark, NEAR, live};
 use crate::block::Version;
 use crate::cpu::Cpu;
 use crate::decode::CodePlace;
@@ -127,12 +127,12 @@ impl Jit {
             key,
             first_exit: self.exits.len() as u32,
             exits: Vec::with_capacity(8),
-            marks: Vec::with_capacity(sources.len()),
             ops: Vec::new(),
             start: None,
             broken: false,
         };
         (block.emit.careful, block.emit.block) = (careful, (self.blocks.len() as u32, key.rip));
+        block.emit.window = (key.mode & NEAR != 0).then_some(self.distance as i32);
         let start = block.emit.asm.bound();
         block.start = (self.lone.is_none() && key.mode & APART == 0).then_some(start);
         if let Some(second) = bytes.second
@@ -146,7 +146,7 @@ impl Jit {
             block.leave_broken_group(&mut sources[position]);
             let source = &sources[position];
             block.emit.rip = source.instruction.ip();
-            block.mark();
+            block.emit.mark();
             if let Some(group) = source.part.begins {
                 block.begin_group(group);
             }
@@ -169,8 +169,9 @@ impl Jit {
             let out = block.exit_to(next, 1);
             block.emit.asm.jmp(out);
         }
-        let Block { emit, exits, marks, ops, .. } = block;
-        Some(Translation { code: emit.finish()?, exits, marks, ops })
+        let Block { emit, exits, ops, .. } = block;
+        let (code, marks) = emit.finish()?;
+        Some(Translation { code, exits, marks, ops })
     }
 
     /// Finds out which flags are needed before each instruction, last first, and tells the instructions. `None`: there are
@@ -304,7 +305,6 @@ struct Block<'a> {
     key: Key,
     first_exit: u32,
     exits: Vec<Exit>,
-    marks: Vec<Mark>,
     #[expect(clippy::vec_box, reason = "translated code has their addresses")]
     ops: Vec<Box<Interpreted>>,
     start: Option<Label>,
@@ -312,13 +312,7 @@ struct Block<'a> {
     broken: bool,
 }
 
-impl Block<'_> {
-    /// Notes where the translation of an instruction begins.
-    fn mark(&mut self) {
-        let guest = self.emit.rip.wrapping_sub(self.key.rip) as u16;
-        self.marks.push(Mark { host: self.emit.asm.len() as u16, guest });
-    }
-
+impl<'a> Block<'a> {
     /// An exit to the block at `target`. The displacement that leads to it is `ahead` bytes from here.
     fn exit_to(&mut self, target: u64, ahead: usize) -> Label {
         let at = self.emit.asm.here() + ahead as u64;
@@ -360,13 +354,13 @@ impl Block<'_> {
     }
 
     /// Translates one instruction. True where the block ends with it.
-    fn instruction(&mut self, cpu: &mut Cpu, source: &Source<'_>) -> bool {
+    fn instruction(&mut self, cpu: &mut Cpu, source: &Source<'a>) -> bool {
         if source.template.unit != Unit::General
             && !matches!(source.template.kind, Kind::Interpret | Kind::InterpretLast)
         {
             self.emit.need_vectors();
         }
-        let user = self.key.is_user();
+        let table = self.key.landings();
         let done = match source.template.kind {
             Kind::Same => self.emit.same(source),
             Kind::Copy => {
@@ -398,11 +392,11 @@ impl Block<'_> {
             }
             Kind::CallIndirect => {
                 let poll = self.look_at(self.emit.rip);
-                self.emit.call_indirect(source, user, poll)
+                self.emit.call_indirect(source, table, poll)
             }
             Kind::JumpIndirect => {
                 let poll = self.look_at(self.emit.rip);
-                self.emit.jump_indirect(source, user, poll)
+                self.emit.jump_indirect(source, table, poll)
             }
             Kind::Return => self.emit.ret(source),
             Kind::PushFlags => self.emit.push_flags(source),

@@ -17,13 +17,44 @@ use crate::home::{LANDINGS, offset};
 /// Entries of a translation table.
 const ENTRIES: i64 = 1 << 36;
 
+/// A sum of registers, as an address is one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Sum {
+    base: Register,
+    index: Register,
+    scale: u32,
+    displacement: i64,
+}
+
+impl Sum {
+    /// The address that LEA computes.
+    fn of(instruction: &Instruction) -> Self {
+        Self {
+            base: instruction.memory_base(),
+            index: instruction.memory_index(),
+            scale: instruction.memory_index_scale(),
+            displacement: instruction.memory_displacement64() as i64,
+        }
+    }
+
+    /// A register and a constant.
+    fn near(base: Register, displacement: i64) -> Self {
+        Self { base, index: Register::None, scale: 1, displacement }
+    }
+
+    fn has(&self, register: Register) -> bool {
+        [self.base, self.index].iter().any(|of| of.full_register() == register.full_register())
+    }
+}
+
 /// What a temporary register holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Held {
     Anything,
     Constant(i64),
-    /// An index that lies in a translation table, whatever the address was.
-    Index,
+    /// An index that lies in a translation table, whatever the address was, and that where it is known.
+    Index(Option<Sum>),
+    Sum(Sum),
     /// An index of 16 bits.
     Short,
     /// An entry of a translation table, perhaps zero.
@@ -57,11 +88,17 @@ struct State {
     tested: Option<usize>,
     /// A stack address and the most its offset in its page may be, which the last instruction compared.
     compared: Option<(i64, i64)>,
+    /// The address whose entry the last instruction compared with that of pages in the window, and whether it is one for
+    /// writing.
+    looked_up: Option<(Sum, bool)>,
+    /// The address whose page is in the window.
+    near: Option<(Sum, bool)>,
     /// From the guest's RSP, what the page whose addend R10 is certainly has.
     group: Option<(i64, i64)>,
 }
 
-const START: State = State { held: [Held::Anything; 4], tested: None, compared: None, group: None };
+const START: State =
+    State { held: [Held::Anything; 4], tested: None, compared: None, looked_up: None, near: None, group: None };
 const RCX: usize = 0;
 const R10: usize = 1;
 const SCRATCH: usize = 3;
@@ -91,6 +128,8 @@ impl State {
             held,
             tested: self.tested.filter(|_| self.tested == other.tested),
             compared: self.compared.filter(|_| self.compared == other.compared),
+            looked_up: self.looked_up.filter(|_| self.looked_up == other.looked_up),
+            near: self.near.filter(|_| self.near == other.near),
             group: self.group.filter(|_| self.group == other.group),
         }
     }
@@ -107,6 +146,19 @@ impl State {
     fn not_above(mut self) -> Self {
         self.group = self.compared.map(|(start, most)| (start, start + 0x1000 - most)).or(self.group);
         self
+    }
+
+    /// A register has another value.
+    fn forget(&mut self, register: Register) {
+        for held in &mut self.held {
+            *held = match *held {
+                Held::Sum(sum) if sum.has(register) => Held::Anything,
+                Held::Index(Some(sum)) if sum.has(register) => Held::Index(None),
+                other => other,
+            };
+        }
+        self.looked_up = self.looked_up.filter(|(sum, _)| !sum.has(register));
+        self.near = self.near.filter(|(sum, _)| !sum.has(register));
     }
 
     /// RSP has moved.
@@ -129,6 +181,8 @@ pub(super) struct Bounds<'a> {
     pub thunks: Range<u64>,
     /// Those that keep R10.
     pub keeping: [u64; 3],
+    /// The addend of pages in the window.
+    pub distance: u64,
     /// Starts of other pieces that this one leads to.
     pub others: &'a [u64],
 }
@@ -195,7 +249,10 @@ impl Piece<'_> {
             match instruction.flow_control() {
                 FlowControl::Next => open.push((position + 1, after)),
                 FlowControl::ConditionalBranch => {
-                    let stays = if instruction.mnemonic() == Mnemonic::Ja { after.not_above() } else { after };
+                    let mut stays = if instruction.mnemonic() == Mnemonic::Ja { after.not_above() } else { after };
+                    if instruction.mnemonic() == Mnemonic::Jne && merged.looked_up.is_some() {
+                        stays.near = merged.looked_up;
+                    }
                     open.push((position + 1, zero.map_or(stays, |slot| stays.not_zero(slot))));
                     self.go(&instruction, after, &mut open)?;
                 }
@@ -233,11 +290,12 @@ impl Piece<'_> {
     fn after(&mut self, instruction: &Instruction, before: &State) -> State {
         let conditional = instruction.flow_control() == FlowControl::ConditionalBranch;
         let compared = before.compared.filter(|_| conditional);
-        let mut after = State { tested: None, compared, ..*before };
+        let mut after = State { tested: None, compared, looked_up: None, ..*before };
         for used in self.infos.info(instruction).used_registers().iter().filter(|used| writes(used.access())) {
             if let Some(slot) = slot(used.register()) {
                 after.held[slot] = Held::Anything;
             }
+            after.forget(used.register());
             if is_table(used.register()) {
                 after = START; // what was found in the tables before is not found in these
             }
@@ -267,18 +325,35 @@ impl Piece<'_> {
         if let (Code::Cmp_rm32_imm32, Held::StackOffset(start)) = (instruction.code(), before.of(to)) {
             after.compared = Some((start, i64::from(instruction.immediate32())));
         }
+        if let (true, Held::Index(Some(sum))) = (self.compares_window(instruction), before.held[RCX])
+            && !sum.has(Register::RCX)
+        {
+            after.looked_up = Some((sum, instruction.memory_base() == Register::R14));
+        }
         after
     }
 
     /// What the first operand, a temporary, holds after an instruction; `otherwise` where that is not known.
     fn result(&self, instruction: &Instruction, before: &State, otherwise: Held) -> Held {
         let memory = (1..instruction.op_count()).any(|position| instruction.op_kind(position) == OpKind::Memory);
+        let to = instruction.op0_register();
         match instruction.code() {
             Code::Mov_r64_imm64 | Code::Mov_rm64_imm32 | Code::Mov_r32_imm32 => {
                 Held::Constant(instruction.immediate(1) as i64)
             }
-            Code::VEX_Bextr_r64_rm64_r64 if instruction.op2_register() == Register::R15 => Held::Index,
-            Code::VEX_Pext_r64_r64_rm64 if memory && self.is_field(instruction, offset::INDEX_BITS) => Held::Index,
+            Code::VEX_Bextr_r64_rm64_r64 if instruction.op2_register() == Register::R15 => {
+                let from = instruction.op1_register();
+                Held::Index(match before.of(from) {
+                    _ if memory => None,
+                    _ if from != to => Some(Sum::near(from, 0)),
+                    Held::Sum(sum) => Some(sum),
+                    Held::Stack(at) => Some(Sum::near(Register::R8, at)),
+                    _ => None,
+                })
+            }
+            Code::VEX_Pext_r64_r64_rm64 if memory && self.is_field(instruction, offset::INDEX_BITS) => {
+                Held::Index(None)
+            }
             Code::Movzx_r32_rm16 if instruction.op1_register() == Register::CX => Held::Short,
             Code::Mov_r64_rm64 if memory => match instruction.memory_base() {
                 Register::R15 => Held::Entry { write: false },
@@ -308,11 +383,32 @@ impl Piece<'_> {
                 match (before.of(instruction.memory_base()), before.of(instruction.memory_index())) {
                     (Held::Addend { write }, _) => Held::Pointer { write },
                     (_, Held::Addend { write }) if !scaled => Held::Pointer { write },
-                    _ => otherwise,
+                    _ if Sum::of(instruction).has(to) => otherwise,
+                    _ => Held::Sum(Sum::of(instruction)),
                 }
             }
             _ => otherwise,
         }
+    }
+
+    /// True for a comparison of an entry with that of pages in the window.
+    fn compares_window(&self, instruction: &Instruction) -> bool {
+        instruction.code() == Code::Cmp_rm64_imm32
+            && is_table(instruction.memory_base())
+            && instruction.memory_index() == Register::RCX
+            && instruction.immediate(1) == self.bounds.distance
+    }
+
+    /// True where a memory operand is at, or right beside, an address whose page is in the window.
+    fn is_near(&self, memory: &UsedMemory, state: &State, stores: bool) -> bool {
+        let Some((sum, write)) = state.near else { return false };
+        let moved = (memory.displacement() as i64).wrapping_sub(self.bounds.distance as i64);
+        let (most, bytes) = (i64::from(super::near::MOST_BYTES), memory.memory_size().size() as i64);
+        (memory.base(), memory.index()) == (sum.base, sum.index)
+            && (sum.index == Register::None || memory.scale() == sum.scale)
+            && (-most..=most).contains(&(moved - sum.displacement))
+            && bytes <= most
+            && (write || !stores)
     }
 
     /// True where the memory operand is a field of the home.
@@ -381,8 +477,10 @@ impl Piece<'_> {
         let (scale, displacement) = (memory.scale(), memory.displacement() as i64);
         let loads_rcx = instruction.code() == Code::Mov_r64_rm64
             && matches!(instruction.op0_register(), Register::RCX | Register::R10);
+        let loads = loads_rcx || self.compares_window(instruction);
         let stores = writes(memory.access());
         let good = match (base, index) {
+            _ if self.is_near(memory, state, stores) => true,
             (Register::None, Register::None) => self.is_home(displacement, memory.memory_size().size() as i64),
             (Register::None, Register::RCX) => {
                 let inside = self.is_home(displacement, LANDINGS as i64 * 8);
@@ -392,11 +490,11 @@ impl Piece<'_> {
             (Register::R14 | Register::R15, Register::RCX) => {
                 let bias = if base == Register::R15 { READ_BIAS as i64 } else { 0 };
                 let index = match state.held[RCX] {
-                    Held::Index => true,
+                    Held::Index(_) => true,
                     Held::Constant(value) => (0..ENTRIES).contains(&value),
                     _ => false,
                 };
-                loads_rcx && scale == 8 && index && displacement == -bias
+                loads && scale == 8 && index && displacement == -bias
             }
             (Register::RCX | Register::R10 | Register::R11, Register::None) => match state.of(base) {
                 Held::Addend { write } => write || !stores,
@@ -488,10 +586,16 @@ mod tests {
     use super::*;
     use crate::jit::asm::reg::{R8, R11, R14, R15, RAX, RCX, RSP};
     use crate::jit::asm::{Asm, At};
+    use crate::jit::emit::condition;
 
     const AT: u64 = 0x7000_0000;
-    const BOUNDS: Bounds<'_> =
-        Bounds { low: 0x4000_0000, thunks: 0x6fff_0000..0x6fff_1000, keeping: [0x6fff_0800; 3], others: &[] };
+    const BOUNDS: Bounds<'_> = Bounds {
+        low: 0x4000_0000,
+        thunks: 0x6fff_0000..0x6fff_1000,
+        keeping: [0x6fff_0800; 3],
+        distance: 0x1000_0000,
+        others: &[],
+    };
     const HOST: At = At::Index(R8, RCX, 0, 0);
     const BIAS: i32 = READ_BIAS as i32;
 
@@ -553,6 +657,42 @@ mod tests {
                 asm.lea(RCX, At::Base(RCX, 8));
                 asm.store(HOST, RAX);
             });
+        });
+    }
+
+    /// The check that a page at R8 is in the window, with an access after it.
+    fn near(asm: &mut Asm, table: u8, bias: i32, access: impl FnOnce(&mut Asm)) {
+        let far = asm.label();
+        asm.lea(RCX, At::Index(R8, RAX, 3, 15));
+        asm.extract_bits(RCX, RCX, R15);
+        asm.compare_at(At::Index(table, RCX, 3, -bias), BOUNDS.distance as i32);
+        asm.jcc(condition::NOT_ZERO, far);
+        access(asm);
+        asm.bind(far);
+    }
+
+    #[test]
+    fn accesses_in_the_window_follow_the_comparison_of_their_own_address() {
+        let at = |distance: i32| At::Index(R8, RAX, 3, BOUNDS.distance as i32 + distance);
+        assert_eq!(complaint(|asm| near(asm, R15, BIAS, |asm| asm.load(RAX, at(8)))), "");
+        assert_eq!(complaint(|asm| near(asm, R14, 0, |asm| asm.store(at(15), R11))), "");
+        let wrong = |build: &dyn Fn(&mut Asm)| {
+            let complaint = complaint(build);
+            assert!(complaint.contains("reaches"), "{complaint:?}");
+        };
+        wrong(&|asm| near(asm, R15, BIAS, |asm| asm.store(at(8), R11))); // a read entry
+        wrong(&|asm| near(asm, R14, 0, |asm| asm.load(R11, at(0x100)))); // too far away
+        wrong(&|asm| near(asm, R14, 0, |asm| asm.load(R11, At::Index(R8, RAX, 2, BOUNDS.distance as i32))));
+        wrong(&|asm| near(asm, R14, 0, |asm| asm.load(R11, At::Index(R8, RAX, 3, 8)))); // without the distance
+        wrong(&|asm| {
+            near(asm, R14, 0, |asm| {
+                asm.lea(RAX, At::Base(RAX, 8)); // another address since
+                asm.load(R11, at(8));
+            });
+        });
+        wrong(&|asm| {
+            near(asm, R14, 0, |_| {});
+            asm.load(R11, at(8)); // whatever came of it
         });
     }
 

@@ -352,11 +352,15 @@ impl Cpu {
         // care only.
         let readable = access == Access::Read || translation.writable_now;
         let writable = translation.writable_now && region.code().admit_writer(offset, self.config.id.0);
+        let window = (mode == DataMode::User && !translation.executable && !translation.global)
+            .then(|| self.window.holds(address, translation.gpa))
+            .flatten();
         let base = if translation.executable { region.alias_base() } else { region.host_base() };
         let fill = Fill {
             address,
             read: readable.then(|| addend(base)),
             write: writable.then(|| addend(region.host_base())),
+            window,
             global: translation.global,
         };
         if let Some(bytes) = translation.large {

@@ -10,13 +10,16 @@
 
 mod access;
 mod address;
+mod busy;
 mod table;
 mod tlb;
 mod walk;
+mod window;
 mod written;
 
 pub(crate) use address::canonical;
 pub(crate) use table::{INDEX_BITS, index as table_index};
 pub(crate) use tlb::{DataMode, Fill, Starts, Tlb};
 pub(crate) use walk::{Access, Rights};
+pub(crate) use window::Window;
 pub(crate) use written::{Where, Written};

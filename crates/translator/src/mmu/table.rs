@@ -6,7 +6,9 @@
 use std::ffi::c_void;
 use std::io;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use memory::PAGE_SIZE;
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap_anonymous, mprotect, munmap};
 
 /// Entries of one half (of the canonical lower or upper addresses).
@@ -37,6 +39,11 @@ pub(crate) const fn index(address: u64) -> usize {
     ((address & INDEX_BITS) >> 12) as usize
 }
 
+/// Where tables are looked for room for: programs and libraries, the guest's and the host's, are above.
+const FIRST_PLACE: usize = 0x1000_0000_0000;
+const LAST_PLACE: usize = 0x5000_0000_0000;
+static NEXT_PLACE: AtomicUsize = AtomicUsize::new(FIRST_PLACE);
+
 /// Entries are host address minus linear address, a multiple of 4096; 0 is none.
 pub(crate) struct Table {
     /// Entry of page 0.
@@ -50,6 +57,8 @@ pub(crate) struct Table {
     global: Vec<usize>,
     /// There are, or were, global entries of lower addresses.
     global_below: bool,
+    /// An entry with this value is good only while the one before it has it, too: see [`super::Window`].
+    chained: Option<u64>,
     /// Pages of the lower half whose entries have been cleared, some more than once.
     left: usize,
     misses: u32,
@@ -59,11 +68,14 @@ pub(crate) struct Table {
 unsafe impl Send for Table {}
 
 impl Table {
-    /// An empty table; with `lower_only` the entries of upper addresses are not there.
-    pub(crate) fn new(lower_only: bool) -> io::Result<Self> {
+    /// An empty table; with `lower_only` the entries of upper addresses are not there. Entries that are `chained` go with
+    /// the one before them.
+    pub(crate) fn new(lower_only: bool, chained: Option<u64>) -> io::Result<Self> {
         let access = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address the kernel chooses.
-        let mapping = unsafe { mmap_anonymous(std::ptr::null_mut(), MAPPED, access, FLAGS)? };
+        let place = NEXT_PLACE.fetch_add(MAPPED, Ordering::Relaxed);
+        let place = FIRST_PLACE + (place - FIRST_PLACE) % (LAST_PLACE - FIRST_PLACE);
+        // SAFETY: a new mapping: the kernel chooses another address where this one is not free.
+        let mapping = unsafe { mmap_anonymous(place as *mut c_void, MAPPED, access, FLAGS)? };
         let entries = mapping.map_addr(|address| address.next_multiple_of(ALIGNMENT)).cast::<u64>();
         let Some(entries) = NonNull::new(entries) else { return Err(io::Error::other("mapped at address zero")) };
         let table = Self {
@@ -73,6 +85,7 @@ impl Table {
             local: Vec::new(),
             global: Vec::new(),
             global_below: false,
+            chained,
             left: 0,
             misses: 0,
         };
@@ -119,14 +132,49 @@ impl Table {
             log.push(at);
             self.global_below |= global && at < HALF;
         }
-        *slot = addend;
+        let before = std::mem::replace(slot, addend);
+        if before != addend {
+            self.unchain(address, before);
+        }
+    }
+
+    /// An entry was `before` and is not any more: forgets those that were good because of it.
+    fn unchain(&mut self, address: u64, before: u64) {
+        if self.chained != Some(before) {
+            return;
+        }
+        let mut next = address.wrapping_add(PAGE_SIZE);
+        while self.get(next) == before {
+            // SAFETY: as in `get`, which found something there.
+            unsafe { self.entries.add(index(next)).write(0) };
+            next = next.wrapping_add(PAGE_SIZE);
+        }
+    }
+
+    /// Replaces an entry that there is.
+    pub(crate) fn replace(&mut self, address: u64, addend: u64) {
+        let before = self.get(address);
+        if before != 0 && before != addend {
+            // SAFETY: as in `get`, which found something there.
+            unsafe { self.entries.add(index(address)).write(addend) };
+            self.unchain(address, before);
+        }
+    }
+
+    /// The pages that have entries, global ones apart, and these; some more than once.
+    pub(crate) fn pages(&self) -> impl Iterator<Item = (u64, u64)> {
+        // SAFETY: only indices inside the table are logged.
+        let entry = |at: usize| unsafe { self.entries.add(at).read() };
+        self.local.iter().map(move |&at| ((at as u64) << 12, entry(at))).filter(|(_, entry)| *entry != 0)
     }
 
     /// Forgets one page.
     pub(crate) fn clear_page(&mut self, address: u64) {
-        if self.get(address) != 0 {
+        let before = self.get(address);
+        if before != 0 {
             // SAFETY: as in `get`, which found something there.
             unsafe { self.entries.add(index(address)).write(0) };
+            self.unchain(address, before);
         }
     }
 
@@ -198,7 +246,7 @@ mod tests {
 
     #[test]
     fn both_halves_have_their_entries_and_flushes_keep_global_ones() {
-        let mut table = Table::new(false).unwrap();
+        let mut table = Table::new(false, None).unwrap();
         for (address, global) in [(0, false), (0x7fff_ffff_f000, false), (0xffff_8000_0000_0000, true), (!0xfff, true)]
         {
             assert_eq!(table.get(address), 0);
@@ -215,7 +263,7 @@ mod tests {
 
     #[test]
     fn a_table_of_the_lower_half_has_nothing_above() {
-        let mut table = Table::new(true).unwrap();
+        let mut table = Table::new(true, None).unwrap();
         table.set(!0xfff, 0x1000, false);
         assert_eq!(table.get(!0xfff), 0);
         table.set(0x1000, 0x2000, false);
@@ -225,7 +273,7 @@ mod tests {
 
     #[test]
     fn a_page_that_stops_being_global_goes_with_the_local_ones() {
-        let mut table = Table::new(false).unwrap();
+        let mut table = Table::new(false, None).unwrap();
         table.set(0x5000, 0x1000, true);
         table.set(0x5000, 0x2000, false);
         table.clear(false);
@@ -233,8 +281,26 @@ mod tests {
     }
 
     #[test]
+    fn chained_entries_go_with_the_one_before() {
+        const CHAINED: u64 = 0x10_0000;
+        let mut table = Table::new(true, Some(CHAINED)).unwrap();
+        let fill = |table: &mut Table| (5..9).for_each(|page| table.set(page << 12, CHAINED, false));
+        let there = |table: &Table| (5..9).filter(|page| table.get(page << 12) == CHAINED).collect::<Vec<u64>>();
+        fill(&mut table);
+        table.clear_page(6 << 12);
+        assert_eq!(there(&table), [5]);
+        fill(&mut table);
+        table.set(7 << 12, 0x2000, false);
+        assert_eq!(there(&table), [5, 6]);
+        fill(&mut table);
+        table.replace(8 << 12, 0x2000);
+        assert_eq!(there(&table), [5, 6, 7]);
+        assert_eq!(table.pages().filter(|(_, entry)| *entry == 0x2000).map(|(page, _)| page >> 12).max(), Some(8));
+    }
+
+    #[test]
     fn endless_filling_stays_bounded() {
-        let mut table = Table::new(false).unwrap();
+        let mut table = Table::new(false, None).unwrap();
         for page in 0..3 * MOST_LOGGED as u64 {
             table.set(page << 30, 0x1000, false);
             table.missed();
@@ -248,7 +314,7 @@ mod tests {
             let status = std::fs::read_to_string("/proc/self/statm").unwrap();
             status.split(' ').nth(1).unwrap().parse::<u64>().unwrap()
         };
-        let mut table = Table::new(true).unwrap();
+        let mut table = Table::new(true, None).unwrap();
         let before = resident();
         for program in 0..20 * MOST_LEFT as u64 {
             table.set(program << 21, 0x1000, false);
@@ -263,7 +329,7 @@ mod tests {
     #[test]
     fn what_is_given_back_is_empty_and_can_be_filled_again() {
         for lower_only in [false, true] {
-            let mut table = Table::new(lower_only).unwrap();
+            let mut table = Table::new(lower_only, None).unwrap();
             table.set(0x5000, 0x1000, true);
             (0..MOST_MISSES).for_each(|_| table.missed());
             assert_eq!((table.get(0x5000), table.get(!0xfff), table.misses), (0, 0, 0));

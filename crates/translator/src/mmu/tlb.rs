@@ -16,6 +16,8 @@
 
 use std::collections::HashSet;
 
+use memory::PAGE_SIZE;
+
 use crate::mmu::table::Table;
 
 /// Which rules an access follows; indexes the views.
@@ -89,6 +91,8 @@ pub(crate) struct Fill {
     pub read: Option<u64>,
     /// For writing: the same.
     pub write: Option<u64>,
+    /// The page is in the window; `Some(true)`: and the one before it is not.
+    pub window: Option<bool>,
     /// It survives flushes of its PCID.
     pub global: bool,
 }
@@ -117,6 +121,8 @@ pub(crate) struct Tlb {
     pub upper_generation: u64,
     /// No write is to be found here: see [`crate::lockstep`].
     rehearses: bool,
+    /// The addend of pages in the window.
+    distance: u64,
 }
 
 /// Where the tables of a view start.
@@ -131,7 +137,8 @@ fn code_index(address: u64) -> usize {
 }
 
 impl Tlb {
-    pub(crate) fn new() -> Self {
+    /// `distance` is the addend of pages in the vCPU's window.
+    pub(crate) fn new(distance: u64) -> Self {
         let mut tlb = Self {
             slots: Vec::new(),
             current: 0,
@@ -148,6 +155,7 @@ impl Tlb {
             generation: 0,
             upper_generation: 0,
             rehearses: false,
+            distance,
         };
         tlb.select(0);
         tlb
@@ -191,10 +199,13 @@ impl Tlb {
     }
 
     fn make_view(&mut self, mode: DataMode) -> Option<&mut View> {
+        let distance = self.distance;
         let view = self.slots[self.current].views.get_mut(mode as usize)?;
         if view.is_none() {
             let lower_only = mode == DataMode::User;
-            let tables = Table::new(lower_only).and_then(|read| Ok(View { read, write: Table::new(lower_only)? }));
+            let chained = lower_only.then_some(distance);
+            let tables = Table::new(lower_only, chained)
+                .and_then(|read| Ok(View { read, write: Table::new(lower_only, None)? }));
             match tables {
                 Ok(made) => *view = Some(made),
                 Err(error) => tracing::debug!(%error, "no address space for a translation table"),
@@ -205,13 +216,77 @@ impl Tlb {
 
     /// Fills in a translation.
     pub(crate) fn fill(&mut self, mode: DataMode, fill: Fill) {
+        let distance = self.distance;
         let Some(view) = self.make_view(mode) else { return };
+        // The window's addend says more than where the page is.
+        if fill.read == Some(distance) || fill.write == Some(distance) {
+            return;
+        }
+        let before = fill.address.wrapping_sub(PAGE_SIZE);
+        let chained = fill.window.is_some_and(|first| first || view.read.get(before) == distance);
         if let Some(addend) = fill.read {
-            view.read.set(fill.address, addend, fill.global);
+            view.read.set(fill.address, if chained { distance } else { addend }, fill.global);
         }
         if let Some(addend) = fill.write {
-            view.write.set(fill.address, addend, fill.global);
+            view.write.set(fill.address, if fill.window.is_some() { distance } else { addend }, fill.global);
         }
+    }
+
+    /// The tables of user code in the current address space.
+    fn user(&mut self) -> Option<&mut View> {
+        self.slots[self.current].views[DataMode::User as usize].as_mut()
+    }
+
+    /// What user code of the current address space has read entries for, the window's apart: address and addend.
+    pub(crate) fn user_pages(&mut self) -> Vec<(u64, u64)> {
+        let distance = self.distance;
+        let pages = self.user().map(|view| view.read.pages().filter(|(_, addend)| *addend != distance).collect());
+        pages.unwrap_or_default()
+    }
+
+    /// True where an entry of any address space has the page of `address` in the window.
+    pub(crate) fn is_in_window(&mut self, address: u64) -> bool {
+        let distance = self.distance;
+        self.users().any(|view| view.read.get(address) == distance || view.write.get(address) == distance)
+    }
+
+    /// The page of `address` has been mapped in the window, and what was there before has not: that page's neighbour is
+    /// good only where it is, too.
+    pub(crate) fn mapped(&mut self, address: u64) {
+        let distance = self.distance;
+        for view in self.users().filter(|view| view.read.get(address) != distance) {
+            if view.read.get(address.wrapping_add(PAGE_SIZE)) == distance {
+                view.read.clear_page(address.wrapping_add(PAGE_SIZE));
+            }
+        }
+    }
+
+    /// User code of the current address space finds a page in the window from now on, where it has found it at `addend`
+    /// so far. `first`: the page before it is not mapped there. False where it depends on that one.
+    pub(crate) fn move_to_window(&mut self, address: u64, addend: u64, first: bool) -> bool {
+        let distance = self.distance;
+        let Some(view) = self.user() else { return false };
+        if view.write.get(address) == addend {
+            view.write.replace(address, distance);
+        }
+        let chained = first || view.read.get(address.wrapping_sub(PAGE_SIZE)) == distance;
+        if chained {
+            view.read.replace(address, distance);
+        }
+        chained
+    }
+
+    /// Forgets all that user code found in the window.
+    pub(crate) fn leave_window(&mut self) {
+        for view in self.users() {
+            view.read.clear(true);
+            view.write.clear(true);
+        }
+        self.generation += 1;
+    }
+
+    fn users(&mut self) -> impl Iterator<Item = &mut View> {
+        self.slots.iter_mut().filter_map(|slot| slot.views[DataMode::User as usize].as_mut())
     }
 
     /// Notes a probe that found nothing where there is nothing.
@@ -393,9 +468,10 @@ mod tests {
     use super::*;
 
     const MODE: DataMode = DataMode::User;
+    const DISTANCE: u64 = 0x1000_0000;
 
     fn fill(tlb: &mut Tlb, address: u64, global: bool) {
-        tlb.fill(MODE, Fill { address, read: Some(0x7000), write: None, global });
+        tlb.fill(MODE, Fill { address, read: Some(0x7000), write: None, window: None, global });
     }
 
     fn filled(tlb: &Tlb, address: u64) -> bool {
@@ -404,7 +480,7 @@ mod tests {
 
     #[test]
     fn slots_keep_pcids_apart_and_remember_them() {
-        let mut tlb = Tlb::new();
+        let mut tlb = Tlb::new(DISTANCE);
         tlb.share(1);
         tlb.select(1);
         fill(&mut tlb, 0x5000, false);
@@ -422,7 +498,7 @@ mod tests {
 
     #[test]
     fn more_pcids_than_slots_lose_the_oldest() {
-        let mut tlb = Tlb::new();
+        let mut tlb = Tlb::new(DISTANCE);
         tlb.share(1);
         for pcid in 1..=MOST_SLOTS as u16 + 1 {
             tlb.select(pcid);
@@ -437,7 +513,7 @@ mod tests {
 
     #[test]
     fn running_out_of_code_contexts_forgets_everything() {
-        let mut tlb = Tlb::new();
+        let mut tlb = Tlb::new(DISTANCE);
         let mut page = [0_u8; 4096];
         for _ in 0..10_000 {
             tlb.fill_code(false, 0x5000, page.as_mut_ptr(), 0);
@@ -449,7 +525,7 @@ mod tests {
 
     #[test]
     fn invlpg_inside_a_large_page_forgets_its_pieces() {
-        let mut tlb = Tlb::new();
+        let mut tlb = Tlb::new(DISTANCE);
         tlb.note_large(0x20_5000, 0x20_0000);
         fill(&mut tlb, 0x20_5000, true);
         fill(&mut tlb, 0x60_5000, true);
@@ -460,7 +536,7 @@ mod tests {
 
     #[test]
     fn large_pages_everywhere_stay_bounded() {
-        let mut tlb = Tlb::new();
+        let mut tlb = Tlb::new(DISTANCE);
         for piece in 0..3 * MOST_LARGE as u64 {
             tlb.note_large(piece << 21, 1 << 21);
         }
@@ -473,7 +549,7 @@ mod tests {
 
     #[test]
     fn global_pages_survive_their_pcids_flush() {
-        let mut tlb = Tlb::new();
+        let mut tlb = Tlb::new(DISTANCE);
         fill(&mut tlb, 0x5000, true);
         tlb.flush_pcid(0);
         assert!(filled(&tlb, 0x5000));

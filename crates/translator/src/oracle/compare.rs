@@ -51,7 +51,7 @@ pub(super) fn compare(
             (NO_VECTOR, _) => undefined_flags(instruction),
             (_, Tier::Interpreter) => 0,
             // Flags that an instruction replaces when it is started again are not kept while it faults.
-            (_, Tier::Translator) => STATUS,
+            (_, Tier::Translator | Tier::Near) => STATUS,
         };
     fields.push(("rflags", case.rflags, native.rflags & !ignored, ours.rflags & !ignored));
     fields.push(("rip", case.rip, native.rip, ours.rip));
@@ -76,7 +76,7 @@ pub(super) fn compare(
     let memory = case.memory.iter().zip(&native.memory).zip(&ours.memory).enumerate();
     let wrong: Vec<_> = memory.filter(|(_, ((_, native), ours))| native != ours).take(16).collect();
     // A translated CALL has pushed its return address when its target turns out not to be canonical.
-    let pushed = tier == Tier::Translator && native.fault == VECTOR_GP && instruction.is_call_near_indirect();
+    let pushed = tier != Tier::Interpreter && native.fault == VECTOR_GP && instruction.is_call_near_indirect();
     if !wrong.is_empty() && !pushed {
         what.push("memory");
         for (offset, ((before, native), ours)) in wrong {

@@ -67,8 +67,12 @@ impl Guest {
         self.run(case, outcome, |guest, _| execute(&mut guest.cpu));
     }
 
-    /// The same, translated.
-    pub(super) fn translate(&mut self, case: &Case, outcome: &mut Outcome) {
+    /// The same, translated; `near` as for a program with a window.
+    pub(super) fn translate(&mut self, case: &Case, outcome: &mut Outcome, near: bool) {
+        self.cpu.window.busy = near;
+        if near {
+            self.cpu.fill_window();
+        }
         self.run(case, outcome, Self::execute_translated);
     }
 

@@ -36,6 +36,8 @@ const SHOWN: usize = 12;
 enum Tier {
     Interpreter,
     Translator,
+    /// With what is accessed in the window.
+    Near,
 }
 
 /// What the environment asks for: `CORDIAL_ORACLE_{CASES,SEED,MINUTES,CLASS}`.
@@ -92,11 +94,12 @@ fn run(name: &str) {
         }
         for (index, instruction) in instructions.iter().enumerate() {
             let slot = &native.slots()[index];
-            for tier in [Tier::Interpreter, Tier::Translator] {
+            for tier in [Tier::Interpreter, Tier::Translator, Tier::Near] {
                 match tier {
                     Tier::Interpreter => guest.interpret(&slot.case, &mut ours),
-                    Tier::Translator if slot.case.code != Code::Bits64 || !guest.translates() => continue,
-                    Tier::Translator => guest.translate(&slot.case, &mut ours),
+                    _ if slot.case.code != Code::Bits64 || !guest.translates() => continue,
+                    Tier::Translator => guest.translate(&slot.case, &mut ours, false),
+                    Tier::Near => guest.translate(&slot.case, &mut ours, true),
                 }
                 if let Some(difference) = compare::compare(tier, instruction, &slot.case, &slot.outcome, &ours) {
                     let place = format!("{tier:?}, class {name}, seed {}, case {}", wish.seed, number + index as u64);

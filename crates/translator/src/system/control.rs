@@ -152,6 +152,7 @@ impl Cpu {
             self.tlb.flush_pcid(pcid);
         }
         self.tlb.select(pcid);
+        self.window.enter(value & !0xfff);
         Ok(())
     }
 
@@ -189,6 +190,7 @@ impl Cpu {
     pub(crate) fn select_address_space(&mut self) {
         let pcid = if self.state.cr4 & cr4::PCIDE != 0 { self.state.cr3 as u16 & 0xfff } else { 0 };
         self.tlb.select(pcid);
+        self.window.enter(self.state.cr3 & !0xfff);
     }
 
     /// True where IOPL lets the program change IF (SDM vol. 3A, 5.1 of CLI and STI).

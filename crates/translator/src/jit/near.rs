@@ -1,0 +1,223 @@
+//! Accesses to pages in the window ([`crate::mmu::Window`]): the operand moves by a constant.
+//!
+//! ```text
+//!   lea   rcx, [operand + size - 1]
+//!   bextr rcx, rcx, r15
+//!   cmp   qword [table + rcx * 8], distance ─ another ─> the check of any access, and the instruction again
+//!   op    [operand + distance]                                │
+//!   ... <─────────────────────────────────────────────────────┘
+//! ```
+//!
+//! The entry does not have to arrive before the access is made: the processor goes on as if the comparison came out equal.
+//! A read looks at the page of its last byte, for the table keeps a page from being there without the one before it; a
+//! write looks at the page of its first, and that it is aligned.
+
+use iced_x86::{Instruction, Register};
+
+use super::asm::{At, Label};
+use super::emit::{Address, Emit, READ, READ_BIAS, T1, T2, WRITE, condition};
+use super::encoding::Encoding;
+use super::same::{Source, on_stack};
+
+/// Largest operand.
+pub(super) const MOST_BYTES: u32 = 64;
+
+/// An instruction whose operand is not in the window.
+pub(super) struct Far<'a> {
+    here: Label,
+    again: Label,
+    back: Label,
+    source: Source<'a>,
+    encoding: Encoding,
+    /// [`Emit::cached`] before the instruction and behind it.
+    before: Option<usize>,
+    after: Option<usize>,
+}
+
+impl<'a> Emit<'a> {
+    /// Emits an instruction with an operand in the window. False where it has none that could be.
+    pub(super) fn near(&mut self, source: &Source<'a>, encoding: &Encoding, again: Label) -> bool {
+        let Some(distance) = self.window else { return false };
+        let bytes = source.instruction.memory_size().size() as u32;
+        let access = source.template.loads || source.template.stores;
+        if source.live || source.part.member || !access || !(1..=MOST_BYTES).contains(&bytes) {
+            return false;
+        }
+        let before = self.cached;
+        let Some(operand) = self.whole_operand(&source.instruction, distance) else { return false };
+        let here = self.asm.label();
+        self.compare_window(source, operand, bytes, distance, here);
+        self.operate(source, encoding, Some(moved(operand, distance)));
+        let (back, after) = (self.asm.bound(), self.cached);
+        self.put_off(Far { here, again, back, source: *source, encoding: *encoding, before, after });
+        true
+    }
+
+    /// Emits an instruction whose operand is not in the window. `None`: it cannot be done.
+    pub(super) fn far(&mut self, far: &Far<'a>) -> Option<()> {
+        self.asm.bind(far.here);
+        (self.cached, self.rip) = (far.before, far.source.instruction.ip());
+        self.mark();
+        self.checked(&far.source, &far.encoding, far.again)?;
+        debug_assert_eq!(self.cached, far.after);
+        self.asm.jmp(far.back);
+        Some(())
+    }
+
+    /// A memory operand as one of the host's that has room for `distance`; T1 is not in it. `None`: there is none.
+    fn whole_operand(&mut self, instruction: &Instruction, distance: i32) -> Option<At> {
+        let base = instruction.memory_base();
+        let plain = !matches!(instruction.memory_segment(), Register::FS | Register::GS)
+            && (base.is_gpr64() || base == Register::None)
+            && instruction.memory_index().is_gpr64() | (instruction.memory_index() == Register::None)
+            && (base, instruction.memory_index()) != (Register::None, Register::None);
+        if !plain {
+            return match self.address(instruction) {
+                Address::In(register) => Some(At::Base(register, 0)),
+                Address::Constant(_) => None,
+            };
+        }
+        let displacement = instruction.memory_displacement64() as i32;
+        displacement.checked_add(distance)?.checked_add(MOST_BYTES as i32)?;
+        let base = base.is_gpr().then(|| self.value(base.number(), T2));
+        let index = instruction.memory_index();
+        let index = index.is_gpr().then(|| self.value(index.number(), T1));
+        let scale = instruction.memory_index_scale().trailing_zeros() as u8;
+        let at = match (base, index) {
+            (Some(base), None) => At::Base(base, displacement),
+            (Some(base), Some(index)) => At::Index(base, index, scale, displacement),
+            (None, Some(index)) => At::Scaled(index, scale, displacement),
+            (None, None) => return None,
+        };
+        if index == Some(T1) {
+            self.asm.lea(T2, at);
+            return Some(At::Base(T2, 0));
+        }
+        Some(at)
+    }
+
+    /// Goes to `far` where an operand is not in the window.
+    fn compare_window(&mut self, source: &Source<'_>, operand: At, bytes: u32, distance: i32, far: Label) {
+        let stores = source.template.stores;
+        let aligned = bytes == 1 || source.template.aligned || on_stack(&source.instruction, bytes);
+        let last = if aligned || stores { 0 } else { bytes as i32 - 1 };
+        let mut address = match moved(operand, last) {
+            At::Base(register, 0) => register,
+            at => {
+                self.asm.lea(T1, at);
+                T1
+            }
+        };
+        if stores && !aligned && bytes.is_power_of_two() && bytes <= 16 {
+            self.asm.test_byte(address, (bytes - 1) as u8);
+            self.asm.jcc(condition::NOT_ZERO, far);
+        } else if stores && !aligned {
+            self.compare_page_end(T1, address, bytes);
+            self.asm.jcc(condition::ABOVE, far);
+            self.asm.lea(T1, operand);
+            address = T1;
+        }
+        self.asm.extract_bits(T1, address, READ);
+        let (table, bias) = if stores { (WRITE, 0) } else { (READ, READ_BIAS as i32) };
+        self.asm.compare_at(At::Index(table, T1, 3, -bias), distance);
+        self.asm.jcc(condition::NOT_ZERO, far);
+    }
+}
+
+/// An operand so many bytes further on.
+fn moved(at: At, by: i32) -> At {
+    match at {
+        At::Base(base, displacement) => At::Base(base, displacement + by),
+        At::Index(base, index, scale, displacement) => At::Index(base, index, scale, displacement + by),
+        At::Scaled(index, scale, displacement) => At::Scaled(index, scale, displacement + by),
+        At::Absolute(displacement) => At::Absolute(displacement + by),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use engine::{CpuState, Exit, Vcpu as _};
+    use memory::Gpa;
+
+    use crate::bare::{Bare, CODE, DATA, PROGRAM, as_program, remap};
+    use crate::config::Config;
+
+    /// Where the program has its data.
+    const HERE: u64 = PROGRAM + DATA;
+    const ELSEWHERE: u64 = DATA + 0x8000;
+
+    /// A program that copies 8 bytes from RSI to RDI; HLT ends it.
+    struct Program {
+        bare: Bare,
+        state: Box<CpuState>,
+    }
+
+    impl Program {
+        fn new() -> Self {
+            // mov rax, [rsi]; mov [rdi], rax; hlt
+            let mut bare = Bare::new(&[0x48, 0x8b, 0x06, 0x48, 0x89, 0x07, 0xf4], Config::default());
+            let mut state = bare.vcpu.save();
+            as_program(&mut state);
+            for page in 0..16 {
+                bare.ram.fill(Gpa(DATA + page * 0x1000), page as u8 + 1, 0x1000).unwrap();
+            }
+            Self { bare, state }
+        }
+
+        /// What it copies, with a look at what belongs into the window afterwards.
+        fn copies(&mut self, from: u64, to: u64) -> u64 {
+            (self.state.gpr[6], self.state.gpr[7]) = (from, to);
+            let cpu = &mut self.bare.vcpu.cpu;
+            *cpu.state = (*self.state).clone();
+            cpu.refresh();
+            cpu.window.favour();
+            let (exit, state) = self.bare.run();
+            assert_eq!((exit, state.rip), (Exit::Shutdown, PROGRAM + CODE + 6));
+            self.bare.vcpu.cpu.fill_window();
+            state.gpr[0]
+        }
+
+        fn is_near(&mut self, page: u64) -> bool {
+            self.bare.vcpu.cpu.tlb.is_in_window(HERE + page * 0x1000)
+        }
+    }
+
+    #[test]
+    fn what_runs_over_a_pages_end_finds_the_page_that_is_there() {
+        let mut program = Program::new();
+        program.copies(HERE, HERE + 0x4000);
+        program.copies(HERE + 0x1000, HERE + 0x5000);
+        assert!([0, 1, 4, 5].into_iter().all(|page| program.is_near(page)));
+        assert_eq!(program.copies(HERE + 0xffc, HERE + 0x4ffc), 0x0202_0202_0101_0101);
+        // Another page takes the first one's place; it stays mapped in the window.
+        remap(&program.bare.ram, HERE, ELSEWHERE);
+        program.bare.vcpu.cpu.tlb.flush_page(HERE);
+        assert!(!program.is_near(1), "good only with the one before");
+        assert_eq!(program.copies(HERE + 0xffc, HERE + 0x4ffc), 0x0202_0202_0909_0909);
+        assert_eq!(program.copies(HERE + 0xffc, HERE + 0x4ffc), 0x0202_0202_0909_0909);
+        assert!(program.is_near(0) && program.is_near(1), "once more, with the new one");
+        assert_eq!(program.bare.ram.read_value::<u64>(Gpa(DATA + 0x4ffc)).unwrap(), 0x0202_0202_0909_0909);
+    }
+
+    #[test]
+    fn what_may_not_be_written_is_not_near_for_writing() {
+        let mut program = Program::new();
+        program.copies(HERE + 0x2000, HERE + 0x4000);
+        assert!(program.is_near(2), "read, not yet written");
+        program.copies(HERE, HERE + 0x2008);
+        assert_eq!(program.bare.ram.read_value::<u64>(Gpa(DATA + 0x2008)).unwrap(), 0x0101_0101_0101_0101);
+    }
+
+    #[test]
+    fn a_window_that_is_taken_away_changes_nothing() {
+        let mut program = Program::new();
+        for _ in 0..3 {
+            assert_eq!(program.copies(HERE, HERE + 0x4000), 0x0101_0101_0101_0101);
+            assert!(program.is_near(0));
+            let cpu = &mut program.bare.vcpu.cpu;
+            cpu.tlb.leave_window();
+            cpu.window.clear();
+            assert!(!program.is_near(0));
+        }
+    }
+}

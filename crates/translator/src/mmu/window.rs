@@ -1,0 +1,319 @@
+//! Guest pages where the guest has them, but for a constant distance.
+//!
+//! ```text
+//!   guest   0x5555_5560_0000  heap ──────────┐
+//!   host    0x5555_5560_0000 + distance ─────┴─> the same page of RAM
+//! ```
+//!
+//! Programs that run for a while have the pages that they use mapped once more, at their linear addresses plus a distance
+//! that is the same for all of them. The addend of such a page is a constant, so translated code need not load it: it
+//! compares, and goes on with the access at once ([`crate::jit`]). The space is reserved in chunks before pages are mapped
+//! into it; a page has reserved space on both sides, so an access that runs over its end meets a page of the guest, or
+//! nothing.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::io;
+
+use memory::{Gpa, GuestRam, PAGE_SIZE};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+/// Bytes of a chunk, as a shift.
+pub(super) const CHUNK_LOG2: u32 = 21;
+const CHUNK_BYTES: usize = 1 << CHUNK_LOG2;
+const PAGES: usize = CHUNK_BYTES / PAGE_SIZE as usize;
+/// Distances lie between these: an instruction's displacement must have room for one and for its own.
+const NEAREST: u64 = 0x1000_0000;
+const FARTHEST: u64 = 0x7000_0000;
+/// Mappings of all vCPUs together: a process may have 65530.
+const MOST_MAPPINGS: usize = 40_000;
+/// Address spaces that are watched.
+const MOST_SPACES: usize = 256;
+/// Samples after which an address space is a busy one.
+const BUSY: u32 = 6;
+/// Least time between two samples, in nanoseconds.
+const PERIOD_NS: u64 = 2_000_000;
+/// Most samples from one look at what to map to the next.
+const MOST_PATIENCE: u32 = 64;
+
+/// What is known of a reserved chunk: the page of RAM, plus one, that is mapped at each of its pages; 0 where none is.
+type Chunk = Box<[u32; PAGES]>;
+
+/// The window of one vCPU.
+pub(crate) struct Window {
+    distance: u64,
+    /// By guest address; `None` where the host has something else there.
+    chunks: HashMap<u64, Option<Chunk>>,
+    mappings: usize,
+    most: usize,
+    /// Samples of address spaces, by the address of their page tables.
+    spaces: HashMap<u64, u32>,
+    /// The current one.
+    space: u64,
+    sampled_ns: u64,
+    /// Samples from the last look to the next, and until that.
+    patience: u32,
+    waiting: u32,
+    /// The current address space is a busy one.
+    pub busy: bool,
+}
+
+impl Window {
+    /// The window of a vCPU. Those of different vCPUs are far apart.
+    pub(crate) fn new(vcpu: u32) -> Self {
+        let part = u64::from((vcpu as u8).reverse_bits());
+        Self {
+            distance: NEAREST + ((FARTHEST - NEAREST) / 256 * part) / PAGE_SIZE * PAGE_SIZE,
+            chunks: HashMap::new(),
+            mappings: 0,
+            most: MOST_MAPPINGS,
+            spaces: HashMap::new(),
+            space: 0,
+            sampled_ns: 0,
+            patience: 1,
+            waiting: 0,
+            busy: false,
+        }
+    }
+
+    /// Host address minus guest address.
+    pub(crate) fn distance(&self) -> u64 {
+        self.distance
+    }
+
+    /// Says how many vCPUs share the process's mappings.
+    pub(crate) fn share(&mut self, vcpus: usize) {
+        self.most = MOST_MAPPINGS / vcpus.max(1);
+    }
+
+    /// The address space with page tables at `root` is the current one.
+    pub(crate) fn enter(&mut self, root: u64) {
+        self.space = root;
+        self.busy = !self.spaces.is_empty() && self.spaces.get(&root).is_some_and(|samples| *samples >= BUSY);
+    }
+
+    /// Notes that the current address space is seen at work at a time. True where it is time to look at what to map.
+    pub(crate) fn sample(&mut self, now_ns: u64) -> bool {
+        if now_ns.wrapping_sub(self.sampled_ns) < PERIOD_NS {
+            return false;
+        }
+        self.sampled_ns = now_ns;
+        if self.spaces.len() >= MOST_SPACES {
+            self.spaces.clear();
+        }
+        let samples = self.spaces.entry(self.space).or_default();
+        *samples = samples.saturating_add(1);
+        if *samples == BUSY {
+            (self.patience, self.waiting) = (1, 0);
+        }
+        self.busy = *samples >= BUSY;
+        if !self.busy {
+            return false;
+        }
+        self.waiting = self.waiting.saturating_sub(1);
+        self.waiting == 0
+    }
+
+    /// Makes the current address space a busy one.
+    #[cfg(test)]
+    pub(crate) fn favour(&mut self) {
+        self.spaces.insert(self.space, BUSY);
+        self.busy = true;
+    }
+
+    /// Says how much a look has found: the next one is later where that was nothing.
+    pub(crate) fn looked(&mut self, found: usize) {
+        let idle = found == 0 || self.is_full();
+        self.patience = if idle { (self.patience * 2).min(MOST_PATIENCE) } else { 1 };
+        self.waiting = self.patience;
+    }
+
+    /// Where the page of `address` is mapped, and is that of `gpa`: whether the one before it is not mapped.
+    pub(crate) fn holds(&self, address: u64, gpa: Gpa) -> Option<bool> {
+        (self.owner(address)? == owner_of(gpa)).then(|| !self.is_mapped(address.wrapping_sub(PAGE_SIZE)))
+    }
+
+    /// True where some page is mapped for `address`.
+    pub(crate) fn is_mapped(&self, address: u64) -> bool {
+        self.owner(address).is_some_and(|owner| owner != 0)
+    }
+
+    fn owner(&self, address: u64) -> Option<u32> {
+        self.chunks.get(&(address >> CHUNK_LOG2))?.as_ref().map(|chunk| chunk[place(address)])
+    }
+
+    /// True where the page of `address` has reserved space on both sides.
+    pub(crate) fn is_inside(&self, address: u64) -> bool {
+        let (chunk, place) = (address >> CHUNK_LOG2, place(address));
+        let below = place > 0 || chunk.checked_sub(1).is_some_and(|below| self.is_reserved(below));
+        below && (place + 1 < PAGES || self.is_reserved(chunk + 1))
+    }
+
+    /// Maps `pages` pages of RAM, all of one chunk, in the place of what is mapped for them. False where that cannot be.
+    pub(crate) fn map(&mut self, ram: &GuestRam, address: u64, gpa: Gpa, pages: usize) -> bool {
+        let chunk = address >> CHUNK_LOG2;
+        let (first, end) = (place(address), place(address) + pages);
+        let last = address + (pages as u64 - 1) * PAGE_SIZE;
+        let inside = self.reserve(chunk) && self.is_inside(address) && self.is_inside(last);
+        if end > PAGES || self.is_full() || !inside {
+            return false;
+        }
+        let Some(Some(owners)) = self.chunks.get_mut(&chunk) else { return false };
+        let at = address.wrapping_add(self.distance) as *mut u8;
+        // SAFETY: inside a chunk that has been reserved.
+        if unsafe { ram.map_pages(gpa, (pages as u64) * PAGE_SIZE, at) }.is_err() {
+            return false;
+        }
+        self.mappings += 1;
+        for (owner, number) in owners[first..end].iter_mut().zip(owner_of(gpa)..) {
+            *owner = number;
+        }
+        true
+    }
+
+    /// Takes away what is mapped for the page of `address`. False where that cannot be.
+    pub(crate) fn unmap(&mut self, address: u64) -> bool {
+        let Some(Some(owners)) = self.chunks.get_mut(&(address >> CHUNK_LOG2)) else { return false };
+        let at = (address & !(PAGE_SIZE - 1)).wrapping_add(self.distance);
+        // SAFETY: inside a chunk that has been reserved.
+        let done = unsafe { reserve(at, PAGE_SIZE as usize, MapFlags::FIXED) };
+        if done.is_ok() {
+            self.mappings += 1;
+            owners[place(address)] = 0;
+        }
+        done.is_ok()
+    }
+
+    fn is_full(&self) -> bool {
+        self.mappings >= self.most
+    }
+
+    /// True where there has been no room for more mappings for a while.
+    pub(crate) fn is_worn(&self) -> bool {
+        self.is_full() && self.patience == MOST_PATIENCE
+    }
+
+    /// Takes away all that is mapped.
+    pub(crate) fn clear(&mut self) {
+        for (chunk, owners) in self.chunks.drain() {
+            if owners.is_some() {
+                let at = (chunk << CHUNK_LOG2).wrapping_add(self.distance) as *mut c_void;
+                // SAFETY: this value's own reservation; who had addresses in it has been made to forget them.
+                let _ = unsafe { munmap(at, CHUNK_BYTES) };
+            }
+        }
+        self.mappings = 0;
+    }
+
+    fn is_reserved(&self, chunk: u64) -> bool {
+        matches!(self.chunks.get(&chunk), Some(Some(_)))
+    }
+
+    /// Reserves the chunk of a page. False where the host has something else there.
+    pub(crate) fn reserve_for(&mut self, address: u64) -> bool {
+        self.reserve(address >> CHUNK_LOG2)
+    }
+
+    fn reserve(&mut self, chunk: u64) -> bool {
+        let (distance, mappings) = (self.distance, &mut self.mappings);
+        let known = self.chunks.entry(chunk).or_insert_with(|| {
+            let at = (chunk << CHUNK_LOG2).wrapping_add(distance);
+            // SAFETY: only where nothing is mapped.
+            let reserved = unsafe { reserve(at, CHUNK_BYTES, MapFlags::FIXED_NOREPLACE) };
+            *mappings += 1;
+            reserved.ok().map(|()| Box::new([0; PAGES]))
+        });
+        known.is_some()
+    }
+}
+
+/// Reserves space without memory.
+///
+/// # Safety
+/// With [`MapFlags::FIXED`], what is there is the caller's.
+unsafe fn reserve(at: u64, bytes: usize, how: MapFlags) -> io::Result<()> {
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | how;
+    // SAFETY: by the caller's promise.
+    let made = unsafe { mmap_anonymous(at as *mut c_void, bytes, ProtFlags::empty(), flags) }?;
+    if made as u64 == at {
+        return Ok(());
+    }
+    // A kernel that does not know MAP_FIXED_NOREPLACE (before Linux 4.17) takes the address for a hint.
+    // SAFETY: the mapping just made.
+    unsafe { munmap(made, bytes) }?;
+    Err(io::ErrorKind::AlreadyExists.into())
+}
+
+fn place(address: u64) -> usize {
+    (address / PAGE_SIZE) as usize % PAGES
+}
+
+fn owner_of(gpa: Gpa) -> u32 {
+    (gpa.0 / PAGE_SIZE) as u32 + 1
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEAP: u64 = 0x5a5a_4000_0000;
+
+    #[test]
+    fn pages_are_where_the_guest_has_them() {
+        let ram = GuestRam::new(&[(Gpa(0), 1 << 20)]).unwrap();
+        let mut window = Window::new(7);
+        let page = HEAP + 0x5000;
+        assert!(window.map(&ram, page, Gpa(0x3000), 2));
+        ram.write_value(Gpa(0x4008), &0x1234_5678_u32).unwrap();
+        // SAFETY: the second of the pages just mapped.
+        let seen = unsafe { ((page + 0x1008 + window.distance()) as *const u32).read() };
+        assert_eq!(seen, 0x1234_5678);
+        assert_eq!(window.holds(page, Gpa(0x3000)), Some(true), "nothing is before the first");
+        assert_eq!(window.holds(page + 0x1000, Gpa(0x4000)), Some(false));
+        assert_eq!(window.holds(page + 0x1000, Gpa(0x5000)), None, "another page");
+        assert!(window.unmap(page));
+        assert_eq!(window.holds(page + 0x1000, Gpa(0x4000)), Some(true));
+        window.clear();
+        assert!(!window.is_mapped(page + 0x1000));
+    }
+
+    #[test]
+    fn a_page_at_the_edge_waits_for_its_neighbour() {
+        let ram = GuestRam::new(&[(Gpa(0), 1 << 20)]).unwrap();
+        let mut window = Window::new(9);
+        let next = HEAP + CHUNK_BYTES as u64;
+        assert!(!window.map(&ram, next - 0x1000, Gpa(0), 1), "the last page of a chunk");
+        assert!(window.map(&ram, next, Gpa(0), 1), "the first one, whose neighbour is reserved now");
+        assert!(window.map(&ram, next - 0x1000, Gpa(0), 1));
+        assert!(!window.map(&ram, 0, Gpa(0), 1), "page 0 has none");
+        assert!(!window.map(&ram, next + 0x1000, Gpa(0xff000), 2), "beyond RAM");
+    }
+
+    #[test]
+    fn what_the_host_has_there_stays() {
+        let ram = GuestRam::new(&[(Gpa(0), 1 << 20)]).unwrap();
+        let mut window = Window::new(1);
+        let here = std::ptr::from_ref(&window) as u64;
+        assert!(!window.map(&ram, here - window.distance(), Gpa(0), 1));
+        assert!(!window.is_mapped(here - window.distance()));
+    }
+
+    #[test]
+    fn who_works_for_a_while_is_busy() {
+        let mut window = Window::new(0);
+        window.enter(0x1000);
+        let looks = (1..=u64::from(BUSY)).filter(|sample| window.sample(sample * PERIOD_NS)).count();
+        assert_eq!((looks, window.busy), (1, true));
+        assert!(!window.sample(u64::from(BUSY) * PERIOD_NS + 1), "too soon");
+        window.enter(0x2000);
+        assert!(!window.busy);
+        window.enter(0x1000);
+        assert!(window.busy);
+    }
+}
