@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use host::LowWord;
+
 bitflags::bitflags! {
     /// What a vCPU is asked to look at.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +30,7 @@ bitflags::bitflags! {
 /// The mailbox of one vCPU. Raising is lock-free unless the vCPU sleeps.
 #[derive(Debug, Default)]
 pub struct Signal {
-    bits: AtomicU32,
+    bits: LowWord,
     asleep: AtomicU32,
     startup_vector: AtomicU8,
     lock: Mutex<()>,
@@ -83,7 +85,7 @@ impl Signal {
     }
 
     /// The raw word, for engines that poll it from generated code.
-    pub fn word(&self) -> &AtomicU32 {
+    pub fn word(&self) -> &LowWord {
         &self.bits
     }
 

@@ -6,12 +6,14 @@
 mod clock;
 mod entropy;
 pub mod fake;
+mod low;
 mod process;
 mod sample;
 mod timer;
 
 pub use clock::{Clock, HostClock, read_tsc};
 pub use entropy::{Entropy, HostEntropy};
+pub use low::LowWord;
 pub use process::resident_bytes;
 pub use sample::{SAMPLE_KINDS, SAMPLE_SIGNAL, Samples, ThreadTime};
 pub use timer::{HostTimers, Timer, TimerCallback, Timers};

@@ -64,8 +64,6 @@ pub(crate) struct Hot {
     pub value: u64,
     /// The address an access that missed was for.
     pub address: u64,
-    /// Where the signal word is.
-    pub signal: u64,
     /// Host instruction that faulted.
     pub fault: u64,
     /// Room for a register.
@@ -236,7 +234,7 @@ pub(crate) mod offset {
     }
     hot! {
         FLAGS flags; SHADOW shadow; HOST_STACK host_stack; ENTRY entry; READ read; WRITE write; CONTEXT context;
-        VECTORS_AWAY vectors_away; EXIT exit; VALUE value; ADDRESS address; SIGNAL signal; SCRATCH scratch; MXCSR mxcsr;
+        VECTORS_AWAY vectors_away; EXIT exit; VALUE value; ADDRESS address; SCRATCH scratch; MXCSR mxcsr;
         LANDING landing; WAITS waits; DATA_MODE data_mode; TABLES tables; TSC tsc; PLACED_COUNT placed; INDEX_BITS index_bits;
         GROUP group; OWN_FLAGS own_flags; OFFSET_BITS offset_bits; PAGE_BIT page_bit;
         INSTRUCTIONS instructions;

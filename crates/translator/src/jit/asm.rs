@@ -306,6 +306,12 @@ impl Asm {
         self.imm32(value);
     }
 
+    /// `cmp dword at, value`
+    pub(crate) fn compare_32_at(&mut self, at: At, value: i8) {
+        self.op(0, 0, &[0x83], 7, Place::Mem(at));
+        self.byte(value as u8);
+    }
+
     /// `cmp qword at, value`
     pub(crate) fn compare_at(&mut self, at: At, value: i32) {
         self.op(0, 8, &[0x81], 7, Place::Mem(at));
@@ -362,6 +368,10 @@ impl Asm {
 
     pub(crate) fn jmp_at(&mut self, at: At) {
         self.op(0, 0, &[0xff], 4, Place::Mem(at));
+    }
+
+    pub(crate) fn jmp_register(&mut self, register: u8) {
+        self.op(0, 0, &[0xff], 4, Place::Reg(register));
     }
 
     pub(crate) fn call_register(&mut self, register: u8) {

@@ -171,24 +171,25 @@ impl Emit<'_> {
         Some(())
     }
 
-    /// Notes which instruction an indirect branch comes from, for one that leads to a non-canonical address.
+    /// T3 says which instruction an indirect branch comes from, for one that leads to a non-canonical address.
     fn note_site(&mut self, undo: i64) {
         let site = self.site(undo);
-        self.asm.store_constant(self.field(offset::ADDRESS), site as i32);
+        self.asm.constant(T3, site.into());
     }
 
     pub(super) fn jump_indirect(&mut self, source: &Source<'_>, table: usize, poll: Label) -> Option<()> {
         let again = self.asm.bound();
         self.poll(poll);
         self.target(source, again, T2)?;
-        self.note_site(0);
-        self.land(table);
+        self.land(table, 0);
         Some(())
     }
 
-    fn land(&mut self, table: usize) {
-        let low = self.low();
-        thunk::land(&mut self.asm, low, table);
+    /// Goes to where a landing table says T2 is.
+    fn land(&mut self, table: usize, undo: i64) {
+        thunk::landing_index(&mut self.asm);
+        self.note_site(undo);
+        self.asm.jmp_at(At::Scaled(T1, 3, self.low() + offset::landings(table)));
     }
 
     pub(super) fn call_indirect(&mut self, source: &Source<'_>, table: usize, poll: Label) -> Option<()> {
@@ -200,13 +201,12 @@ impl Emit<'_> {
         self.between();
         self.push_return(source, again);
         self.asm.mov(T2, T3);
-        self.note_site(8);
         // Over the landing jump, so that the host's return address is that of what follows it.
         let (land, after) = (self.asm.label(), self.asm.label());
         self.asm.call(land);
         self.asm.jmp_short(after);
         self.asm.bind(land);
-        self.land(table);
+        self.land(table, 8);
         self.asm.bind(after);
         self.returned(next, table != 0);
         Some(())

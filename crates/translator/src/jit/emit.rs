@@ -115,6 +115,15 @@ enum Cold<'a> {
     Far(Far<'a>),
 }
 
+/// Addresses that emitted code has in it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Known {
+    /// Where the vCPU's home starts.
+    pub low: i32,
+    /// The word that is not zero where the monitor is asked for.
+    pub signal: i32,
+}
+
 /// Where a piece of code may be left.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Site {
@@ -128,11 +137,13 @@ pub(super) struct Site {
 /// The emitter of one block.
 pub(super) struct Emit<'a> {
     pub asm: Asm,
-    low: i32,
+    known: Known,
     thunks: &'a Thunks,
     sites: &'a mut Vec<Site>,
     colds: Vec<Cold<'a>>,
     marks: Vec<Mark>,
+    /// Bytes in front of the block.
+    head: usize,
     /// Short jumps that still need a place to land, and where they go on to.
     pending: Vec<(Label, Label)>,
     oldest: usize,
@@ -152,15 +163,16 @@ pub(super) struct Emit<'a> {
 }
 
 impl<'a> Emit<'a> {
-    pub(super) fn new(at: u64, (low, anchor): (i32, u32), thunks: &'a Thunks, sites: &'a mut Vec<Site>) -> Self {
+    pub(super) fn new(at: u64, (known, anchor): (Known, u32), thunks: &'a Thunks, sites: &'a mut Vec<Site>) -> Self {
         let asm = Asm::new(at);
         Self {
             asm,
-            low,
+            known,
             thunks,
             sites,
             colds: Vec::with_capacity(64),
             marks: Vec::with_capacity(32),
+            head: 0,
             pending: Vec::new(),
             oldest: 0,
             block: (0, 0),
@@ -179,12 +191,12 @@ impl<'a> Emit<'a> {
 
     /// Where the vCPU's home starts.
     pub(super) fn low(&self) -> i32 {
-        self.low
+        self.known.low
     }
 
     /// A field of the vCPU's home.
     pub(super) fn field(&self, offset: i32) -> At {
-        At::Absolute(self.low + offset)
+        At::Absolute(self.known.low + offset)
     }
 
     /// Where a guest register is while it is in no host register.
@@ -281,21 +293,37 @@ impl<'a> Emit<'a> {
         self.asm.lea(T1, At::Index(T1, T2, 0, distance));
     }
 
-    /// Goes on at `right` where T2 is the address of `rip` and the anchor can be placed there; else behind this, with T2
-    /// as it was.
-    pub(super) fn find_place(&mut self, rip: u64, right: Label) {
-        let offset = rip as i32;
-        self.asm.lea(T2, At::Base(T2, -offset));
-        self.asm.constant(T3, (self.low + offset::anchor(self.anchor)) as u64);
-        self.asm.call_to(self.thunks.place);
-        self.asm.lea(T2, At::Base(T2, offset));
+    /// Goes on behind this only where T2 is the address of `rip`, which the block that follows is for. T3 may be the number
+    /// of a site. Flags stay even where the block does not need them: the one that is at the address instead may.
+    pub(super) fn landing(&mut self, rip: u64) {
+        let right = self.asm.label();
+        self.difference(T2, rip);
         self.asm.jrcxz(right);
+        if self.anchor != FIXED {
+            // Perhaps its page can be placed there.
+            let offset = rip as i32;
+            self.asm.store(self.field(offset::ADDRESS), T3);
+            self.asm.lea(T2, At::Base(T2, -offset));
+            self.asm.constant(T3, (self.known.low + offset::anchor(self.anchor)) as u64);
+            self.asm.call_to(self.thunks.place);
+            self.asm.lea(T2, At::Base(T2, offset));
+            self.asm.load(T3, self.field(offset::ADDRESS));
+            self.asm.jrcxz(right);
+        }
+        self.asm.jmp_to(self.thunks.land);
+        self.asm.bind(right);
+    }
+
+    /// The block begins here; returns how many bytes are in front of it.
+    pub(super) fn begin(&mut self) -> usize {
+        self.head = self.asm.len();
+        self.head
     }
 
     /// Notes that the translation of the current instruction, or a part of it, begins here.
     pub(super) fn mark(&mut self) {
         let guest = self.rip.wrapping_sub(self.block.1) as u16;
-        self.marks.push(Mark { host: self.asm.len() as u16, guest });
+        self.marks.push(Mark { host: (self.asm.len() - self.head) as u16, guest });
     }
 
     pub(super) fn site(&mut self, undo: i64) -> u32 {
@@ -492,11 +520,15 @@ impl<'a> Emit<'a> {
         here
     }
 
+    /// Compares the signal word with what it is where nobody asks for the monitor: "not zero" where somebody does.
+    pub(super) fn compare_signal(&mut self) {
+        self.asm.compare_32_at(At::Absolute(self.known.signal), 0);
+    }
+
     /// Leaves to the monitor where it has been asked for; keeps flags. `out` is where to.
     pub(super) fn poll(&mut self, out: Label) {
         let on = self.asm.label();
-        self.asm.load(T1, self.field(offset::SIGNAL));
-        self.asm.load_32(T1, At::Base(T1, 0));
+        self.asm.load_32(T1, At::Absolute(self.known.signal));
         self.asm.jrcxz(on);
         self.asm.jmp(out);
         self.asm.bind(on);

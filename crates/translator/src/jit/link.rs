@@ -5,7 +5,8 @@ use memory::{Gpa, Gva, PAGE_SIZE};
 
 use super::anchor::FIXED;
 use super::asm::Asm;
-use super::emit::{Emit, T2};
+use super::emit::{Emit, T2, T3};
+use super::translate::Bytes;
 use super::{APART, Block, Jit, Key, Page, Ran, thunk};
 use crate::block::Version;
 use crate::cpu::Cpu;
@@ -13,6 +14,8 @@ use crate::home::NOWHERE;
 use crate::mmu::{Access, Rights};
 use crate::op::Leave;
 
+/// Stands for the number of a site where there is none.
+const NO_SITE: u64 = u32::MAX as u64;
 /// Fillings of the code cache that are verified whole; of later ones, one block in so many.
 #[cfg(debug_assertions)]
 const VERIFIED_CACHES: u64 = 16;
@@ -20,9 +23,10 @@ const VERIFIED_CACHES: u64 = 16;
 const VERIFIED_SHARE: usize = 64;
 
 impl Jit {
-    /// The block at RIP, translated where it is not yet. `more` is what its mode has beyond the vCPU's.
-    pub(super) fn find(&mut self, cpu: &mut Cpu, more: u16) -> Result<u32, Ran> {
-        let block = self.find_or_make(cpu, more)?;
+    /// The block at RIP, translated where it is not yet. `more` is what its mode has beyond the vCPU's; `lands`: an indirect
+    /// branch leads there.
+    pub(super) fn find(&mut self, cpu: &mut Cpu, more: u16, lands: bool) -> Result<u32, Ran> {
+        let block = self.find_or_make(cpu, more, lands && self.lone.is_none())?;
         // Where what was to be forgotten could not be, nothing may be entered before it is.
         if self.full {
             return Err(Ran::Look);
@@ -31,7 +35,7 @@ impl Jit {
         Ok(block)
     }
 
-    fn find_or_make(&mut self, cpu: &mut Cpu, more: u16) -> Result<u32, Ran> {
+    fn find_or_make(&mut self, cpu: &mut Cpu, more: u16, lands: bool) -> Result<u32, Ran> {
         let place = cpu.code_place().map_err(|_| Ran::Raised)?;
         let key = Self::key(cpu, place.gpa, more);
         if let Some(&block) = self.by_key.get(&key)
@@ -47,7 +51,7 @@ impl Jit {
                 Err(Leave::Raised) => return Err(Ran::Raised),
                 Err(_) => return Err(Ran::Unable),
             };
-            if let Some(block) = self.make(cpu, key, &bytes)? {
+            if let Some(block) = self.make(cpu, key, &bytes, lands)? {
                 return Ok(block);
             }
             if std::mem::replace(&mut emptied, true) {
@@ -58,12 +62,12 @@ impl Jit {
     }
 
     /// Translates a block and keeps it. `None`: the code cache is full.
-    fn make(&mut self, cpu: &mut Cpu, key: Key, bytes: &super::translate::Bytes) -> Result<Option<u32>, Ran> {
+    fn make(&mut self, cpu: &mut Cpu, key: Key, bytes: &Bytes, lands: bool) -> Result<Option<u32>, Ran> {
         let Some(anchor) = self.anchor(cpu, key, Gpa(key.gpa)) else { return Ok(None) };
         let sites = self.sites.len();
         let mut translation = None;
         for careful in [false, true] {
-            translation = self.translate(cpu, (key, anchor), bytes, careful);
+            translation = self.translate(cpu, (key, anchor), bytes, (lands, careful));
             if translation.is_some() {
                 break;
             }
@@ -88,10 +92,10 @@ impl Jit {
         self.blocks.push(Block {
             key,
             anchor,
-            start,
+            start: start + translation.head as u64,
             marks: first..self.marks.len() as u32,
             second: bytes.second,
-            landing: 0,
+            landing: if translation.head > 0 { start } else { 0 },
             alive: true,
         });
         self.by_key.insert(key, block);
@@ -158,11 +162,12 @@ impl Jit {
         let landing = self.make_landing(block)?;
         let Block { key, anchor, start, .. } = self.blocks[block as usize];
         let distance = i32::try_from(exit.target as i64 - key.rip as i64).ok()?;
-        let mut emit = Emit::new(self.arena.next(), (self.low, exit.anchor), &self.thunks, &mut self.sites);
+        let mut emit = Emit::new(self.arena.next(), (self.known, exit.anchor), &self.thunks, &mut self.sites);
         let right = emit.asm.label();
         emit.distance(anchor, distance);
         emit.asm.jrcxz(right);
         emit.linear(T2, exit.target);
+        emit.asm.constant(T3, NO_SITE);
         emit.asm.jmp_to(landing);
         emit.asm.bind(right);
         emit.asm.jmp_to(start);
@@ -189,22 +194,14 @@ impl Jit {
         }
     }
 
-    /// Code before a block that makes sure that it is at the address in T2. Flags stay even where this block does not need
-    /// them: the one that is at the address instead may.
+    /// Code that leads to a block where it is at the address in T2.
     fn make_landing(&mut self, block: u32) -> Option<u64> {
         let Block { key, anchor, start, landing, .. } = self.blocks[block as usize];
         if landing != 0 {
             return Some(landing);
         }
-        let mut emit = Emit::new(self.arena.next(), (self.low, anchor), &self.thunks, &mut self.sites);
-        let right = emit.asm.label();
-        emit.difference(T2, key.rip);
-        emit.asm.jrcxz(right);
-        if anchor != FIXED {
-            emit.find_place(key.rip, right);
-        }
-        emit.asm.jmp_to(self.thunks.land);
-        emit.asm.bind(right);
+        let mut emit = Emit::new(self.arena.next(), (self.known, anchor), &self.thunks, &mut self.sites);
+        emit.landing(key.rip);
         emit.asm.jmp_to(start);
         let (code, _) = emit.finish()?;
         #[cfg(debug_assertions)]
@@ -219,7 +216,7 @@ impl Jit {
     fn verify(&self, code: &[u8], others: &[u64]) {
         let start = self.arena.range().start;
         let bounds = super::verify::Bounds {
-            low: self.low,
+            known: self.known,
             thunks: start..start + self.floor as u64,
             keeping: self.thunks.keeping(),
             distance: self.distance,
@@ -237,6 +234,11 @@ impl Jit {
             return None;
         }
         let site = cpu.state.hot().address;
+        if site == NO_SITE {
+            // A branch to a constant: it is made, and there is no instruction there.
+            cpu.state.rip = target;
+            return Some(Ran::One);
+        }
         cpu.state.rip = self.rip_of(cpu, site);
         cpu.state.gpr[4] = cpu.state.gpr[4].wrapping_add_signed(8 * i64::from(self.sites[site as usize].undo));
         Some(Ran::One)

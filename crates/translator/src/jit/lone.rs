@@ -5,9 +5,9 @@
 //! not translated.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 
 use engine::state::rflags;
+use host::LowWord;
 use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind, RflagsBits};
 
 use super::same::Source;
@@ -17,13 +17,12 @@ use super::{Block, Jit, Key, Map, Ran};
 use crate::cpu::Cpu;
 use crate::op::Op;
 
-/// What the signal word looks like to translated code that is not to poll.
-static QUIET: AtomicU32 = AtomicU32::new(0);
-
 /// The blocks translated so far, as the guest has them.
 #[derive(Default)]
 pub(super) struct Lone {
     blocks: Map<Key, Noted>,
+    /// What translated code that is not to poll looks at.
+    quiet: LowWord,
 }
 
 /// A block wherever its page is.
@@ -61,9 +60,9 @@ impl Lone {
         self.blocks.clear();
     }
 
-    /// The address of a signal word that nobody raises.
-    pub(super) fn signal() -> u64 {
-        std::ptr::from_ref(&QUIET) as u64
+    /// A signal word that nobody raises.
+    pub(super) fn signal(&self) -> &LowWord {
+        &self.quiet
     }
 }
 

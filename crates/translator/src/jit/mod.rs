@@ -55,7 +55,7 @@ use crate::home::Hot;
 use crate::mmu::DataMode;
 use anchor::{Anchors, FIXED};
 use callback::{Context, Interpreted};
-use emit::Site;
+use emit::{Known, Site};
 use fault::{Active, Shadow};
 use lone::Lone;
 use template::{Kind, Templates, Unit};
@@ -280,7 +280,7 @@ struct Seen {
 
 /// The translator of one vCPU.
 pub(crate) struct Jit {
-    low: i32,
+    known: Known,
     /// The addend of pages in the window.
     distance: u64,
     arena: Arena,
@@ -325,6 +325,9 @@ impl Jit {
     pub(crate) fn new(cpu: &mut Cpu) -> Option<Self> {
         let cache = cpu.shared.config.code_cache.clamp(LEAST_CODE_CACHE, MOST_CODE_CACHE) as usize;
         let low = cpu.state.low().or_else(|| Self::unusable("no memory below 2 GiB is free"))?;
+        let lone = (cpu.shared.config.check == Check::Lockstep).then(Lone::default);
+        let word = lone.as_ref().map_or(cpu.config.signal.word(), Lone::signal);
+        let signal = word.low().or_else(|| Self::unusable("no memory below 2 GiB is free"))?;
         let has_bmi = is_x86_feature_detected!("bmi1") && is_x86_feature_detected!("bmi2");
         if !(has_bmi && is_x86_feature_detected!("xsave") && has_rdtscp()) {
             return Self::unusable("the processor lacks BMI, BMI2, XSAVE or RDTSCP");
@@ -357,7 +360,7 @@ impl Jit {
         let hot = cpu.state.hot_mut();
         (hot.begins, hot.pointers, hot.shadow) = (begins, begins, begins[0]);
         let mut jit = Self {
-            low,
+            known: Known { low, signal },
             distance: cpu.window.distance(),
             floor: arena.used(),
             arena,
@@ -379,7 +382,7 @@ impl Jit {
             forgotten: false,
             full: false,
             emptied: 0,
-            lone: (cpu.shared.config.check == Check::Lockstep).then(Lone::default),
+            lone,
             #[cfg(test)]
             wrong: false,
         };
@@ -434,7 +437,7 @@ impl Jit {
             }
             let emptied = self.emptied;
             let more = if why == exit::CHAIN { self.exits[value as usize].mode } else { 0 };
-            let block = match self.find(cpu, more) {
+            let block = match self.find(cpu, more, why == exit::LAND) {
                 Ok(block) => block,
                 Err(ran) => return ran,
             };
@@ -456,7 +459,7 @@ impl Jit {
             self.forget_everything(cpu);
         }
         cpu.now(Phase::Switching);
-        self.find(cpu, 0)
+        self.find(cpu, 0, false)
     }
 
     /// What an exit comes to that ends the run.
@@ -499,14 +502,12 @@ impl Jit {
             Self::forget_returns(cpu);
         }
         *self.context = Context { cpu: std::ptr::from_mut(cpu), jit: std::ptr::from_ref(self) };
-        let raised = std::ptr::from_ref(cpu.config.signal.word()) as u64;
-        let signal = if self.lone.is_some() { Lone::signal() } else { raised };
         let tsc = std::ptr::from_ref(cpu.config.tsc.word()) as u64;
         let status = cpu.flags.status();
         cpu.seen_generation = cpu.tlb.generation;
         cpu.seen_units = self.seen.units;
         let hot = cpu.state.hot_mut();
-        (hot.context, hot.signal, hot.tsc) = (std::ptr::from_ref(&*self.context) as u64, signal, tsc);
+        (hot.context, hot.tsc) = (std::ptr::from_ref(&*self.context) as u64, tsc);
         hot.flags = callback::to_hot(status);
         fault::enter(&raw const *self.active);
         // SAFETY: the thunk is such a function. Translated code touches guest RAM through entries of the soft TLB, the

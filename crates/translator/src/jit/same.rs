@@ -21,6 +21,8 @@ pub(super) struct Source<'a> {
     pub constants: ConstantOffsets,
     /// Status flags are needed after the checks of its memory operand.
     pub live: bool,
+    /// They are not where it branches to.
+    pub forgets: bool,
     /// What groups of stack accesses mean to it.
     pub part: Part,
 }

@@ -107,20 +107,14 @@ pub(super) fn build(base: u64, plan: &Plan) -> Option<(Vec<u8>, Thunks)> {
 }
 
 /// T1 becomes the index of T2 in a landing table; T3 is lost, flags stay. Addresses 256 KiB apart do not share a slot.
-fn landing_index(asm: &mut Asm) {
+pub(super) fn landing_index(asm: &mut Asm) {
     asm.rotate_right(T1, T2, 2);
     asm.rotate_right(T3, T2, 18);
     asm.lea(T1, At::Index(T1, T3, 0, 0));
     asm.raw(&[0x0f, 0xb7, 0xc9]); // movzx ecx, cx
 }
 
-/// Goes to where a landing table says T2 is.
-pub(super) fn land(asm: &mut Asm, low: i32, table: usize) {
-    landing_index(asm);
-    asm.jmp_at(At::Scaled(T1, 3, low + offset::landings(table)));
-}
-
-/// The entry of an address in a landing table: what [`land`] computes.
+/// The entry of an address in a landing table: what [`landing_index`] computes.
 pub(super) const fn landing_of(address: u64) -> usize {
     ((address >> 2).wrapping_add(address >> 18)) as usize & (crate::home::LANDINGS - 1)
 }
@@ -163,6 +157,9 @@ impl Builder<'_> {
         self.save_guest();
         if let Some(value) = value {
             self.asm.store(self.field(offset::VALUE), value);
+        }
+        if why == exit::LAND {
+            self.asm.store(self.field(offset::ADDRESS), T3);
         }
         self.asm.store(self.field(offset::SHADOW), reg::RSP);
         self.asm.store_constant(self.field(offset::EXIT), why as i32);
@@ -284,11 +281,14 @@ impl Builder<'_> {
         start
     }
 
-    /// Goes to where the landing table in force says T2 is.
+    /// Goes to where the landing table in force says T2 is; T3 stays.
     fn land(&mut self) {
+        self.asm.store(self.field(offset::ADDRESS), T3);
         landing_index(&mut self.asm);
         self.asm.load(T3, self.field(offset::LANDING));
-        self.asm.jmp_at(At::Index(T3, T1, 3, self.plan.low + offset::landings(0)));
+        self.asm.load(T1, At::Index(T3, T1, 3, self.plan.low + offset::landings(0)));
+        self.asm.load(T3, self.field(offset::ADDRESS));
+        self.asm.jmp_register(T1);
     }
 
     fn slot(&self, number: i32) -> At {

@@ -57,6 +57,8 @@ pub(super) struct Second {
 /// A translated block, not yet in the code cache.
 pub(super) struct Translation {
     pub code: Vec<u8>,
+    /// Bytes in front of the block, for who lands there.
+    pub head: usize,
     pub exits: Vec<Exit>,
     pub marks: Vec<Mark>,
     #[expect(clippy::vec_box, reason = "translated code has their addresses")]
@@ -96,13 +98,14 @@ impl Jit {
         Ok(Bytes { bytes, versions, second })
     }
 
-    /// Translates a block to run at the end of the code cache. `None`: it cannot be done.
+    /// Translates a block to run at the end of the code cache; `lands`: with what makes indirect branches find it. `None`: it
+    /// cannot be done.
     pub(super) fn translate(
         &mut self,
         cpu: &mut Cpu,
         (key, anchor): (Key, u32),
         bytes: &Bytes,
-        careful: bool,
+        (lands, careful): (bool, bool),
     ) -> Option<Translation> {
         let across = bytes.second.is_some();
         let mut sources = self.decode(cpu, key, &bytes.bytes, if across { 1 } else { MOST });
@@ -123,7 +126,7 @@ impl Jit {
         }
         let at = self.arena.next();
         let mut block = Block {
-            emit: Emit::new(at, (self.low, anchor), &self.thunks, &mut self.sites),
+            emit: Emit::new(at, (self.known, anchor), &self.thunks, &mut self.sites),
             key,
             first_exit: self.exits.len() as u32,
             exits: Vec::with_capacity(8),
@@ -133,6 +136,10 @@ impl Jit {
         };
         (block.emit.careful, block.emit.block) = (careful, (self.blocks.len() as u32, key.rip));
         block.emit.window = (key.mode & NEAR != 0).then_some(self.distance as i32);
+        if lands {
+            block.emit.landing(key.rip);
+        }
+        let head = block.emit.begin();
         let start = block.emit.asm.bound();
         block.start = (self.lone.is_none() && key.mode & APART == 0).then_some(start);
         if let Some(second) = bytes.second
@@ -171,7 +178,7 @@ impl Jit {
         }
         let Block { emit, exits, ops, .. } = block;
         let (code, marks) = emit.finish()?;
-        Some(Translation { code, exits, marks, ops })
+        Some(Translation { code, head, exits, marks, ops })
     }
 
     /// Finds out which flags are needed before each instruction, last first, and tells the instructions. `None`: there are
@@ -180,7 +187,7 @@ impl Jit {
         let last = sources.last()?;
         let next = last.instruction.next_ip();
         let mut live = match last.template.kind {
-            Kind::Jump => self.needs_flags(cpu, key, last.instruction.near_branch_target()),
+            Kind::Jump => 0, // see below
             Kind::Interpret | Kind::JumpIndirect | Kind::Return | Kind::InterpretLast => live::ALL,
             _ => self.needs_flags(cpu, key, next),
         };
@@ -191,8 +198,10 @@ impl Jit {
                 Kind::Call | Kind::CallIndirect | Kind::Interpret | Kind::InterpretLast | Kind::PushFlags => {
                     live = live::ALL;
                 }
-                Kind::JumpIf => {
-                    live |= live::reads(instruction) | self.needs_flags(cpu, key, instruction.near_branch_target())
+                Kind::Jump | Kind::JumpIf => {
+                    let there = self.needs_flags(cpu, key, instruction.near_branch_target());
+                    source.forgets = there == 0;
+                    live |= live::reads(instruction) | there;
                 }
                 _ => live = live & !live::replaces(instruction) | live::reads(instruction),
             }
@@ -229,6 +238,7 @@ impl Jit {
                 bytes: &bytes[at..],
                 constants,
                 live: true,
+                forgets: false,
                 part: Part::default(),
             });
             // A call comes back, mostly; a block that is run alone does not wait for it.
@@ -457,17 +467,28 @@ impl<'a> Block<'a> {
     /// Goes to a target, with a look at the signal word where that is backwards.
     fn jump(&mut self, source: &Source<'_>) {
         let target = source.instruction.near_branch_target();
-        if self.is_backward(target) {
-            let out = self.look_at(target);
-            self.emit.poll(out);
+        let backward = self.is_backward(target);
+        let out = backward.then(|| self.look_at(target));
+        match out {
+            Some(out) if source.forgets => {
+                self.emit.compare_signal();
+                let there = self.start_or_exit(target, 2);
+                self.emit.asm.jcc(condition::ZERO, there);
+                self.emit.asm.jmp(out);
+                return;
+            }
+            Some(out) => self.emit.poll(out),
+            None => {}
         }
-        if target == self.key.rip
-            && let Some(start) = self.start
-        {
-            self.emit.asm.jmp(start);
-        } else {
-            let out = self.exit_to(target, 1);
-            self.emit.asm.jmp(out);
+        let there = self.start_or_exit(target, 1);
+        self.emit.asm.jmp(there);
+    }
+
+    /// Where a branch goes: to this block's start or to another's. The displacement is `ahead` bytes from here.
+    fn start_or_exit(&mut self, target: u64, ahead: usize) -> Label {
+        match self.start {
+            Some(start) if target == self.key.rip => start,
+            _ => self.exit_to(target, ahead),
         }
     }
 

@@ -11,7 +11,7 @@ use iced_x86::{
     Mnemonic, OpAccess, OpKind, Register, UsedMemory,
 };
 
-use super::emit::READ_BIAS;
+use super::emit::{Known, READ_BIAS};
 use crate::home::{LANDINGS, offset};
 
 /// Entries of a translation table.
@@ -175,8 +175,7 @@ impl State {
 
 /// What a piece of code may refer to.
 pub(super) struct Bounds<'a> {
-    /// The vCPU's home.
-    pub low: i32,
+    pub known: Known,
     /// Where the thunks run.
     pub thunks: Range<u64>,
     /// Those that keep R10.
@@ -358,9 +357,7 @@ impl Piece<'_> {
             Code::Mov_r64_rm64 if memory => match instruction.memory_base() {
                 Register::R15 => Held::Entry { write: false },
                 Register::R14 => Held::Entry { write: true },
-                _ if self.is_field(instruction, offset::SIGNAL) || self.is_field(instruction, offset::TSC) => {
-                    Held::Word
-                }
+                _ if self.is_field(instruction, offset::TSC) => Held::Word,
                 _ if self.is_field(instruction, offset::SCRATCH) => before.held[SCRATCH],
                 _ => otherwise,
             },
@@ -414,7 +411,7 @@ impl Piece<'_> {
     /// True where the memory operand is a field of the home.
     fn is_field(&self, instruction: &Instruction, offset: i32) -> bool {
         (instruction.memory_base(), instruction.memory_index()) == (Register::None, Register::None)
-            && instruction.memory_displacement64() == i64::from(self.bounds.low + offset) as u64
+            && instruction.memory_displacement64() == i64::from(self.bounds.known.low + offset) as u64
     }
 
     /// Says what is wrong with an instruction, if anything is.
@@ -481,6 +478,9 @@ impl Piece<'_> {
         let stores = writes(memory.access());
         let good = match (base, index) {
             _ if self.is_near(memory, state, stores) => true,
+            (Register::None, Register::None) if displacement == i64::from(self.bounds.known.signal) => {
+                memory.memory_size().size() == 4 && !stores
+            }
             (Register::None, Register::None) => self.is_home(displacement, memory.memory_size().size() as i64),
             (Register::None, Register::RCX) => {
                 let inside = self.is_home(displacement, LANDINGS as i64 * 8);
@@ -518,7 +518,8 @@ impl Piece<'_> {
     }
 
     fn is_home(&self, address: i64, bytes: i64) -> bool {
-        let (start, end) = (i64::from(self.bounds.low), i64::from(self.bounds.low) + i64::from(offset::END));
+        let (start, end) =
+            (i64::from(self.bounds.known.low), i64::from(self.bounds.known.low) + i64::from(offset::END));
         (start..end).contains(&address) && address + bytes <= end
     }
 }
@@ -590,7 +591,7 @@ mod tests {
 
     const AT: u64 = 0x7000_0000;
     const BOUNDS: Bounds<'_> = Bounds {
-        low: 0x4000_0000,
+        known: Known { low: 0x4000_0000, signal: 0x5000_0000 },
         thunks: 0x6fff_0000..0x6fff_1000,
         keeping: [0x6fff_0800; 3],
         distance: 0x1000_0000,

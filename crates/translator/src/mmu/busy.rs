@@ -6,7 +6,7 @@ use memory::{Gpa, PAGE_SIZE};
 use crate::cpu::Cpu;
 
 /// Most mappings made at one look. Each takes the host some microseconds.
-const MOST_AT_ONCE: usize = 48;
+const MOST_AT_ONCE: usize = 32;
 
 /// A page that user code finds outside the window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -30,7 +30,7 @@ const MOST_MAPPINGS: usize = 40_000;
 /// Address spaces that are watched.
 const MOST_SPACES: usize = 256;
 /// Samples after which an address space is a busy one.
-const BUSY: u32 = 6;
+const BUSY: u32 = 20;
 /// Least time between two samples, in nanoseconds.
 const PERIOD_NS: u64 = 2_000_000;
 /// Most samples from one look at what to map to the next.
