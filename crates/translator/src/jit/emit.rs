@@ -497,7 +497,9 @@ impl<'a> Emit<'a> {
 
     /// "Above" where `bytes` at an address cross its page's end.
     pub(super) fn compare_page_end(&mut self, temporary: u8, address: u8, bytes: u32) {
-        self.asm.mov_32(temporary, address);
+        if temporary != address {
+            self.asm.mov_32(temporary, address);
+        }
         self.asm.and_32(temporary, 0xfff);
         self.asm.compare_32(temporary, 0x1000 - bytes as i32);
     }

@@ -28,8 +28,10 @@ const MOST: usize = 24;
 const WINDOW: usize = 256;
 /// Longest instruction.
 const LONGEST: usize = 15;
-/// Instructions looked at to find out whether a jump's target needs the flags.
-const PEEK: usize = 6;
+/// Instructions, and bytes, looked at to find out whether a jump's target needs the flags. Most say so by the third; loops
+/// of vectors take long.
+const PEEK: usize = 64;
+const PEEK_BYTES: u64 = 384;
 
 /// A block's bytes, and where they are from.
 pub(super) struct Bytes {
@@ -266,10 +268,10 @@ impl Jit {
             return live::ALL;
         }
         let gpa = key.gpa & !0xfff | target & 0xfff;
-        let left = (PAGE_SIZE - gpa % PAGE_SIZE).min(64) as usize;
+        let left = (PAGE_SIZE - gpa % PAGE_SIZE).min(PEEK_BYTES) as usize;
         let Some(host) = cpu.shared.ram.host_page(Gpa(gpa)) else { return live::ALL };
         self.mark_page(cpu, gpa, left as u64);
-        let mut bytes = [0; 64];
+        let mut bytes = [0; PEEK_BYTES as usize];
         // SAFETY: good up to the end of the page.
         unsafe { std::ptr::copy_nonoverlapping(host.as_ptr(), bytes.as_mut_ptr(), left) };
         let mut decoder = Decoder::with_ip(64, &bytes[..left], target, DecoderOptions::AMD);
