@@ -94,8 +94,9 @@ impl Jit {
 
     /// The guest instruction whose translation is at a host address.
     pub(super) fn guest_address(&self, cpu: &Cpu, host: u64) -> u64 {
-        let block = self.blocks.partition_point(|block| block.start <= host).saturating_sub(1);
-        let Some(block) = self.blocks.get(block) else { return 0 };
+        let block = self.starts.partition_point(|(start, _)| *start <= host).saturating_sub(1);
+        let Some(&(_, block)) = self.starts.get(block) else { return 0 };
+        let block = &self.blocks[block as usize];
         let marks = &self.marks[block.marks.start as usize..block.marks.end as usize];
         let offset = host.wrapping_sub(block.start);
         let mark = marks.partition_point(|mark| u64::from(mark.host) <= offset).saturating_sub(1);

@@ -37,6 +37,8 @@ pub(super) const WRITE: u8 = reg::R14;
 pub(super) const READ_BIAS: u64 = 36 << 8 | 12;
 
 const RSP: usize = 4;
+/// A jump of the host's with a displacement of 32 bits.
+const JUMP_BYTES: u16 = 5;
 
 /// The register of the table that an access looks into, and what is too much in it.
 fn table_for(access: Access) -> (u8, i32) {
@@ -144,6 +146,8 @@ pub(super) struct Emit<'a> {
     marks: Vec<Mark>,
     /// Bytes in front of the block.
     head: usize,
+    /// Where it may be entered last.
+    entered: u16,
     /// Short jumps that still need a place to land, and where they go on to.
     pending: Vec<(Label, Label)>,
     oldest: usize,
@@ -173,6 +177,7 @@ impl<'a> Emit<'a> {
             colds: Vec::with_capacity(64),
             marks: Vec::with_capacity(32),
             head: 0,
+            entered: 0,
             pending: Vec::new(),
             oldest: 0,
             block: (0, 0),
@@ -320,10 +325,21 @@ impl<'a> Emit<'a> {
         self.head
     }
 
-    /// Notes that the translation of the current instruction, or a part of it, begins here.
-    pub(super) fn mark(&mut self) {
+    /// Notes that the translation of the current instruction, or a part of it, begins here; `enter`: and that a block may.
+    pub(super) fn mark(&mut self, enter: bool) {
         let guest = self.rip.wrapping_sub(self.block.1) as u16;
-        self.marks.push(Mark { host: (self.asm.len() - self.head) as u16, guest });
+        let host = (self.asm.len() - self.head) as u16;
+        // Where a block begins there is room for a jump that takes its place.
+        let enter = enter && host >= self.entered + JUMP_BYTES;
+        if enter {
+            self.entered = host;
+        }
+        self.marks.push(Mark { host, guest, enter });
+    }
+
+    /// True where nothing that translated code relies on is in temporaries or known of the vector registers.
+    pub(super) fn is_plain(&self) -> bool {
+        self.cached.is_none() && !self.vectors
     }
 
     pub(super) fn site(&mut self, undo: i64) -> u32 {

@@ -105,6 +105,11 @@ pub(super) fn plan(sources: &[Source<'_>]) -> Vec<Part> {
     let mut parts = vec![Part::default(); sources.len()];
     let mut open: Option<Open> = None;
     for (position, source) in sources.iter().enumerate() {
+        if source.met
+            && let Some(open) = open.take()
+        {
+            open.close(&mut parts);
+        }
         let Effect::Known(access, moves) = effect(source) else {
             if let Some(open) = open.take() {
                 open.close(&mut parts);

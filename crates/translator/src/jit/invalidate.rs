@@ -152,6 +152,7 @@ impl Jit {
         self.emptied += 1;
         self.arena.truncate(self.floor);
         self.blocks.clear();
+        self.starts.clear();
         self.by_key.clear();
         self.exits.clear();
         self.sites.clear();

@@ -44,6 +44,9 @@ impl Jit {
             return Ok(block);
         }
         cpu.now(Phase::Translating);
+        if let Some(block) = self.find_inside(key) {
+            return Ok(block);
+        }
         let mut emptied = false;
         loop {
             let bytes = match self.fetch(cpu, key, &place) {
@@ -94,10 +97,12 @@ impl Jit {
             anchor,
             start: start + translation.head as u64,
             marks: first..self.marks.len() as u32,
+            instructions: translation.instructions as u16,
             second: bytes.second,
             landing: if translation.head > 0 { start } else { 0 },
             alive: true,
         });
+        self.starts.push((start + translation.head as u64, block));
         self.by_key.insert(key, block);
         self.page(key.gpa).blocks.push(block);
         if key.is_upper() {

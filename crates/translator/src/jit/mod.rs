@@ -22,6 +22,7 @@ mod emit;
 mod encoding;
 mod fault;
 mod group;
+mod inside;
 mod invalidate;
 mod link;
 mod live;
@@ -202,6 +203,8 @@ struct Exit {
 struct Mark {
     host: u16,
     guest: u16,
+    /// What comes before has left nothing in registers that the translation from here on relies on.
+    enter: bool,
 }
 
 /// A translated block.
@@ -212,6 +215,8 @@ struct Block {
     /// Where it runs.
     start: u64,
     marks: std::ops::Range<u32>,
+    /// How many of these are of instructions in their order.
+    instructions: u16,
     /// Its one instruction lies across two pages.
     second: Option<translate::Second>,
     /// What branches enter that compare addresses; 0 until needed.
@@ -289,6 +294,8 @@ pub(crate) struct Jit {
     floor: usize,
     templates: Templates,
     blocks: Vec<Block>,
+    /// Where code of blocks begins, ascending, and the numbers of these. Blocks inside others are not among them.
+    starts: Vec<(u64, u32)>,
     by_key: Map<Key, u32>,
     exits: Vec<Exit>,
     sites: Vec<Site>,
@@ -367,6 +374,7 @@ impl Jit {
             thunks,
             templates: Templates::new(),
             blocks: Vec::new(),
+            starts: Vec::new(),
             by_key: Map::default(),
             exits: Vec::new(),
             sites: Vec::new(),

@@ -57,7 +57,7 @@ impl<'a> Emit<'a> {
     pub(super) fn far(&mut self, far: &Far<'a>) -> Option<()> {
         self.asm.bind(far.here);
         (self.cached, self.rip) = (far.before, far.source.instruction.ip());
-        self.mark();
+        self.mark(false);
         self.checked(&far.source, &far.encoding, far.again)?;
         debug_assert_eq!(self.cached, far.after);
         self.asm.jmp(far.back);

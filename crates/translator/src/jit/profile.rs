@@ -30,23 +30,32 @@ impl Jit {
     pub(super) fn count_block(cpu: &Cpu, translation: &Translation) {
         let ledger = &cpu.config.ledger;
         ledger.work(Work::Translate, 1);
-        ledger.work(Work::TranslateInstructions, translation.marks.len() as u64);
+        ledger.work(Work::TranslateInstructions, translation.instructions as u64);
         ledger.work(Work::TranslateBytes, translation.code.len() as u64);
     }
 }
 
+/// True for an instruction that the block may be left after.
+fn may_leave(source: &Source<'_>) -> bool {
+    matches!(source.template.kind, Kind::JumpIf | Kind::Interpret | Kind::Call | Kind::CallIndirect)
+}
+
+/// True for the first of a stretch of instructions, up to the next that the block may be left after, or that others lead
+/// to.
+pub(super) fn begins(sources: &[Source<'_>], position: usize) -> bool {
+    position == 0 || sources[position].met || may_leave(&sources[position - 1])
+}
+
 impl Emit<'_> {
-    /// Where instructions are counted, has the one at `position` counted with all behind it up to the next that the block
-    /// may be left after, if it is the first of these. Keeps flags.
+    /// Where instructions are counted, has a stretch of them counted at its first. Keeps flags.
     pub(super) fn count(&mut self, cpu: &Cpu, sources: &[Source<'_>], position: usize) {
-        let may_leave = |source: &Source<'_>| {
-            matches!(source.template.kind, Kind::JumpIf | Kind::Interpret | Kind::Call | Kind::CallIndirect)
-        };
-        if !cpu.shared.config.count || position > 0 && !may_leave(&sources[position - 1]) {
+        if !cpu.shared.config.count || !begins(sources, position) {
             return;
         }
         let rest = &sources[position..];
-        let stretch = rest.iter().position(may_leave).map_or(rest.len(), |last| last + 1);
+        let left = rest.iter().position(may_leave).map_or(rest.len(), |last| last + 1);
+        let met = rest.iter().skip(1).position(|source| source.met).map_or(rest.len(), |next| next + 1);
+        let stretch = left.min(met);
         let counter = self.field(offset::INSTRUCTIONS + 8 * (self.rip % COUNTERS as u64) as i32);
         self.asm.load(T1, counter);
         self.asm.lea(T1, At::Base(T1, stretch as i32));

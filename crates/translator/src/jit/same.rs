@@ -23,6 +23,10 @@ pub(super) struct Source<'a> {
     pub live: bool,
     /// They are not where it branches to.
     pub forgets: bool,
+    /// The instruction of the same block, by its position, that it branches to.
+    pub inner: Option<usize>,
+    /// One of the same block branches to it.
+    pub met: bool,
     /// What groups of stack accesses mean to it.
     pub part: Part,
 }

@@ -38,10 +38,7 @@ fn a_full_code_cache_is_emptied_and_filled_again() {
         assert_eq!((exit, state.gpr[0], state.gpr[3]), (Exit::Halted, LINKS * ROUNDS, 0));
         assert_eq!(bare.ledger.worked(Work::CacheEmptied) > 0, emptied);
         let translated = bare.ledger.worked(Work::Translate);
-        assert!(
-            if emptied { translated > 2 * LINKS } else { (LINKS..2 * LINKS).contains(&translated) },
-            "{translated}"
-        );
+        assert!(if emptied { translated > LINKS } else { (LINKS / 3..LINKS).contains(&translated) }, "{translated}");
     }
 }
 
@@ -211,12 +208,35 @@ fn instructions_are_counted_where_that_is_asked_for() {
 }
 
 #[test]
+fn a_loop_is_entered_inside_the_block_that_leads_to_it() {
+    let code = [
+        0xb9, 0xe8, 0x03, 0x00, 0x00, // mov ecx, 1000
+        0x48, 0xff, 0xc0, // again: inc rax
+        0x48, 0xff, 0xc9, // dec rcx
+        0x75, 0xf8, // jnz again
+        0x48, 0xff, 0xc0, // inc rax
+        0xf4, // hlt
+    ];
+    let mut bare = Bare::new(&code, Config::default());
+    for round in 1..3 {
+        let (exit, mut state) = bare.run();
+        assert_eq!((exit, state.gpr[0]), (Exit::Halted, 1001));
+        assert_eq!(bare.ledger.worked(Work::Translate), round, "once, and once more when it has changed");
+        // What was translated goes with all that is inside it.
+        bare.ram.write(Gpa(CODE + 5), &code[5..]).unwrap();
+        (state.halted, state.rip, state.gpr[0]) = (false, CODE, 0);
+        bare.vcpu.load(&state).unwrap();
+    }
+}
+
+#[test]
 fn what_is_translated_is_counted_in_blocks_instructions_and_bytes() {
     let mut bare = Bare::new(&chain(), Config::default());
     bare.run();
     let [blocks, instructions, bytes] =
         [Work::Translate, Work::TranslateInstructions, Work::TranslateBytes].map(|work| bare.ledger.worked(work));
-    assert!(blocks >= LINKS && instructions >= 2 * blocks && bytes > instructions, "{blocks} {instructions} {bytes}");
+    let all = blocks >= LINKS / 3 && instructions >= 2 * LINKS && bytes > instructions;
+    assert!(all, "{blocks} {instructions} {bytes}");
 }
 
 #[test]

@@ -13,6 +13,7 @@ use super::callback::Interpreted;
 use super::emit::{Emit, condition};
 use super::group::{self, Group, Part};
 use super::lone::stands_alone;
+use super::profile;
 use super::same::{Source, moves_stack_pointer};
 use super::template::{Kind, Unit, disturbs_stack_pointer};
 use super::{APART, Exit, Jit, Key, Mark, NEAR, live};
@@ -61,6 +62,7 @@ pub(super) struct Translation {
     pub code: Vec<u8>,
     /// Bytes in front of the block, for who lands there.
     pub head: usize,
+    pub instructions: usize,
     pub exits: Vec<Exit>,
     pub marks: Vec<Mark>,
     #[expect(clippy::vec_box, reason = "translated code has their addresses")]
@@ -111,6 +113,9 @@ impl Jit {
     ) -> Option<Translation> {
         let across = bytes.second.is_some();
         let mut sources = self.decode(cpu, key, &bytes.bytes, if across { 1 } else { MOST });
+        if self.lone.is_none() {
+            join(&mut sources);
+        }
         let needed = self.needed_flags(cpu, key, &mut sources)?;
         let next = sources.last()?.instruction.next_ip();
         if key.mode & APART == 0 {
@@ -132,6 +137,7 @@ impl Jit {
             key,
             first_exit: self.exits.len() as u32,
             exits: Vec::with_capacity(8),
+            inner: Vec::new(),
             ops: Vec::new(),
             start: None,
             broken: false,
@@ -154,8 +160,13 @@ impl Jit {
         for position in 0..sources.len() {
             block.leave_broken_group(&mut sources[position]);
             let source = &sources[position];
+            if source.met {
+                block.meet(position);
+            }
             block.emit.rip = source.instruction.ip();
-            block.emit.mark();
+            let apart = !source.part.inside || source.part.begins.is_some();
+            let counted = cpu.shared.config.count && !profile::begins(&sources, position);
+            block.emit.mark(apart && !counted && block.emit.is_plain());
             if let Some(group) = source.part.begins {
                 block.begin_group(group);
             }
@@ -180,7 +191,7 @@ impl Jit {
         }
         let Block { emit, exits, ops, .. } = block;
         let (code, marks) = emit.finish()?;
-        Some(Translation { code, head, exits, marks, ops })
+        Some(Translation { code, head, instructions: sources.len(), exits, marks, ops })
     }
 
     /// Finds out which flags are needed before each instruction, last first, and tells the instructions. `None`: there are
@@ -193,7 +204,8 @@ impl Jit {
             Kind::Interpret | Kind::JumpIndirect | Kind::Return | Kind::InterpretLast => live::ALL,
             _ => self.needs_flags(cpu, key, next),
         };
-        let mut needed = Vec::new();
+        let mut needed: Vec<u32> = Vec::with_capacity(sources.len());
+        let count = sources.len();
         for source in sources.iter_mut().rev() {
             let instruction = &source.instruction;
             match source.template.kind {
@@ -201,7 +213,10 @@ impl Jit {
                     live = live::ALL;
                 }
                 Kind::Jump | Kind::JumpIf => {
-                    let there = self.needs_flags(cpu, key, instruction.near_branch_target());
+                    let there = match source.inner {
+                        Some(position) => needed[count - 1 - position],
+                        None => self.needs_flags(cpu, key, instruction.near_branch_target()),
+                    };
                     source.forgets = there == 0;
                     live |= live::reads(instruction) | there;
                 }
@@ -241,6 +256,8 @@ impl Jit {
                 constants,
                 live: true,
                 forgets: false,
+                inner: None,
+                met: false,
                 part: Part::default(),
             });
             // A call comes back, mostly; a block that is run alone does not wait for it.
@@ -295,6 +312,22 @@ impl Jit {
     }
 }
 
+/// Finds the conditional branches that lead to instructions further on in their block.
+fn join(sources: &mut [Source<'_>]) {
+    for position in 0..sources.len() {
+        if sources[position].template.kind != Kind::JumpIf {
+            continue;
+        }
+        let target = sources[position].instruction.near_branch_target();
+        let behind = sources[position + 1..].iter().position(|source| source.instruction.ip() == target);
+        if let Some(behind) = behind {
+            let there = position + 1 + behind;
+            sources[position].inner = Some(there);
+            sources[there].met = true;
+        }
+    }
+}
+
 /// True where the block goes on behind the instruction, whatever it does.
 fn goes_on(source: &Source<'_>) -> bool {
     !matches!(
@@ -317,6 +350,8 @@ struct Block<'a> {
     key: Key,
     first_exit: u32,
     exits: Vec<Exit>,
+    /// Where branches lead inside: the position, and whether vector registers are known to be in the processor there.
+    inner: Vec<(usize, Label, bool)>,
     #[expect(clippy::vec_box, reason = "translated code has their addresses")]
     ops: Vec<Box<Interpreted>>,
     start: Option<Label>,
@@ -325,6 +360,22 @@ struct Block<'a> {
 }
 
 impl<'a> Block<'a> {
+    /// A branch to an instruction further on in this block.
+    fn jump_inside(&mut self, source: &Source<'_>, position: usize) {
+        let label = self.emit.asm.label();
+        self.inner.push((position, label, self.emit.vectors));
+        self.emit.jump_if(&source.instruction, label);
+    }
+
+    /// Branches inside arrive here: what is known is what all of them know.
+    fn meet(&mut self, position: usize) {
+        self.emit.cached = None;
+        for &(_, label, vectors) in self.inner.iter().filter(|inner| inner.0 == position) {
+            self.emit.asm.bind(label);
+            self.emit.vectors &= vectors;
+        }
+    }
+
     /// An exit to the block at `target`. The displacement that leads to it is `ahead` bytes from here.
     fn exit_to(&mut self, target: u64, ahead: usize) -> Label {
         let at = self.emit.asm.here() + ahead as u64;
@@ -395,7 +446,10 @@ impl<'a> Block<'a> {
                 return true;
             }
             Kind::JumpIf => {
-                self.jump_if(source);
+                match source.inner {
+                    Some(position) => self.jump_inside(source, position),
+                    None => self.jump_if(source),
+                }
                 return false;
             }
             Kind::Call => {

@@ -1,0 +1,51 @@
+//! Blocks inside others: where a branch leads into the middle of what has been translated.
+//!
+//! ```text
+//!   block    i i i i i i jcc
+//!   inside       i i i i jcc    the same code, entered later
+//! ```
+//!
+//! That is possible where what comes before leaves nothing in temporaries that the rest relies on. Loops are found so: the
+//! code before one goes on into it, and its end leads back to its start.
+
+use super::{Block, Jit, Key};
+
+impl Jit {
+    /// A block for `key` inside another.
+    pub(super) fn find_inside(&mut self, key: Key) -> Option<u32> {
+        if self.lone.is_some() {
+            return None;
+        }
+        let page = self.pages.get(&(key.gpa >> 12)).filter(|page| page.version.is_current())?;
+        let (around, start) = page.blocks.iter().find_map(|&around| Some((around, self.enter_at(around, key)?)))?;
+        let Block { anchor, .. } = self.blocks[around as usize];
+        let block = self.blocks.len() as u32;
+        self.blocks.push(Block {
+            key,
+            anchor,
+            start,
+            marks: 0..0,
+            instructions: 0,
+            second: None,
+            landing: 0,
+            alive: true,
+        });
+        self.by_key.insert(key, block);
+        self.pages.get_mut(&(key.gpa >> 12))?.blocks.push(block);
+        Some(block)
+    }
+
+    /// Where the instruction of `key` begins in a block that it may be entered in.
+    fn enter_at(&self, around: u32, key: Key) -> Option<u64> {
+        let block = &self.blocks[around as usize];
+        let offset = key.gpa.wrapping_sub(block.key.gpa);
+        let same = block.alive && key.mode == block.key.mode && key.rip.wrapping_sub(block.key.rip) == offset;
+        if !same || offset > u64::from(u16::MAX) || block.second.is_some() {
+            return None;
+        }
+        let first = block.marks.start as usize;
+        let marks = &self.marks[first..first + usize::from(block.instructions)];
+        let mark = marks[marks.binary_search_by_key(&(offset as u16), |mark| mark.guest).ok()?];
+        mark.enter.then(|| block.start + u64::from(mark.host))
+    }
+}
