@@ -50,6 +50,7 @@ pub(crate) struct Label(u32);
 
 const UNBOUND: u32 = u32::MAX;
 
+#[derive(Clone, Copy)]
 struct Fixup {
     at: u32,
     label: Label,
@@ -78,6 +79,14 @@ impl Asm {
         }
     }
 
+    /// Begins anew, with code that will run at `base`.
+    pub(crate) fn restart(&mut self, base: u64) {
+        self.bytes.clear();
+        self.labels.clear();
+        self.fixups.clear();
+        (self.base, self.broken) = (base, false);
+    }
+
     /// Bytes so far.
     pub(crate) fn len(&self) -> usize {
         self.bytes.len()
@@ -90,12 +99,23 @@ impl Asm {
 
     /// The finished code; `None` where a short jump did not reach.
     pub(crate) fn finish(mut self) -> Option<Vec<u8>> {
-        for fixup in std::mem::take(&mut self.fixups) {
+        self.resolve_all().then_some(self.bytes)
+    }
+
+    /// Finishes the code. False where a short jump did not reach.
+    pub(crate) fn resolve_all(&mut self) -> bool {
+        for at in 0..self.fixups.len() {
+            let fixup = self.fixups[at];
             let target = self.labels[fixup.label.0 as usize];
             debug_assert_ne!(target, UNBOUND);
             self.resolve(&fixup, target);
         }
-        (!self.broken).then_some(self.bytes)
+        !self.broken
+    }
+
+    /// The code.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
     }
 
     fn resolve(&mut self, fixup: &Fixup, target: u32) {

@@ -104,7 +104,7 @@ pub(super) enum Address {
 }
 
 /// Code for later, out of the way.
-enum Cold<'a> {
+enum Cold {
     /// The access at `again` missed.
     Miss { here: Label, again: Label, address: Address, access: Access, site: u32 },
     /// An access may cross a page; it goes on at `back` where it does not.
@@ -113,8 +113,27 @@ enum Cold<'a> {
     Exit { here: Label, exit: u32, poll: bool },
     /// The instruction is the interpreter's.
     Site { here: Label, site: u32 },
-    /// A memory operand is not in the window.
-    Far(Far<'a>),
+}
+
+/// What emitting takes memory for: it serves one block after the other.
+pub(super) struct Room {
+    asm: Asm,
+    colds: Vec<Cold>,
+    /// Where the translation of each instruction begins.
+    pub marks: Vec<Mark>,
+}
+
+impl Default for Room {
+    fn default() -> Self {
+        Self { asm: Asm::new(0), colds: Vec::with_capacity(64), marks: Vec::with_capacity(32) }
+    }
+}
+
+impl Room {
+    /// The finished code.
+    pub(super) fn code(&self) -> &[u8] {
+        self.asm.bytes()
+    }
 }
 
 /// Addresses that emitted code has in it.
@@ -142,7 +161,8 @@ pub(super) struct Emit<'a> {
     known: Known,
     thunks: &'a Thunks,
     sites: &'a mut Vec<Site>,
-    colds: Vec<Cold<'a>>,
+    colds: Vec<Cold>,
+    fars: Vec<Far<'a>>,
     marks: Vec<Mark>,
     /// Bytes in front of the block.
     head: usize,
@@ -167,15 +187,26 @@ pub(super) struct Emit<'a> {
 }
 
 impl<'a> Emit<'a> {
-    pub(super) fn new(at: u64, (known, anchor): (Known, u32), thunks: &'a Thunks, sites: &'a mut Vec<Site>) -> Self {
-        let asm = Asm::new(at);
+    /// For code that is to run at `at`.
+    pub(super) fn new(
+        at: u64,
+        (known, anchor): (Known, u32),
+        thunks: &'a Thunks,
+        sites: &'a mut Vec<Site>,
+        room: Room,
+    ) -> Self {
+        let Room { mut asm, mut colds, mut marks } = room;
+        asm.restart(at);
+        colds.clear();
+        marks.clear();
         Self {
             asm,
             known,
             thunks,
             sites,
-            colds: Vec::with_capacity(64),
-            marks: Vec::with_capacity(32),
+            colds,
+            fars: Vec::new(),
+            marks,
             head: 0,
             entered: 0,
             pending: Vec::new(),
@@ -588,24 +619,24 @@ impl<'a> Emit<'a> {
 
     /// Puts off code for an operand that is not in the window.
     pub(super) fn put_off(&mut self, far: Far<'a>) {
-        self.colds.push(Cold::Far(far));
+        self.fars.push(far);
     }
 
     /// Ends the block: what was put off. The code before does not run on into it.
-    pub(super) fn finish(mut self) -> Option<(Vec<u8>, Vec<Mark>)> {
+    pub(super) fn finish(mut self) -> Option<Room> {
         self.island();
-        while !self.colds.is_empty() {
-            for cold in std::mem::take(&mut self.colds) {
-                self.cold(cold)?;
-            }
+        for far in std::mem::take(&mut self.fars) {
+            self.far(&far)?;
         }
-        Some((self.asm.finish()?, self.marks))
+        let mut colds = std::mem::take(&mut self.colds);
+        for cold in colds.drain(..) {
+            self.cold(cold);
+        }
+        self.asm.resolve_all().then_some(Room { asm: self.asm, colds, marks: self.marks })
     }
 
-    /// Emits what was put off; that may put off more. `None`: it cannot be done.
-    fn cold(&mut self, cold: Cold<'a>) -> Option<()> {
+    fn cold(&mut self, cold: Cold) {
         match cold {
-            Cold::Far(far) => self.far(&far)?,
             Cold::Miss { here, again, address, access, site } => {
                 self.asm.bind(here);
                 match address {
@@ -641,7 +672,6 @@ impl<'a> Emit<'a> {
                 self.leave_at(site);
             }
         }
-        Some(())
     }
 
     fn leave_at(&mut self, site: u32) {

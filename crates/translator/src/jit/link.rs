@@ -5,7 +5,7 @@ use memory::{Gpa, Gva, PAGE_SIZE};
 
 use super::anchor::FIXED;
 use super::asm::Asm;
-use super::emit::{Emit, T2, T3};
+use super::emit::{Emit, Room, T2, T3};
 use super::translate::Bytes;
 use super::{APART, Block, Jit, Key, Page, Ran, thunk};
 use crate::block::Version;
@@ -82,13 +82,14 @@ impl Jit {
         }
         let start = self.arena.next();
         #[cfg(debug_assertions)]
-        self.verify(&translation.code, &[]);
-        if self.arena.add(&translation.code).is_none() {
+        self.verify(translation.room.code(), &[]);
+        if self.arena.add(translation.room.code()).is_none() {
             return Ok(None);
         }
         Self::count_block(cpu, &translation);
         let first = self.marks.len() as u32;
-        self.marks.extend(translation.marks);
+        self.marks.extend_from_slice(&translation.room.marks);
+        self.room = translation.room;
         self.exits.extend(translation.exits);
         self.ops.extend(translation.ops);
         let block = self.blocks.len() as u32;
@@ -162,12 +163,20 @@ impl Jit {
         }
     }
 
+    /// Adds code to the code cache. Returns where it runs; `None`: the cache is full.
+    fn keep(&mut self, room: Room) -> Option<u64> {
+        let at = self.arena.add(room.code()).map(|at| at.as_ptr() as u64);
+        self.room = room;
+        at
+    }
+
     /// Code between an exit and a block on another page: the page has to be where the exit leads.
     fn bridge(&mut self, exit: &super::Exit, block: u32) -> Option<u64> {
         let landing = self.make_landing(block)?;
         let Block { key, anchor, start, .. } = self.blocks[block as usize];
         let distance = i32::try_from(exit.target as i64 - key.rip as i64).ok()?;
-        let mut emit = Emit::new(self.arena.next(), (self.known, exit.anchor), &self.thunks, &mut self.sites);
+        let room = std::mem::take(&mut self.room);
+        let mut emit = Emit::new(self.arena.next(), (self.known, exit.anchor), &self.thunks, &mut self.sites, room);
         let right = emit.asm.label();
         emit.distance(anchor, distance);
         emit.asm.jrcxz(right);
@@ -176,10 +185,10 @@ impl Jit {
         emit.asm.jmp_to(landing);
         emit.asm.bind(right);
         emit.asm.jmp_to(start);
-        let (code, _) = emit.finish()?;
+        let room = emit.finish()?;
         #[cfg(debug_assertions)]
-        self.verify(&code, &[start, landing]);
-        self.arena.add(&code).map(|at| at.as_ptr() as u64)
+        self.verify(room.code(), &[start, landing]);
+        self.keep(room)
     }
 
     /// Makes indirect branches to a block's address find it.
@@ -205,13 +214,14 @@ impl Jit {
         if landing != 0 {
             return Some(landing);
         }
-        let mut emit = Emit::new(self.arena.next(), (self.known, anchor), &self.thunks, &mut self.sites);
+        let room = std::mem::take(&mut self.room);
+        let mut emit = Emit::new(self.arena.next(), (self.known, anchor), &self.thunks, &mut self.sites, room);
         emit.landing(key.rip);
         emit.asm.jmp_to(start);
-        let (code, _) = emit.finish()?;
+        let room = emit.finish()?;
         #[cfg(debug_assertions)]
-        self.verify(&code, &[start]);
-        let landing = self.arena.add(&code)?.as_ptr() as u64;
+        self.verify(room.code(), &[start]);
+        let landing = self.keep(room)?;
         self.blocks[block as usize].landing = landing;
         Some(landing)
     }

@@ -203,11 +203,12 @@ impl Jit {
 /// Makes INC of RAX and of memory at RDI what DEC is: a mistake for tests to find.
 #[cfg(test)]
 pub(super) fn mistranslate(source: &mut Source<'_>) {
-    match source.bytes {
-        [0x48, 0xff, 0xc0, ..] => source.bytes = &[0x48, 0xff, 0xc8],
-        [0x48, 0xff, 0x07, ..] => source.bytes = &[0x48, 0xff, 0x0f],
-        _ => {}
-    }
+    let other = match source.bytes {
+        [0x48, 0xff, 0xc0, ..] => [0x48, 0xff, 0xc8],
+        [0x48, 0xff, 0x07, ..] => [0x48, 0xff, 0x0f],
+        _ => return,
+    };
+    source.encoding = super::encoding::Encoding::parse(&other);
 }
 
 /// RFLAGS bits of status flags as iced numbers them.

@@ -56,7 +56,7 @@ use crate::home::Hot;
 use crate::mmu::DataMode;
 use anchor::{Anchors, FIXED};
 use callback::{Context, Interpreted};
-use emit::{Known, Site};
+use emit::{Known, Room, Site};
 use fault::{Active, Shadow};
 use lone::Lone;
 use template::{Kind, Templates, Unit};
@@ -300,6 +300,8 @@ pub(crate) struct Jit {
     exits: Vec<Exit>,
     sites: Vec<Site>,
     marks: Vec<Mark>,
+    /// What emitting takes memory for.
+    room: Room,
     /// Operations that translated code has the addresses of.
     #[expect(clippy::vec_box, reason = "translated code has their addresses")]
     ops: Vec<Box<Interpreted>>,
@@ -379,6 +381,7 @@ impl Jit {
             exits: Vec::new(),
             sites: Vec::new(),
             marks: Vec::new(),
+            room: Room::default(),
             ops: Vec::new(),
             pages: Map::default(),
             anchors: Anchors::default(),

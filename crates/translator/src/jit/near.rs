@@ -28,7 +28,6 @@ pub(super) struct Far<'a> {
     again: Label,
     back: Label,
     source: Source<'a>,
-    encoding: Encoding,
     /// [`Emit::cached`] before the instruction and behind it.
     before: Option<usize>,
     after: Option<usize>,
@@ -49,7 +48,7 @@ impl<'a> Emit<'a> {
         self.compare_window(source, operand, bytes, distance, here);
         self.operate(source, encoding, Some(moved(operand, distance)));
         let (back, after) = (self.asm.bound(), self.cached);
-        self.put_off(Far { here, again, back, source: *source, encoding: *encoding, before, after });
+        self.put_off(Far { here, again, back, source: *source, before, after });
         true
     }
 
@@ -58,7 +57,7 @@ impl<'a> Emit<'a> {
         self.asm.bind(far.here);
         (self.cached, self.rip) = (far.before, far.source.instruction.ip());
         self.mark(false);
-        self.checked(&far.source, &far.encoding, far.again)?;
+        self.checked(&far.source, &far.source.encoding?, far.again)?;
         debug_assert_eq!(self.cached, far.after);
         self.asm.jmp(far.back);
         Some(())

@@ -31,7 +31,7 @@ impl Jit {
         let ledger = &cpu.config.ledger;
         ledger.work(Work::Translate, 1);
         ledger.work(Work::TranslateInstructions, translation.instructions as u64);
-        ledger.work(Work::TranslateBytes, translation.code.len() as u64);
+        ledger.work(Work::TranslateBytes, translation.room.code().len() as u64);
     }
 }
 

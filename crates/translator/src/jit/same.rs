@@ -18,6 +18,8 @@ pub(super) struct Source<'a> {
     pub template: Template,
     /// Its bytes.
     pub bytes: &'a [u8],
+    /// Taken apart, where that is needed.
+    pub encoding: Option<Encoding>,
     pub constants: ConstantOffsets,
     /// Status flags are needed after the checks of its memory operand.
     pub live: bool,
@@ -37,7 +39,7 @@ impl Source<'_> {
         let template = &self.template;
         let shared = template.reads_rcx || template.writes_rcx || template.second.general;
         shared
-            && Encoding::parse(self.bytes).is_none_or(|encoding| {
+            && self.encoding.is_none_or(|encoding| {
                 let other = template.reads_rcx || template.writes_rcx || spilled(template.second, encoding.second);
                 other && spilled(template.reg, encoding.reg)
             })
@@ -99,7 +101,7 @@ impl<'a> Emit<'a> {
 
     /// Translates an instruction to itself. `None`: this cannot be done.
     pub(super) fn same(&mut self, source: &Source<'a>) -> Option<()> {
-        let encoding = Encoding::parse(source.bytes)?;
+        let encoding = source.encoding?;
         let memory = source.instruction.op_kinds().any(|kind| kind == OpKind::Memory);
         if memory == encoding.direct || memory && reaches_beyond(&source.instruction) {
             return None;
@@ -255,7 +257,7 @@ impl<'a> Emit<'a> {
 
     /// LEA.
     pub(super) fn load_address(&mut self, source: &Source<'_>) -> Option<()> {
-        let encoding = Encoding::parse(source.bytes)?;
+        let encoding = source.encoding?;
         let number = usize::from(encoding.reg);
         let size = source.instruction.op0_register().size();
         if size == 2 {
@@ -421,7 +423,7 @@ pub(super) fn moves_stack_pointer(source: &Source<'_>) -> bool {
 /// True where a general-purpose register operand that is written is RSP or a part of it.
 pub(super) fn writes_stack_pointer(source: &Source<'_>) -> bool {
     let template = &source.template;
-    let Some(encoding) = Encoding::parse(source.bytes) else { return false };
+    let Some(encoding) = source.encoding else { return false };
     let of_stack = |field: Field, number: u8| field.general && field.written && number == RSP;
     of_stack(template.reg, encoding.reg)
         || encoding.direct && of_stack(template.rm, encoding.rm)

@@ -10,13 +10,14 @@ use memory::{Gpa, Gva, PAGE_SIZE};
 use super::anchor::FIXED;
 use super::asm::Label;
 use super::callback::Interpreted;
-use super::emit::{Emit, condition};
+use super::emit::{Emit, Room, condition};
+use super::encoding::Encoding;
 use super::group::{self, Group, Part};
 use super::lone::stands_alone;
 use super::profile;
 use super::same::{Source, moves_stack_pointer};
 use super::template::{Kind, Unit, disturbs_stack_pointer};
-use super::{APART, Exit, Jit, Key, Mark, NEAR, live};
+use super::{APART, Exit, Jit, Key, NEAR, live};
 use crate::block::Version;
 use crate::cpu::Cpu;
 use crate::decode::CodePlace;
@@ -59,12 +60,12 @@ pub(super) struct Second {
 
 /// A translated block, not yet in the code cache.
 pub(super) struct Translation {
-    pub code: Vec<u8>,
+    /// The code, and where its instructions are.
+    pub room: Room,
     /// Bytes in front of the block, for who lands there.
     pub head: usize,
     pub instructions: usize,
     pub exits: Vec<Exit>,
-    pub marks: Vec<Mark>,
     #[expect(clippy::vec_box, reason = "translated code has their addresses")]
     pub ops: Vec<Box<Interpreted>>,
 }
@@ -133,7 +134,7 @@ impl Jit {
         }
         let at = self.arena.next();
         let mut block = Block {
-            emit: Emit::new(at, (self.known, anchor), &self.thunks, &mut self.sites),
+            emit: Emit::new(at, (self.known, anchor), &self.thunks, &mut self.sites, std::mem::take(&mut self.room)),
             key,
             first_exit: self.exits.len() as u32,
             exits: Vec::with_capacity(8),
@@ -190,8 +191,7 @@ impl Jit {
             block.emit.asm.jmp(out);
         }
         let Block { emit, exits, ops, .. } = block;
-        let (code, marks) = emit.finish()?;
-        Some(Translation { code, head, instructions: sources.len(), exits, marks, ops })
+        Some(Translation { room: emit.finish()?, head, instructions: sources.len(), exits, ops })
     }
 
     /// Finds out which flags are needed before each instruction, last first, and tells the instructions. `None`: there are
@@ -253,6 +253,9 @@ impl Jit {
                 instruction,
                 template,
                 bytes: &bytes[at..],
+                encoding: matches!(template.kind, Kind::Same | Kind::Lea)
+                    .then(|| Encoding::parse(&bytes[at..]))
+                    .flatten(),
                 constants,
                 live: true,
                 forgets: false,
