@@ -140,6 +140,10 @@ impl<'a> Emit<'a> {
         let place = match place {
             Some(at) => Place::Mem(at),
             None if rm_at_hand => Place::Reg(T3),
+            // What is written is at hand for the next, which need not wait for the store.
+            None if template.rm.written && spilled(template.rm, encoding.rm) && reg != T3 && !source.part.inside => {
+                Place::Reg(self.operand(template.rm, encoding.rm, T3))
+            }
             None if template.rm.memory && spilled(template.rm, encoding.rm) => {
                 if template.rm.written {
                     self.outdated(encoding.rm.into());
