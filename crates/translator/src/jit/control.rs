@@ -11,7 +11,8 @@ use iced_x86::{Code, Instruction, OpKind};
 
 use super::anchor::FIXED;
 use super::asm::{At, Label};
-use super::emit::{Access, Address, Emit, HOST, STACK, T1, T2, T3};
+use super::check::Access;
+use super::emit::{Address, Emit, HOST, STACK, T1, T2, T3};
 use super::same::Source;
 use super::thunk;
 use crate::home::offset;
@@ -151,7 +152,7 @@ impl Emit<'_> {
         let right = self.asm.label();
         self.difference(T2, next);
         self.asm.jrcxz(right);
-        self.asm.jmp_to(self.thunks().mismatch[usize::from(user)]);
+        self.asm.jmp_to(self.thunks.mismatch[usize::from(user)]);
         self.asm.bind(right);
         self.vectors = false;
         self.cached = None;
@@ -233,9 +234,9 @@ impl Emit<'_> {
     pub(super) fn interpret(&mut self, op: u64, last: bool) {
         self.asm.constant(T2, op);
         if last {
-            self.asm.jmp_to(self.thunks().last);
+            self.asm.jmp_to(self.thunks.last);
         } else {
-            self.asm.call_to(self.thunks().op);
+            self.asm.call_to(self.thunks.op);
         }
         self.vectors = false;
         self.cached = None;

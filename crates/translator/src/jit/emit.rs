@@ -19,6 +19,7 @@ use iced_x86::{Instruction, Register};
 use super::Mark;
 use super::anchor::FIXED;
 use super::asm::{Asm, At, Label, reg};
+use super::cold::Cold;
 use super::near::Far;
 use super::thunk::Thunks;
 use crate::home::offset;
@@ -39,11 +40,6 @@ pub(super) const READ_BIAS: u64 = 36 << 8 | 12;
 const RSP: usize = 4;
 /// A jump of the host's with a displacement of 32 bits.
 const JUMP_BYTES: u16 = 5;
-
-/// The register of the table that an access looks into, and what is too much in it.
-fn table_for(access: Access) -> (u8, i32) {
-    if access.write { (WRITE, 0) } else { (READ, READ_BIAS as i32) }
-}
 
 /// The host register that holds a guest register, where one does.
 pub(super) const HOST: [Option<u8>; 16] = [
@@ -79,21 +75,6 @@ pub(super) mod condition {
     pub(crate) const ABOVE: u8 = 7;
 }
 
-/// What an access is like.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Access {
-    pub bytes: u32,
-    pub write: bool,
-    /// It cannot cross a page, or the processor refuses it where it does.
-    pub aligned: bool,
-    /// The processor refuses it where it is not aligned, before it looks at the page.
-    pub refused: bool,
-    /// It is not worth hoping that it is aligned.
-    pub anywhere: bool,
-    /// Status flags must survive the check.
-    pub live: bool,
-}
-
 /// A guest address.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Address {
@@ -103,22 +84,10 @@ pub(super) enum Address {
     Constant(i32),
 }
 
-/// Code for later, out of the way.
-enum Cold {
-    /// The access at `again` missed.
-    Miss { here: Label, again: Label, address: Address, access: Access, site: u32 },
-    /// An access may cross a page; it goes on at `back` where it does not.
-    Unaligned { here: Label, back: Label, address: u8, access: Access, site: u32 },
-    /// An exit: number of an [`super::Exit`].
-    Exit { here: Label, exit: u32, poll: bool },
-    /// The instruction is the interpreter's.
-    Site { here: Label, site: u32 },
-}
-
 /// What emitting takes memory for: it serves one block after the other.
 pub(super) struct Room {
-    asm: Asm,
-    colds: Vec<Cold>,
+    pub asm: Asm,
+    pub colds: Vec<Cold>,
     /// Where the translation of each instruction begins.
     pub marks: Vec<Mark>,
 }
@@ -159,18 +128,18 @@ pub(super) struct Site {
 pub(super) struct Emit<'a> {
     pub asm: Asm,
     known: Known,
-    thunks: &'a Thunks,
+    pub thunks: &'a Thunks,
     sites: &'a mut Vec<Site>,
-    colds: Vec<Cold>,
-    fars: Vec<Far<'a>>,
-    marks: Vec<Mark>,
+    pub colds: Vec<Cold>,
+    pub fars: Vec<Far<'a>>,
+    pub marks: Vec<Mark>,
     /// Bytes in front of the block.
     head: usize,
     /// Where it may be entered last.
     entered: u16,
     /// Short jumps that still need a place to land, and where they go on to.
-    pending: Vec<(Label, Label)>,
-    oldest: usize,
+    pub pending: Vec<(Label, Label)>,
+    pub oldest: usize,
     /// The number the block will have, and its first instruction.
     pub block: (u32, u64),
     /// Address of the instruction being translated, from where the anchor is.
@@ -219,10 +188,6 @@ impl<'a> Emit<'a> {
             window: None,
             careful: false,
         }
-    }
-
-    pub(super) fn thunks(&self) -> &'a Thunks {
-        self.thunks
     }
 
     /// Where the vCPU's home starts.
@@ -456,101 +421,6 @@ impl<'a> Emit<'a> {
         Address::In(T2)
     }
 
-    /// Checks an access; T1 then holds the addend. `again` is where the instruction's translation starts: it must be
-    /// possible to go through it once more. Returns where the operand is.
-    pub(super) fn check(&mut self, address: Address, access: Access, again: Label) -> At {
-        let site = self.site(0);
-        let miss = self.asm.label();
-        self.colds.push(Cold::Miss { here: miss, again, address, access, site });
-        let register = match address {
-            Address::Constant(value) => {
-                let (table, bias) = table_for(access);
-                let index = crate::mmu::table_index(value as i64 as u64);
-                match i32::try_from(8 * index) {
-                    Ok(near) => self.asm.load(T1, At::Base(table, near - bias)),
-                    Err(_) => {
-                        self.asm.constant(T1, index as u64);
-                        self.asm.load(T1, At::Index(table, T1, 3, -bias));
-                    }
-                }
-                self.missing(access.live, miss);
-                return At::Base(T1, value);
-            }
-            Address::In(register) => register,
-        };
-        if !access.aligned && access.bytes > 1 {
-            if access.live {
-                self.crossing_with_flags(register, access, site);
-            } else {
-                self.crossing(register, access, site);
-            }
-        }
-        if access.live {
-            self.asm.extract_at(T1, register, self.field(offset::INDEX_BITS));
-        } else {
-            self.asm.extract_bits(T1, register, READ);
-        }
-        let (table, bias) = table_for(access);
-        self.asm.load(T1, At::Index(table, T1, 3, -bias));
-        self.missing(access.live, miss);
-        At::Index(register, T1, 0, 0)
-    }
-
-    /// Goes to `miss` where T1 is zero.
-    fn missing(&mut self, live: bool, miss: Label) {
-        if live {
-            let near = self.asm.label();
-            if self.pending.is_empty() {
-                self.oldest = self.asm.len();
-            }
-            self.pending.push((near, miss));
-            self.asm.jrcxz(near);
-            if self.careful {
-                self.land_pending();
-            }
-        } else {
-            self.asm.test(T1, T1);
-            self.asm.jcc(condition::ZERO, miss);
-        }
-    }
-
-    /// Leaves where an access may cross a page; flags are lost.
-    fn crossing(&mut self, register: u8, access: Access, site: u32) {
-        if access.bytes.is_power_of_two() && !access.anywhere && access.bytes <= 128 {
-            let (unaligned, back) = (self.asm.label(), self.asm.label());
-            self.asm.test_byte(register, (access.bytes - 1) as u8);
-            self.asm.jcc(condition::NOT_ZERO, unaligned);
-            self.asm.bind(back);
-            self.colds.push(Cold::Unaligned { here: unaligned, back, address: register, access, site });
-        } else {
-            let crosses = self.asm.label();
-            self.compare_page_end(T1, register, access.bytes);
-            self.asm.jcc(condition::ABOVE, crosses);
-            self.colds.push(Cold::Site { here: crosses, site });
-        }
-    }
-
-    /// Leaves where an access may cross a page; flags stay.
-    fn crossing_with_flags(&mut self, register: u8, access: Access, site: u32) {
-        let (inside, crosses) = (self.asm.label(), self.asm.label());
-        self.asm.extract_at(T1, register, self.field(offset::OFFSET_BITS));
-        self.asm.lea(T1, At::Base(T1, access.bytes as i32 - 1));
-        self.asm.extract_at(T1, T1, self.field(offset::PAGE_BIT));
-        self.asm.jrcxz(inside);
-        self.asm.jmp(crosses);
-        self.asm.bind(inside);
-        self.colds.push(Cold::Site { here: crosses, site });
-    }
-
-    /// "Above" where `bytes` at an address cross its page's end.
-    pub(super) fn compare_page_end(&mut self, temporary: u8, address: u8, bytes: u32) {
-        if temporary != address {
-            self.asm.mov_32(temporary, address);
-        }
-        self.asm.and_32(temporary, 0xfff);
-        self.asm.compare_32(temporary, 0x1000 - bytes as i32);
-    }
-
     /// Makes sure that the guest's vector registers are in the processor.
     pub(super) fn need_vectors(&mut self) {
         if !std::mem::replace(&mut self.vectors, true) {
@@ -593,90 +463,6 @@ impl<'a> Emit<'a> {
         self.asm.jrcxz(on);
         self.asm.jmp(out);
         self.asm.bind(on);
-    }
-
-    /// Between two instructions: gives short jumps a place to land before it is too far.
-    pub(super) fn between(&mut self) {
-        if !self.pending.is_empty() && self.asm.len() - self.oldest > 30 {
-            self.land_pending();
-        }
-    }
-
-    /// Gives short jumps a place to land here, and goes on behind it.
-    fn land_pending(&mut self) {
-        let over = self.asm.label();
-        self.asm.jmp_short(over);
-        self.island();
-        self.asm.bind(over);
-    }
-
-    fn island(&mut self) {
-        for (near, far) in std::mem::take(&mut self.pending) {
-            self.asm.bind(near);
-            self.asm.jmp(far);
-        }
-    }
-
-    /// Puts off code for an operand that is not in the window.
-    pub(super) fn put_off(&mut self, far: Far<'a>) {
-        self.fars.push(far);
-    }
-
-    /// Ends the block: what was put off. The code before does not run on into it.
-    pub(super) fn finish(mut self) -> Option<Room> {
-        self.island();
-        for far in std::mem::take(&mut self.fars) {
-            self.far(&far)?;
-        }
-        let mut colds = std::mem::take(&mut self.colds);
-        for cold in colds.drain(..) {
-            self.cold(cold);
-        }
-        self.asm.resolve_all().then_some(Room { asm: self.asm, colds, marks: self.marks })
-    }
-
-    fn cold(&mut self, cold: Cold) {
-        match cold {
-            Cold::Miss { here, again, address, access, site } => {
-                self.asm.bind(here);
-                match address {
-                    Address::In(T2) => {}
-                    Address::In(register) => self.asm.mov(T2, register),
-                    Address::Constant(value) => self.asm.constant(T2, value as i64 as u64),
-                }
-                if access.refused {
-                    let aligned = self.asm.label();
-                    self.asm.constant(T1, u64::from(access.bytes - 1));
-                    self.asm.extract(T1, T2, T1);
-                    self.asm.jrcxz(aligned);
-                    self.leave_at(site);
-                    self.asm.bind(aligned);
-                }
-                self.asm.constant(T1, site.into());
-                self.asm.call_to(if access.write { self.thunks.miss_write } else { self.thunks.miss_read });
-                self.asm.jmp(again);
-            }
-            Cold::Unaligned { here, back, address, access, site } => {
-                self.asm.bind(here);
-                self.compare_page_end(T1, address, access.bytes);
-                self.asm.jcc(condition::BELOW_OR_EQUAL, back);
-                self.leave_at(site);
-            }
-            Cold::Exit { here, exit, poll } => {
-                self.asm.bind(here);
-                self.asm.constant(T1, exit.into());
-                self.asm.jmp_to(if poll { self.thunks.poll } else { self.thunks.chain });
-            }
-            Cold::Site { here, site } => {
-                self.asm.bind(here);
-                self.leave_at(site);
-            }
-        }
-    }
-
-    fn leave_at(&mut self, site: u32) {
-        self.asm.constant(T1, site.into());
-        self.asm.jmp_to(self.thunks.site);
     }
 
     /// Saves the status flags.

@@ -17,6 +17,8 @@
 mod anchor;
 mod asm;
 mod callback;
+mod check;
+mod cold;
 mod control;
 mod emit;
 mod encoding;

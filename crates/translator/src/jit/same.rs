@@ -3,7 +3,8 @@
 use iced_x86::{ConstantOffsets, Instruction, OpKind, Register};
 
 use super::asm::{At, Label, Place, reg};
-use super::emit::{Access, Address, Emit, HOST, T1, T2, T3};
+use super::check::Access;
+use super::emit::{Address, Emit, HOST, T1, T2, T3};
 use super::encoding::{Encoding, Operands};
 use super::group::{Part, at_stack};
 use super::template::{Field, Kind, Template};

@@ -1,0 +1,104 @@
+//! Code out of the way: what is rarely gone through stands behind the block.
+
+use super::asm::Label;
+use super::check::Access;
+use super::emit::{Address, Emit, Room, T1, T2, condition};
+use super::near::Far;
+
+/// Code for later, out of the way.
+pub(super) enum Cold {
+    /// The access at `again` missed.
+    Miss { here: Label, again: Label, address: Address, access: Access, site: u32 },
+    /// An access may cross a page; it goes on at `back` where it does not.
+    Unaligned { here: Label, back: Label, address: u8, access: Access, site: u32 },
+    /// An exit: number of an [`super::Exit`].
+    Exit { here: Label, exit: u32, poll: bool },
+    /// The instruction is the interpreter's.
+    Site { here: Label, site: u32 },
+}
+
+impl<'a> Emit<'a> {
+    /// Between two instructions: gives short jumps a place to land before it is too far.
+    pub(super) fn between(&mut self) {
+        if !self.pending.is_empty() && self.asm.len() - self.oldest > 30 {
+            self.land_pending();
+        }
+    }
+
+    /// Gives short jumps a place to land here, and goes on behind it.
+    pub(super) fn land_pending(&mut self) {
+        let over = self.asm.label();
+        self.asm.jmp_short(over);
+        self.island();
+        self.asm.bind(over);
+    }
+
+    fn island(&mut self) {
+        for (near, far) in std::mem::take(&mut self.pending) {
+            self.asm.bind(near);
+            self.asm.jmp(far);
+        }
+    }
+
+    /// Puts off code for an operand that is not in the window.
+    pub(super) fn put_off(&mut self, far: Far<'a>) {
+        self.fars.push(far);
+    }
+
+    /// Ends the block: what was put off. The code before does not run on into it.
+    pub(super) fn finish(mut self) -> Option<Room> {
+        self.island();
+        for far in std::mem::take(&mut self.fars) {
+            self.far(&far)?;
+        }
+        let mut colds = std::mem::take(&mut self.colds);
+        for cold in colds.drain(..) {
+            self.cold(cold);
+        }
+        self.asm.resolve_all().then_some(Room { asm: self.asm, colds, marks: self.marks })
+    }
+
+    fn cold(&mut self, cold: Cold) {
+        match cold {
+            Cold::Miss { here, again, address, access, site } => {
+                self.asm.bind(here);
+                match address {
+                    Address::In(T2) => {}
+                    Address::In(register) => self.asm.mov(T2, register),
+                    Address::Constant(value) => self.asm.constant(T2, value as i64 as u64),
+                }
+                if access.refused {
+                    let aligned = self.asm.label();
+                    self.asm.constant(T1, u64::from(access.bytes - 1));
+                    self.asm.extract(T1, T2, T1);
+                    self.asm.jrcxz(aligned);
+                    self.leave_at(site);
+                    self.asm.bind(aligned);
+                }
+                self.asm.constant(T1, site.into());
+                self.asm.call_to(if access.write { self.thunks.miss_write } else { self.thunks.miss_read });
+                self.asm.jmp(again);
+            }
+            Cold::Unaligned { here, back, address, access, site } => {
+                self.asm.bind(here);
+                self.compare_page_end(T1, address, access.bytes);
+                self.asm.jcc(condition::BELOW_OR_EQUAL, back);
+                self.leave_at(site);
+            }
+            Cold::Exit { here, exit, poll } => {
+                self.asm.bind(here);
+                self.asm.constant(T1, exit.into());
+                self.asm.jmp_to(if poll { self.thunks.poll } else { self.thunks.chain });
+            }
+            Cold::Site { here, site } => {
+                self.asm.bind(here);
+                self.leave_at(site);
+            }
+        }
+    }
+
+    fn leave_at(&mut self, site: u32) {
+        self.asm.constant(T1, site.into());
+        self.asm.jmp_to(self.thunks.site);
+    }
+}

@@ -1,0 +1,130 @@
+//! Pieces of code that are good, and others that are not.
+
+use super::*;
+use crate::jit::asm::reg::{R8, R11, R14, R15, RAX, RCX, RSP};
+use crate::jit::asm::{Asm, At};
+use crate::jit::emit::condition;
+
+const AT: u64 = 0x7000_0000;
+const BOUNDS: Bounds<'_> = Bounds {
+    known: Known { low: 0x4000_0000, signal: 0x5000_0000 },
+    thunks: 0x6fff_0000..0x6fff_1000,
+    keeping: [0x6fff_0800; 3],
+    distance: 0x1000_0000,
+    others: &[],
+};
+const HOST: At = At::Index(R8, RCX, 0, 0);
+const BIAS: i32 = READ_BIAS as i32;
+
+fn complaint(build: impl FnOnce(&mut Asm)) -> String {
+    let mut asm = Asm::new(AT);
+    build(&mut asm);
+    asm.jmp_to(BOUNDS.thunks.start);
+    check(&asm.finish().unwrap(), AT, &BOUNDS).err().unwrap_or_default()
+}
+
+/// The check of an access at R8, with `access` after it; both go on behind it.
+fn checked(asm: &mut Asm, table: u8, bias: i32, access: impl FnOnce(&mut Asm)) {
+    let miss = asm.label();
+    asm.extract_bits(RCX, R8, R15);
+    asm.load(RCX, At::Index(table, RCX, 3, -bias));
+    asm.jrcxz(miss);
+    access(asm);
+    asm.bind(miss);
+}
+
+#[test]
+fn checked_accesses_are_good() {
+    assert_eq!(complaint(|asm| checked(asm, R15, BIAS, |asm| asm.load(RAX, HOST))), "");
+    assert_eq!(complaint(|asm| checked(asm, R14, 0, |asm| asm.store(HOST, RAX))), "");
+    let folded = |asm: &mut Asm| {
+        asm.lea(R11, HOST);
+        asm.store(At::Base(R11, 0), RAX);
+    };
+    assert_eq!(complaint(|asm| checked(asm, R14, 0, folded)), "");
+}
+
+#[test]
+fn unchecked_accesses_are_not() {
+    let wrong = |build: &dyn Fn(&mut Asm)| {
+        let complaint = complaint(build);
+        assert!(complaint.contains("reaches"), "{complaint:?}");
+    };
+    wrong(&|asm| checked(asm, R15, BIAS, |asm| asm.store(HOST, RAX))); // a read entry
+    wrong(&|asm| checked(asm, R14, 0, |asm| asm.load(RAX, At::Index(R8, RCX, 0, 8)))); // displaced
+    wrong(&|asm| asm.load(RAX, HOST));
+    wrong(&|asm| asm.load(RAX, At::Base(R8, 0)));
+    wrong(&|asm| asm.load(RAX, At::Base(R15, 0))); // a table, but not to be checked
+    wrong(&|asm| asm.load(RAX, At::Absolute(0x3fff_fff8)));
+    wrong(&|asm| asm.load(RAX, At::Absolute(0x4000_0000 + offset::END - 4)));
+    wrong(&|asm| {
+        // The index is not kept in the table.
+        asm.rotate_right(RCX, R8, 12);
+        asm.load(RCX, At::Index(R15, RCX, 3, -BIAS));
+    });
+    wrong(&|asm| {
+        // Where the access missed, it is made as well.
+        checked(asm, R14, 0, |_| {});
+        asm.store(HOST, RAX);
+    });
+    wrong(&|asm| {
+        // The addend is lost on the way.
+        checked(asm, R14, 0, |asm| {
+            asm.lea(RCX, At::Base(RCX, 8));
+            asm.lea(RCX, At::Base(RCX, 8));
+            asm.store(HOST, RAX);
+        });
+    });
+}
+
+/// The check that a page at R8 is in the window, with an access after it.
+fn near(asm: &mut Asm, table: u8, bias: i32, access: impl FnOnce(&mut Asm)) {
+    let far = asm.label();
+    asm.lea(RCX, At::Index(R8, RAX, 3, 15));
+    asm.extract_bits(RCX, RCX, R15);
+    asm.compare_at(At::Index(table, RCX, 3, -bias), BOUNDS.distance as i32);
+    asm.jcc(condition::NOT_ZERO, far);
+    access(asm);
+    asm.bind(far);
+}
+
+#[test]
+fn accesses_in_the_window_follow_the_comparison_of_their_own_address() {
+    let at = |distance: i32| At::Index(R8, RAX, 3, BOUNDS.distance as i32 + distance);
+    assert_eq!(complaint(|asm| near(asm, R15, BIAS, |asm| asm.load(RAX, at(8)))), "");
+    assert_eq!(complaint(|asm| near(asm, R14, 0, |asm| asm.store(at(15), R11))), "");
+    let wrong = |build: &dyn Fn(&mut Asm)| {
+        let complaint = complaint(build);
+        assert!(complaint.contains("reaches"), "{complaint:?}");
+    };
+    wrong(&|asm| near(asm, R15, BIAS, |asm| asm.store(at(8), R11))); // a read entry
+    wrong(&|asm| near(asm, R14, 0, |asm| asm.load(R11, at(0x100)))); // too far away
+    wrong(&|asm| near(asm, R14, 0, |asm| asm.load(R11, At::Index(R8, RAX, 2, BOUNDS.distance as i32))));
+    wrong(&|asm| near(asm, R14, 0, |asm| asm.load(R11, At::Index(R8, RAX, 3, 8)))); // without the distance
+    wrong(&|asm| {
+        near(asm, R14, 0, |asm| {
+            asm.lea(RAX, At::Base(RAX, 8)); // another address since
+            asm.load(R11, at(8));
+        });
+    });
+    wrong(&|asm| {
+        near(asm, R14, 0, |_| {});
+        asm.load(R11, at(8)); // whatever came of it
+    });
+}
+
+#[test]
+fn jumps_stay_inside_and_the_monitors_registers_stay() {
+    assert!(complaint(|asm| asm.jmp_to(AT + 0x1000)).contains("goes to 0x70001000"));
+    assert!(complaint(|asm| asm.jmp_to(AT + 1)).contains("goes to 0x70000001"));
+    let unended = [0x90];
+    assert!(check(&unended, AT, &BOUNDS).is_err_and(|complaint| complaint.contains("runs over its end")));
+    for change in [RSP, R14, R15] {
+        let said = complaint(|asm| asm.mov(change, RAX));
+        assert!(said.contains("changes R"), "{said}");
+    }
+    // syscall, wrfsbase, mov rax from fs, push, popfq
+    for bytes in [&[0x0f, 0x05][..], &[0xf3, 0x48, 0x0f, 0xae, 0xd0], &[0x64, 0x48, 0x8b, 0x00], &[0x50], &[0x9d]] {
+        assert!(!complaint(|asm| asm.raw(bytes)).is_empty(), "{bytes:x?}");
+    }
+}
