@@ -230,13 +230,13 @@ impl Emit<'_> {
         Some(())
     }
 
-    /// Calls the interpreter's handler for an instruction; goes to it for good where the block ends there.
-    pub(super) fn interpret(&mut self, op: u64, last: bool) {
+    /// Calls `thunk`, which calls the interpreter's handler for an instruction; goes to the handler for good where the block
+    /// ends there.
+    pub(super) fn interpret(&mut self, op: u64, thunk: Option<u64>) {
         self.asm.constant(T2, op);
-        if last {
-            self.asm.jmp_to(self.thunks.last);
-        } else {
-            self.asm.call_to(self.thunks.op);
+        match thunk {
+            Some(thunk) => self.asm.call_to(thunk),
+            None => self.asm.jmp_to(self.thunks.last),
         }
         self.vectors = false;
         self.cached = None;

@@ -35,6 +35,7 @@ mod profile;
 mod same;
 #[cfg(test)]
 mod sequences;
+mod strings;
 mod template;
 #[cfg(test)]
 mod tests;
@@ -347,8 +348,9 @@ impl Jit {
         let (mut arena, shadows) = made().map_err(|error| Self::unusable::<()>(&error.to_string())).ok()?;
         let begins = [shadows[0].begin(), shadows[1].begin()];
         let avx = if is_x86_feature_detected!("avx") { 4 } else { 0 };
+        let known = Known { low, signal };
         let plan = thunk::Plan {
-            low,
+            known,
             components: 3 | avx,
             on_miss: callback::on_miss as *const () as u64,
             on_op: callback::on_op as *const () as u64,
@@ -371,7 +373,7 @@ impl Jit {
         let hot = cpu.state.hot_mut();
         (hot.begins, hot.pointers, hot.shadow) = (begins, begins, begins[0]);
         let mut jit = Self {
-            known: Known { low, signal },
+            known,
             distance: cpu.window.distance(),
             floor: arena.used(),
             arena,

@@ -10,7 +10,8 @@
 //! registers in the XSAVE area, whenever the monitor runs.
 
 use super::asm::{Asm, At, Label, reg};
-use super::emit::{HOST, READ, READ_BIAS, T1, T2, T3, WRITE};
+use super::emit::{HOST, Known, READ, READ_BIAS, T1, T2, T3, WRITE};
+use super::strings;
 use crate::home::{NOWHERE, offset};
 
 /// Why generated code was left: [`crate::home::Hot::exit`].
@@ -49,6 +50,8 @@ pub(super) struct Thunks {
     pub miss_write: u64,
     /// Called. T2: an `Op`.
     pub op: u64,
+    /// The same for what [`strings::operation`] finds, of kernels and of programs.
+    pub strings: [[u64; strings::COUNT]; 2],
     /// Jumped to. T2: an `Op` that ends its block.
     pub last: u64,
     /// Called. Brings the vector registers into the processor.
@@ -69,7 +72,7 @@ impl Thunks {
 
 /// What thunks are made for.
 pub(super) struct Plan {
-    pub low: i32,
+    pub known: Known,
     /// Components XSAVE saves: what of x87, SSE and AVX the host has.
     pub components: u32,
     /// `extern "sysv64" fn(context, write) -> u64`
@@ -81,9 +84,9 @@ pub(super) struct Plan {
     pub shadows: [u64; 2],
 }
 
-struct Builder<'a> {
-    asm: Asm,
-    plan: &'a Plan,
+pub(super) struct Builder<'a> {
+    pub asm: Asm,
+    pub plan: &'a Plan,
 }
 
 /// Builds the thunks to run at `base`.
@@ -99,6 +102,9 @@ pub(super) fn build(base: u64, plan: &Plan) -> Option<(Vec<u8>, Thunks)> {
     thunks.miss_read = b.callback(plan.on_miss, Some(0), leave);
     thunks.miss_write = b.callback(plan.on_miss, Some(1), leave);
     thunks.op = b.callback(plan.on_op, None, leave);
+    for (user, thunks_of) in thunks.strings.iter_mut().enumerate() {
+        *thunks_of = std::array::from_fn(|operation| b.string(operation, user == 1, thunks.op));
+    }
     thunks.last = b.callback(plan.on_last, None, leave);
     thunks.vectors = b.vectors();
     thunks.place = b.place();
@@ -122,8 +128,8 @@ pub(super) const fn landing_of(address: u64) -> usize {
 const CALLEE_SAVED: [u8; 6] = [reg::RBX, reg::RBP, reg::R12, reg::R13, reg::R14, reg::R15];
 
 impl Builder<'_> {
-    fn field(&self, offset: i32) -> At {
-        At::Absolute(self.plan.low + offset)
+    pub(super) fn field(&self, offset: i32) -> At {
+        At::Absolute(self.plan.known.low + offset)
     }
 
     fn enter(&mut self) -> u64 {
@@ -259,7 +265,7 @@ impl Builder<'_> {
         self.asm.jmp_short(known);
         self.asm.bind(placed);
         self.asm.load(reg::RAX, self.field(offset::PLACED_COUNT));
-        self.asm.store(At::Scaled(reg::RAX, 3, self.plan.low + offset::PLACED), T3);
+        self.asm.store(At::Scaled(reg::RAX, 3, self.plan.known.low + offset::PLACED), T3);
         self.asm.lea(reg::RAX, At::Base(reg::RAX, 1));
         self.asm.store(self.field(offset::PLACED_COUNT), reg::RAX);
         self.asm.bind(known);
@@ -286,12 +292,12 @@ impl Builder<'_> {
         self.asm.store(self.field(offset::ADDRESS), T3);
         landing_index(&mut self.asm);
         self.asm.load(T3, self.field(offset::LANDING));
-        self.asm.load(T1, At::Index(T3, T1, 3, self.plan.low + offset::landings(0)));
+        self.asm.load(T1, At::Index(T3, T1, 3, self.plan.known.low + offset::landings(0)));
         self.asm.load(T3, self.field(offset::ADDRESS));
         self.asm.jmp_register(T1);
     }
 
-    fn slot(&self, number: i32) -> At {
+    pub(super) fn slot(&self, number: i32) -> At {
         self.field(offset::GPR + 8 * number)
     }
 

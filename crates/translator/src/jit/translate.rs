@@ -16,6 +16,7 @@ use super::group::{self, Group, Part};
 use super::lone::stands_alone;
 use super::profile;
 use super::same::{Source, moves_stack_pointer};
+use super::strings;
 use super::template::{Kind, Unit, disturbs_stack_pointer};
 use super::{APART, Exit, Jit, Key, NEAR, live};
 use crate::block::Version;
@@ -142,6 +143,7 @@ impl Jit {
             ops: Vec::new(),
             start: None,
             broken: false,
+            lone: self.lone.is_some(),
         };
         (block.emit.careful, block.emit.block) = (careful, (self.blocks.len() as u32, key.rip));
         block.emit.window = (key.mode & NEAR != 0).then_some(self.distance as i32);
@@ -360,6 +362,8 @@ struct Block<'a> {
     start: Option<Label>,
     /// The current group's addend is lost.
     broken: bool,
+    /// It is run alone.
+    lone: bool,
 }
 
 impl<'a> Block<'a> {
@@ -514,7 +518,10 @@ impl<'a> Block<'a> {
         self.ops.push(op);
         let last =
             source.template.kind != Kind::Interpret && self.ends(instruction) || disturbs_stack_pointer(instruction);
-        self.emit.interpret(address, last);
+        let thunks = self.emit.thunks;
+        let string = strings::operation(instruction).filter(|_| !self.lone);
+        let thunk = string.map_or(thunks.op, |string| thunks.strings[usize::from(self.key.is_user())][string]);
+        self.emit.interpret(address, (!last).then_some(thunk));
         last
     }
 
