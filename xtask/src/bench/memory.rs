@@ -29,15 +29,20 @@ pub(super) fn of_process(id: u32, ram: u64) -> Option<Figures> {
 }
 
 /// Resident bytes of the mappings whose size is that of the guest's RAM, and those of all others, the latter shared out
-/// among the mappings of a page (Pss).
+/// among the mappings of a page (Pss). Parts of the RAM that Cordial maps once more are neither.
 fn parts(smaps: &str, ram: u64) -> (u64, u64) {
-    let (mut is_ram, mut touched, mut own) = (false, 0, 0);
+    let (mut is_ram, mut again, mut touched, mut own) = (false, false, 0, 0);
     for line in smaps.lines() {
         if let Some(size) = kilobytes(line, "Size:") {
             is_ram = size == ram;
+        } else if line.split(' ').next().is_some_and(|range| range.contains('-')) {
+            again = line.contains("memfd:guest-ram");
         } else if is_ram && let Some(resident) = kilobytes(line, "Rss:") {
             touched += resident;
-        } else if !is_ram && let Some(share) = kilobytes(line, "Pss:") {
+        } else if !is_ram
+            && !again
+            && let Some(share) = kilobytes(line, "Pss:")
+        {
             own += share;
         }
     }
@@ -57,7 +62,8 @@ mod tests {
     #[test]
     fn guest_ram_is_found_by_its_size() {
         let smaps = "7f00-7f10 rw-p 0 00:00 0\nSize:       1024 kB\nKernelPageSize: 4 kB\nRss:        12 kB\nPss: 8 kB\n\
-                     7f20-7f30 rw-p 0 00:00 0\nSize:       2048 kB\nRss:        500 kB\nPss: 500 kB\n";
+                     7f20-7f30 rw-p 0 00:00 0\nSize:       2048 kB\nRss:        500 kB\nPss: 500 kB\n\
+                     7f40-7f50 rw-s 0 00:01 9 /memfd:guest-ram (deleted)\nSize:       4 kB\nRss:        4 kB\nPss: 2 kB\n";
         assert_eq!(parts(smaps, 2 << 20), (500 << 10, 8 << 10));
         assert_eq!(parts(smaps, 4 << 20), (0, 508 << 10));
         let this = of_process(std::process::id(), 1).unwrap();

@@ -25,8 +25,8 @@ const PAGES: usize = CHUNK_BYTES / PAGE_SIZE as usize;
 /// Distances lie between these: an instruction's displacement must have room for one and for its own.
 const NEAREST: u64 = 0x1000_0000;
 const FARTHEST: u64 = 0x7000_0000;
-/// Mappings of all vCPUs together: a process may have 65530.
-const MOST_MAPPINGS: usize = 40_000;
+/// Mappings of all vCPUs together: each may cut another in two, and a process may have 65530.
+const MOST_MAPPINGS: usize = 20_000;
 /// Address spaces that are watched.
 const MOST_SPACES: usize = 256;
 /// Samples after which an address space is a busy one.
