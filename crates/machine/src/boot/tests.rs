@@ -5,6 +5,7 @@ use super::wire::{put, u32_at, u64_at};
 use super::*;
 use engine::state::gpr;
 use memory::Gpa;
+use std::io::Cursor;
 use std::path::PathBuf;
 
 const ENTRY: u64 = 0x100_0000;
@@ -149,7 +150,7 @@ fn boot_with(memory: u64, file: &[u8], command_line: &str, modules: &[&[u8]]) ->
     let layout = Layout::new(&Plan { memory, ..Plan::new("k") });
     let ram = GuestRam::new(&layout.ram).unwrap();
     let modules = modules.iter().map(|bytes| LoadedModule { bytes, command_line: "mod arg".into() }).collect();
-    let loaded = place(file, Path::new("dir/kernel"), &layout, &ram, &Cargo { command_line, modules })?;
+    let loaded = place(Cursor::new(file), Path::new("dir/kernel"), &layout, &ram, &Cargo { command_line, modules })?;
     Ok(Guest { ram, loaded })
 }
 
