@@ -310,6 +310,65 @@ mod tests {
     }
 
     #[test]
+    fn lz4_chunks_are_bounded_and_may_be_empty() {
+        let frame = |blocks: &[&[u8]], length: u32| {
+            let mut payload = LZ4_LEGACY_MAGIC.to_le_bytes().to_vec();
+            for block in blocks {
+                payload.extend((block.len() as u32).to_le_bytes());
+                payload.extend_from_slice(block);
+            }
+            payload.extend(length.to_le_bytes());
+            payload
+        };
+        let block = lz4_flex::block::compress(b"kernel");
+        let nothing = lz4_flex::block::compress(b"");
+        assert_eq!(decompress(&frame(&[&nothing, &block, &nothing, &block], 12)).unwrap(), b"kernelkernel");
+        let frames = [&frame(&[&block], 0)[..4 + 4 + block.len()], &frame(&[&block], 12)].concat();
+        assert_eq!(decompress(&frames).unwrap(), b"kernelkernel", "one frame after the other");
+        let long = decompress(&frame(&[&vec![0; LZ4_LONGEST_BLOCK + 1]], 12)).unwrap_err().to_string();
+        assert!(long.contains(&format!("a chunk of {} bytes is longer than any is", LZ4_LONGEST_BLOCK + 1)), "{long}");
+        let mut short = frame(&[&block], 6);
+        short[4] += 1;
+        assert!(decompress(&short).unwrap_err().to_string().contains("a chunk is cut short"));
+        let stump = [&frame(&[&block], 6)[..4 + 4 + block.len()], &[1, 0], &6_u32.to_le_bytes()].concat();
+        assert!(decompress(&stump).unwrap_err().to_string().contains("a chunk's length is cut short"));
+    }
+
+    /// Readers of files that fail in the middle.
+    struct Failing(Cursor<Vec<u8>>, u64);
+
+    impl Read for Failing {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let left = self.1.saturating_sub(self.0.position());
+            let ends = self.0.get_ref().len() as u64 - self.0.position() <= 4; // the length is read first
+            if left == 0 && !ends {
+                Err(io::Error::from_raw_os_error(5))
+            } else {
+                (&mut self.0).take(left.max(4)).read(buffer)
+            }
+        }
+    }
+
+    impl Seek for Failing {
+        fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+            self.0.seek(to)
+        }
+    }
+
+    #[test]
+    fn an_error_of_the_host_is_no_damage() {
+        for format in compress::FORMATS {
+            let payload = compress::payload(format, &sample());
+            let length = payload.len() as u64;
+            let file = Failing(Cursor::new(payload), length / 2);
+            let fault = Decompressed::new(file, 0..length)
+                .and_then(|mut kernel| Ok(io::copy(&mut kernel, &mut io::sink())?))
+                .unwrap_err();
+            assert!(matches!(&fault, Fault::Read(error) if error.raw_os_error() == Some(5)), "{format}: {fault}");
+        }
+    }
+
+    #[test]
     fn a_length_that_lies_is_noticed() {
         let kernel = sample();
         for format in compress::FORMATS {

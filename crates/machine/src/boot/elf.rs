@@ -113,7 +113,7 @@ impl Elf {
         let physical = self.segments.iter().any(|segment| holds(segment.physical_start, segment)).then_some(entry);
         let by_virtual = || {
             let segment = self.segments.iter().find(|segment| holds(segment.virtual_start, segment))?;
-            Some(segment.physical_start.wrapping_add(entry - segment.virtual_start))
+            Some(segment.physical_start.wrapping_add(entry.wrapping_sub(segment.virtual_start)))
         };
         let entry = physical
             .or_else(by_virtual)
@@ -170,7 +170,7 @@ impl ProgramHeader {
         }
     }
 
-    /// What it describes of `file`, all of which is there.
+    /// What it describes of `file`, if all of that is there.
     fn data<'a>(&self, file: &'a [u8]) -> Option<&'a [u8]> {
         file.get(usize::try_from(self.file.start).ok()?..usize::try_from(self.file.end).ok()?)
     }
