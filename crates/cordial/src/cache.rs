@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -23,6 +24,9 @@ const FORMAT: u32 = 1;
 
 /// Free space that a download must find: the package, its unpacked form, and the index.
 const ROOM: u64 = 256 << 20;
+
+/// How much of a file is hashed at once: it stays in the processor's cache.
+const PIECE: usize = 64 << 10;
 
 /// What an entry says about itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,8 +63,7 @@ impl Entry {
     /// It is not, or cannot be read.
     pub fn verify(&self, file: &str) -> Result<PathBuf, Failure> {
         let path = self.directory.join(file);
-        let bytes = fs::read(&path).map_err(|error| Failure::io(format!("read {}", path.display()), &error))?;
-        if self.manifest.files.get(file) != Some(&hash(&bytes)) {
+        if self.manifest.files.get(file) != Some(&hash_file(&path)?) {
             let message = format!("{} is damaged; `cordial image gc --all` clears the cache", path.display());
             return Err(Failure::other(message));
         }
@@ -76,7 +79,32 @@ impl Entry {
 
 /// SHA-256, in hexadecimal.
 pub fn hash(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    hexadecimal(&Sha256::digest(bytes))
+}
+
+/// SHA-256 of a file's contents, in hexadecimal. Kernels and packages are tens of megabytes: they are read in pieces.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn hash_file(path: &Path) -> Result<String, Failure> {
+    let hash = || -> std::io::Result<String> {
+        let mut file = BufReader::with_capacity(PIECE, File::open(path)?);
+        let mut hash = Sha256::new();
+        loop {
+            let piece = file.fill_buf()?;
+            let length = piece.len();
+            if length == 0 {
+                return Ok(hexadecimal(&hash.finalize()));
+            }
+            hash.update(piece);
+            file.consume(length);
+        }
+    };
+    hash().map_err(|error| Failure::io(format!("read {}", path.display()), &error))
+}
+
+fn hexadecimal(hash: &[u8]) -> String {
+    hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The cache directory.
@@ -223,9 +251,8 @@ impl Addition<'_> {
         let failed = |error: std::io::Error| Failure::io("write to the cache", &error);
         let hashes = files
             .iter()
-            .map(|file| Ok((file.clone(), hash(&fs::read(prepared.path().join(file))?))))
-            .collect::<Result<_, _>>()
-            .map_err(failed)?;
+            .map(|file| Ok((file.clone(), hash_file(&prepared.path().join(file))?)))
+            .collect::<Result<_, Failure>>()?;
         let manifest = Manifest {
             format: FORMAT,
             request: request.into(),

@@ -78,11 +78,11 @@ pub enum Payload {
     File(PathBuf),
     /// Bytes made by the caller (a generated initramfs).
     #[serde(serialize_with = "length_only")]
-    Bytes(Arc<[u8]>),
+    Bytes(Arc<Vec<u8>>),
 }
 
 /// A printed plan says how long a generated payload is, not what is in it.
-fn length_only<S: serde::Serializer>(bytes: &Arc<[u8]>, serializer: S) -> Result<S::Ok, S::Error> {
+fn length_only<S: serde::Serializer>(bytes: &Arc<Vec<u8>>, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&format!("{} bytes", bytes.len()))
 }
 

@@ -11,7 +11,7 @@ pub mod apt;
 pub mod deb;
 pub mod modules;
 
-use crate::cache::{Cache, Entry, hash};
+use crate::cache::{Cache, Entry, hash_file};
 use crate::failure::Failure;
 use crate::values::{human, readable_file};
 use apt::{Apt, Package};
@@ -220,8 +220,7 @@ pub fn pull(cache: &Cache, request: &str) -> Result<Entry, Failure> {
     eprintln!("cordial: fetching {} {} ({})", package.name, package.version, human(package.size));
     let workspace = addition.workspace()?;
     let file = apt.download(&package, workspace.path())?;
-    let bytes = fs::read(&file).map_err(|error| Failure::io(format!("read {}", file.display()), &error))?;
-    if hash(&bytes) != package.sha256 {
+    if hash_file(&file)? != package.sha256 {
         return Err(Failure::other(format!("{} does not have the hash its index promises", file.display())));
     }
     let (workspace, files) = unpack_kernel(&addition, &file)?;
@@ -262,8 +261,8 @@ fn resolve(apt: &Apt, request: &str) -> Result<Package, Failure> {
 
 /// A kernel package given as a file, through the cache.
 fn unpack_file(cache: &Cache, file: &Path) -> Result<Entry, Failure> {
-    let bytes = fs::read(file).map_err(|error| Failure::io(format!("read {}", file.display()), &error))?;
-    let sha256 = hash(&bytes);
+    let sha256 = hash_file(file)?;
+    let size = fs::metadata(file).map_err(|error| Failure::io(format!("read {}", file.display()), &error))?.len();
     let request = format!("file={sha256}");
     if let Some(entry) = cache.find(&request) {
         return Ok(entry);
@@ -271,7 +270,7 @@ fn unpack_file(cache: &Cache, file: &Path) -> Result<Entry, Failure> {
     let addition = cache.lock()?;
     let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let version = sha256[..12].to_owned();
-    let package = Package { name, version, sha256, size: bytes.len() as u64, depends: Vec::new() };
+    let package = Package { name, version, sha256, size, depends: Vec::new() };
     let (workspace, files) = unpack_kernel(&addition, file)?;
     addition.commit(workspace, &package, &request, &files)
 }

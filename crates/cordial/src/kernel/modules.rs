@@ -13,8 +13,9 @@ use std::path::{Path, PathBuf};
 /// The modules of one kernel.
 #[derive(Debug)]
 pub struct Modules {
-    /// Files by module name.
-    files: BTreeMap<String, PathBuf>,
+    /// Where each module's file would be, were it not compressed, by its name. A kernel has thousands of modules and a
+    /// guest needs a handful: only those are looked for. In the cache there are no others.
+    places: BTreeMap<String, PathBuf>,
     /// Names that are part of the kernel image.
     builtin: BTreeSet<String>,
 }
@@ -40,20 +41,13 @@ impl Modules {
             let path = directory.join(name);
             fs::read_to_string(&path).map_err(|error| Failure::io(format!("read {}", path.display()), &error))
         };
-        let files = list("modules.order")?
+        let places = list("modules.order")?
             .lines()
-            .filter_map(|line| {
-                // A build tree lists the objects that the modules are linked from.
-                let path = directory.join(line).with_extension("ko");
-                ["", ".xz", ".zst", ".gz"]
-                    .iter()
-                    .map(|suffix| PathBuf::from(format!("{}{suffix}", path.display())))
-                    .find(|path| path.exists())
-            })
-            .map(|path| (module_name(&path), path))
+            // A build tree lists the objects that the modules are linked from.
+            .map(|line| (module_name(Path::new(line)), directory.join(line).with_extension("ko")))
             .collect();
         let builtin = list("modules.builtin")?.lines().map(|line| module_name(Path::new(line))).collect();
-        Ok(Self { files, builtin })
+        Ok(Self { places, builtin })
     }
 
     /// `wanted` and everything they need, in an order in which each comes after what it needs.
@@ -71,17 +65,26 @@ impl Modules {
 
     /// True where the kernel has it, built in or not.
     pub fn has(&self, name: &str) -> bool {
-        self.builtin.contains(name) || self.files.contains_key(name)
+        self.builtin.contains(name) || self.file(name).is_some()
+    }
+
+    /// The file of a module that is not built in, compressed or not.
+    fn file(&self, name: &str) -> Option<PathBuf> {
+        let place = self.places.get(name)?.display();
+        ["", ".xz", ".zst", ".gz"]
+            .iter()
+            .map(|suffix| PathBuf::from(format!("{place}{suffix}")))
+            .find(|path| path.exists())
     }
 
     fn visit(&self, name: &str, visited: &mut BTreeSet<String>, ordered: &mut Vec<Module>) -> Result<(), Failure> {
         if self.builtin.contains(name) || !visited.insert(name.into()) {
             return Ok(());
         }
-        let file = self.files.get(name).ok_or_else(|| {
+        let file = self.file(name).ok_or_else(|| {
             Failure::precondition(format!("the kernel has no module {name}; cordial's guests need it"))
         })?;
-        let bytes = read(file).map_err(|error| Failure::io(format!("read {}", file.display()), &error))?;
+        let bytes = read(&file).map_err(|error| Failure::io(format!("read {}", file.display()), &error))?;
         let information = information(&bytes)
             .ok_or_else(|| Failure::other(format!("{} is no kernel module: it has no .modinfo", file.display())))?;
         for (key, value) in &information {
@@ -103,7 +106,7 @@ impl Modules {
                 _ => {}
             }
         }
-        ordered.push(Module { name: name.into(), bytes, file: file.clone() });
+        ordered.push(Module { name: name.into(), bytes, file });
         Ok(())
     }
 }

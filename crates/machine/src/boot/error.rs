@@ -52,7 +52,7 @@ impl fmt::Display for Size {
 pub enum Fault {
     /// The host refused to read it.
     #[error("cannot be read: {0}; check the path and its permissions")]
-    Read(#[from] std::io::Error),
+    Read(std::io::Error),
     /// A directory.
     #[error("is a directory; name the file itself")]
     Directory,
@@ -141,6 +141,13 @@ pub enum Fault {
     /// Guest memory refused an access that the checks above should have caught.
     #[error(transparent)]
     Memory(#[from] memory::Error),
+}
+
+impl From<std::io::Error> for Fault {
+    /// Readers pass faults through as I/O errors: those come out again.
+    fn from(error: std::io::Error) -> Self {
+        error.downcast().unwrap_or_else(Self::Read)
+    }
 }
 
 /// What helps against [`Fault::NotRam`].

@@ -1,5 +1,6 @@
 //! What is loaded, and where there is room: placement in guest memory.
 
+use std::io::BufRead;
 use std::ops::Range;
 
 use memory::{GuestRam, PAGE_SIZE};
@@ -9,22 +10,31 @@ use crate::layout::{self, Layout};
 
 /// A piece of a kernel.
 #[derive(Debug)]
-pub(super) struct Segment<'a> {
+pub(super) struct Segment {
     /// Guest-physical address.
     pub(super) address: u64,
-    /// What it starts with.
-    pub(super) data: &'a [u8],
+    /// Which bytes of the file it starts with: at most `size`, and all of them are there.
+    pub(super) file: Range<u64>,
     /// Its length with the zero bytes that follow.
     pub(super) size: u64,
 }
 
 /// A kernel as it lies in memory.
 #[derive(Debug)]
-pub(super) struct Image<'a> {
+pub(super) struct Image {
     /// Guest-physical address of the first instruction.
     pub(super) entry: u64,
     /// Its pieces.
-    pub(super) segments: Vec<Segment<'a>>,
+    pub(super) segments: Vec<Segment>,
+}
+
+impl Image {
+    /// From where to where it extends in memory.
+    pub(super) fn extent(&self) -> Range<u64> {
+        let start = self.segments.iter().map(|segment| segment.address).min();
+        let end = self.segments.iter().map(|segment| segment.address.saturating_add(segment.size)).max();
+        start.unwrap_or_default()..end.unwrap_or_default()
+    }
 }
 
 /// The RAM of a machine that is being loaded: what is taken, and by what.
@@ -93,12 +103,11 @@ impl<'a> Space<'a> {
         })
     }
 
-    /// Puts a kernel where it says. Returns from where to where it extends.
-    pub(super) fn load(&mut self, image: &Image<'_>) -> Result<Range<u64>, Fault> {
+    /// Puts a kernel where it says. `contents` is its file from the first byte on, and is read to the end: what follows
+    /// the last segment may still show that it is damaged. Nothing is written before all of the image has its place.
+    pub(super) fn load(&mut self, image: &Image, mut contents: impl BufRead) -> Result<(), Fault> {
         // The whole image first, so that "give it more memory" names what is needed at once.
-        let start = image.segments.iter().map(|segment| segment.address).min().unwrap_or_default();
-        let ends = image.segments.iter().map(|segment| segment.address.saturating_add(segment.size));
-        let extent = start..ends.max().unwrap_or_default();
+        let extent = image.extent();
         let ram_end = self.usable.last().map_or(0, |piece| piece.end);
         if extent.end > ram_end && extent.end <= layout::LOW_RAM_LIMIT {
             let remedy = Remedy::MoreMemory(Size(extent.end));
@@ -106,10 +115,27 @@ impl<'a> Space<'a> {
         }
         for segment in &image.segments {
             self.claim(segment.address, segment.size, "a segment of the kernel")?;
-            // The zero bytes after the data need no write: fresh RAM is zero.
-            self.write(segment.address, segment.data)?;
         }
-        Ok(extent)
+        let mut offset = 0;
+        loop {
+            let piece = contents.fill_buf()?;
+            let length = piece.len();
+            if length == 0 {
+                return Ok(());
+            }
+            let end = offset + length as u64;
+            // Segments stand in the file in any order and may share bytes of it. The zero bytes after a segment's data
+            // need no write: fresh RAM is zero.
+            for Segment { address, file, .. } in &image.segments {
+                let common = file.start.max(offset)..file.end.min(end);
+                if !common.is_empty() {
+                    let bytes = &piece[(common.start - offset) as usize..(common.end - offset) as usize];
+                    self.write(address + (common.start - file.start), bytes)?;
+                }
+            }
+            contents.consume(length);
+            offset = end;
+        }
     }
 
     /// Writes to memory that was claimed.

@@ -6,23 +6,27 @@
 //!                                    │                                         │
 //!            boot_params (RSI) <── header copied        decompressed: vmlinux ELF ──> loaded by its segments, entered
 //! ```
+//!
+//! The file, its decompression and the segments' way into guest memory are one stream: nowhere does a second copy lie.
+
+use std::io::{self, Read, Seek, SeekFrom};
 
 use engine::CpuState;
 use engine::state::gpr;
 use memory::PAGE_SIZE;
 
-use super::decompress::decompress;
-use super::elf::{Elf, is_elf};
-use super::error::Fault;
+use super::decompress::Decompressed;
+use super::elf::{self, Elf, is_elf};
+use super::error::{Fault, Size};
 use super::image::{Image, Space};
-use super::wire::{array, part, put, u16_at, u32_at};
-use super::{Cargo, state};
+use super::wire::{array, part, put, u16_at, u32_at, within};
+use super::{Cargo, LARGEST_FILE, state};
 use crate::layout::{self, Layout};
 
 /// Where the setup header starts in a bzImage and in boot_params alike.
 const HEADER: usize = 0x1f1;
 /// One past the longest header: boot_params has room for it up to the EDD buffers at 0x290.
-const HEADER_LIMIT: usize = 0x290;
+pub(super) const HEADER_LIMIT: usize = 0x290;
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: &[u8; 4] = b"HdrS";
 /// Protocol 2.08 has the payload fields.
@@ -45,18 +49,21 @@ pub(super) fn is_bzimage(file: &[u8]) -> bool {
 }
 
 /// What a bzImage holds.
-#[derive(Debug)]
-pub(super) struct BzImage {
+pub(super) struct BzImage<'a> {
     /// The setup header as it stands in the file, from offset 0x1f1.
     pub(super) header: Vec<u8>,
     /// The kernel proper, an ELF file.
-    pub(super) vmlinux: Vec<u8>,
+    vmlinux: Decompressed<'a>,
 }
 
-impl BzImage {
-    /// Parses `file`, which [`is_bzimage`], and decompresses its payload.
-    pub(super) fn parse(file: &[u8]) -> Result<Self, Fault> {
-        let setup = part(file, "the setup header", 0, 0x260)?;
+impl<'a> BzImage<'a> {
+    /// Parses the first [`HEADER_LIMIT`] bytes of `file`, which [`is_bzimage`], and opens its payload.
+    pub(super) fn parse(head: &[u8], mut file: impl Read + Seek + 'a) -> Result<Self, Fault> {
+        let file_length = file.seek(SeekFrom::End(0))?;
+        if file_length > LARGEST_FILE {
+            return Err(Fault::TooLarge(Size(LARGEST_FILE)));
+        }
+        let setup = part(head, "the setup header", 0, 0x260)?;
         let version = u16_at(setup, 0x206).unwrap_or_default();
         if version < OLDEST_PROTOCOL {
             let (major, minor) = (version >> 8, version & 0xff);
@@ -66,7 +73,7 @@ impl BzImage {
         }
         // The byte at 0x201 is the displacement of the jump over the header: where it ends.
         let end = (0x202 + usize::from(setup[0x201])).min(HEADER_LIMIT);
-        let header = part(file, "the setup header", HEADER as u64, (end - HEADER) as u64)?.to_vec();
+        let header = part(head, "the setup header", HEADER as u64, (end - HEADER) as u64)?.to_vec();
 
         let sectors = if setup[HEADER] == 0 { 4 } else { u64::from(setup[HEADER]) };
         let offset = u64::from(u32_at(setup, 0x248).unwrap_or_default());
@@ -74,31 +81,50 @@ impl BzImage {
         if length == 0 {
             return Err(Fault::Malformed("its setup header names no payload".into()));
         }
-        let vmlinux = decompress(part(file, "the compressed kernel", (sectors + 1) * 512 + offset, length)?)?;
-        if !is_elf(&vmlinux) {
-            return Err(Fault::Malformed("its payload is not an ELF file".into()));
-        }
-        Ok(Self { header, vmlinux })
+        let start = (sectors + 1) * 512 + offset;
+        within(file_length, "the compressed kernel", start + length)?;
+        Ok(Self { header, vmlinux: Decompressed::new(file, start..start + length)? })
     }
 
-    /// The kernel proper.
-    pub(super) fn elf(&self) -> Result<Elf<'_>, Fault> {
-        let elf = Elf::parse(&self.vmlinux)?;
-        if elf.wide { Ok(elf) } else { Err(Fault::Architecture("holds a 32-bit Linux kernel")) }
+    /// Puts the kernel proper where it says.
+    pub(super) fn load(&mut self, space: &mut Space<'_>) -> Result<Image, Fault> {
+        match self.load_elf(space) {
+            Err(fault @ (Fault::Corrupt { .. } | Fault::Read(_))) => Err(fault),
+            // A damaged kernel may say anything of itself; that it is damaged explains more.
+            Err(fault) => {
+                io::copy(&mut self.vmlinux, &mut io::sink())?;
+                Err(fault)
+            }
+            image => image,
+        }
+    }
+
+    fn load_elf(&mut self, space: &mut Space<'_>) -> Result<Image, Fault> {
+        let mut head = Vec::new();
+        self.vmlinux.by_ref().take(elf::HEAD).read_to_end(&mut head)?;
+        if !is_elf(&head) {
+            return Err(Fault::Malformed("its payload is not an ELF file".into()));
+        }
+        let elf = Elf::parse(&head, self.vmlinux.length())?;
+        if !elf.wide {
+            return Err(Fault::Architecture("holds a 32-bit Linux kernel"));
+        }
+        let image = elf.image(elf.entry)?;
+        space.load(&image, head.chain(&mut self.vmlinux))?;
+        Ok(image)
     }
 }
 
-/// Puts a kernel and what it is handed into memory; returns the state to enter it in.
+/// Puts what a kernel is handed into memory beside it; returns the state to enter it in.
 ///
 /// `header` is a bzImage's setup header; a bare vmlinux has none and gets one with the least a kernel looks at.
-pub(super) fn load(
+pub(super) fn hand_over(
     space: &mut Space<'_>,
     layout: &Layout,
-    image: &Image<'_>,
+    image: &Image,
     header: Option<&[u8]>,
     cargo: &Cargo<'_>,
 ) -> Result<CpuState, Fault> {
-    space.load(image)?;
     let mut params = [0; PAGE_SIZE as usize];
     match header {
         Some(header) => put(&mut params, HEADER, header),

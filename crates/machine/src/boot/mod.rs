@@ -26,10 +26,10 @@ mod state;
 mod tests;
 mod wire;
 
+use std::borrow::Cow;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::path::Path;
-use std::sync::Arc;
 
 use engine::CpuState;
 use memory::GuestRam;
@@ -38,7 +38,7 @@ pub use error::{Error, Fault, Remedy, Size};
 
 use self::elf::{Elf, is_elf};
 use self::error::{Source, payload_name};
-use self::image::Space;
+use self::image::{Image, Space};
 use self::linux::BzImage;
 use crate::layout::{self, Layout};
 use crate::plan::Payload;
@@ -94,7 +94,7 @@ impl Space<'_> {
 /// # Errors
 /// [`Error`] names the file, what is wrong and what to do.
 pub fn load(plan: &Plan, layout: &Layout, ram: &GuestRam) -> Result<Loaded, Error> {
-    let file = read_file(&plan.kernel, LARGEST_FILE).map_err(|fault| Error::of_file(&plan.kernel, fault))?;
+    let file = open(&plan.kernel).map_err(|fault| Error::of_file(&plan.kernel, fault))?;
     let payloads = plan
         .initrd
         .iter()
@@ -111,44 +111,58 @@ pub fn load(plan: &Plan, layout: &Layout, ram: &GuestRam) -> Result<Loaded, Erro
         .collect();
     let cargo = Cargo { command_line: &plan.command_line, modules };
     let source = Source(plan.kernel.clone());
-    place(&file, &plan.kernel, layout, ram, &cargo).map_err(|fault| source.blame(fault))
+    place(file, &plan.kernel, layout, ram, &cargo).map_err(|fault| source.blame(fault))
 }
 
-/// Detects the protocol of `file` and places it.
-fn place(file: &[u8], name: &Path, layout: &Layout, ram: &GuestRam, cargo: &Cargo<'_>) -> Result<Loaded, Fault> {
+/// Detects the protocol of `file` and places it. A bzImage is read and decompressed piece by piece; any other kernel is
+/// read whole first, since what it is may stand anywhere in it.
+fn place(
+    mut file: impl Read + Seek,
+    name: &Path,
+    layout: &Layout,
+    ram: &GuestRam,
+    cargo: &Cargo<'_>,
+) -> Result<Loaded, Fault> {
     let mut space = Space::new(ram, layout);
-    let (protocol, image, state);
-    let bzimage;
-    if linux::is_bzimage(file) {
-        bzimage = BzImage::parse(file)?;
-        let elf = bzimage.elf()?;
-        (protocol, image) = (Protocol::Linux64, elf.image(elf.entry)?);
-        state = linux::load(&mut space, layout, &image, Some(&bzimage.header), cargo)?;
+    let mut head = Vec::new();
+    file.by_ref().take(linux::HEADER_LIMIT as u64).read_to_end(&mut head)?;
+    let (protocol, image, setup_header);
+    if linux::is_bzimage(&head) {
+        let mut bzimage = BzImage::parse(&head, file)?;
+        (protocol, image) = (Protocol::Linux64, bzimage.load(&mut space)?);
+        setup_header = Some(bzimage.header);
     } else {
-        let elf = if is_elf(file) { Some(Elf::parse(file)?) } else { None };
-        let multiboot = multiboot::Header::find(file);
-        let linux = elf.as_ref().filter(|elf| elf.wide && elf.contains(linux::BANNER));
-        let pvh = elf.as_ref().and_then(|elf| Some((elf, elf.pvh_entry?)));
-        let prefer_multiboot = elf.as_ref().is_none_or(|elf| !elf.wide);
-        match (linux, multiboot, pvh) {
-            (Some(elf), _, _) => {
-                (protocol, image) = (Protocol::Linux64, elf.image(elf.entry)?);
-                state = linux::load(&mut space, layout, &image, None, cargo)?;
-            }
-            (None, Some(header), pvh) if prefer_multiboot || pvh.is_none() => {
-                (protocol, image) = (Protocol::Multiboot, header.image(file)?);
-                state = multiboot::load(&mut space, layout, &image, &name.to_string_lossy(), cargo)?;
-            }
-            (None, _, Some((elf, entry))) => {
-                (protocol, image) = (Protocol::Pvh, elf.image(entry)?);
-                state = pvh::load(&mut space, layout, &image, cargo)?;
-            }
-            (None, _, None) if elf.is_some() => return Err(Fault::NoProtocol),
-            (None, _, None) => return Err(not_a_kernel(file)),
-        }
+        let file = read_all(head.chain(file), LARGEST_FILE)?;
+        (protocol, image) = detect(&file)?;
+        space.load(&image, &file[..])?;
+        setup_header = None;
     }
+    let state = match protocol {
+        Protocol::Linux64 => linux::hand_over(&mut space, layout, &image, setup_header.as_deref(), cargo)?,
+        Protocol::Multiboot => multiboot::hand_over(&mut space, layout, &image, &name.to_string_lossy(), cargo)?,
+        Protocol::Pvh => pvh::hand_over(&mut space, layout, &image, cargo)?,
+    };
     let bytes = image.segments.iter().map(|segment| segment.size).sum();
     Ok(Loaded { protocol, bytes, state: Box::new(state) })
+}
+
+/// The protocol of a file that is no bzImage, and what of it is loaded.
+fn detect(file: &[u8]) -> Result<(Protocol, Image), Fault> {
+    let elf = if is_elf(file) { Some(Elf::parse(file, file.len() as u64)?) } else { None };
+    let multiboot = multiboot::Header::find(file);
+    let linux = elf.as_ref().filter(|elf| elf.wide && elf.contains(file, linux::BANNER));
+    let pvh_entry = elf.as_ref().map_or(Ok(None), |elf| elf.pvh_entry(file))?;
+    let pvh = elf.as_ref().zip(pvh_entry);
+    let prefer_multiboot = elf.as_ref().is_none_or(|elf| !elf.wide);
+    match (linux, multiboot, pvh) {
+        (Some(elf), _, _) => Ok((Protocol::Linux64, elf.image(elf.entry)?)),
+        (None, Some(header), pvh) if prefer_multiboot || pvh.is_none() => {
+            Ok((Protocol::Multiboot, header.image(file)?))
+        }
+        (None, _, Some((elf, entry))) => Ok((Protocol::Pvh, elf.image(entry)?)),
+        (None, _, None) if elf.is_some() => Err(Fault::NoProtocol),
+        (None, _, None) => Err(not_a_kernel(file)),
+    }
 }
 
 fn not_a_kernel(file: &[u8]) -> Fault {
@@ -156,12 +170,13 @@ fn not_a_kernel(file: &[u8]) -> Fault {
     Fault::NotAKernel { start: start.join(" ") }
 }
 
-/// All bytes of a file, at most `limit`.
-fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>, Fault> {
+fn open(path: &Path) -> Result<File, Fault> {
     let file = File::open(path)?;
-    if file.metadata()?.is_dir() {
-        return Err(Fault::Directory);
-    }
+    if file.metadata()?.is_dir() { Err(Fault::Directory) } else { Ok(file) }
+}
+
+/// All bytes of a file, at most `limit`.
+fn read_all(file: impl Read, limit: u64) -> Result<Vec<u8>, Fault> {
     let mut bytes = Vec::new();
     file.take(limit + 1).read_to_end(&mut bytes)?;
     match bytes.len() as u64 {
@@ -171,11 +186,11 @@ fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>, Fault> {
     }
 }
 
-fn read_payload(payload: &Payload) -> Result<Arc<[u8]>, Fault> {
+fn read_payload(payload: &Payload) -> Result<Cow<'_, [u8]>, Fault> {
     match payload {
         // What does not fit is said by the placement, with the machine's size; here only what cannot fit at all.
-        Payload::File(path) => read_file(path, layout::LOW_RAM_LIMIT).map(Into::into),
+        Payload::File(path) => read_all(open(path)?, layout::LOW_RAM_LIMIT).map(Cow::Owned),
         Payload::Bytes(bytes) if bytes.is_empty() => Err(Fault::Empty),
-        Payload::Bytes(bytes) => Ok(Arc::clone(bytes)),
+        Payload::Bytes(bytes) => Ok(Cow::Borrowed(bytes)),
     }
 }

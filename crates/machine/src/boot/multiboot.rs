@@ -52,7 +52,7 @@ impl Header {
     }
 
     /// The image to load.
-    pub(super) fn image<'a>(&self, file: &'a [u8]) -> Result<Image<'a>, Fault> {
+    pub(super) fn image(&self, file: &[u8]) -> Result<Image, Fault> {
         let unknown = self.flags & 0xffff & !UNDERSTOOD;
         if unknown != 0 {
             return Err(Fault::Malformed(format!("its Multiboot header requires unknown features {unknown:#x}")));
@@ -63,12 +63,12 @@ impl Header {
         if !is_elf(file) {
             return Err(Fault::Malformed("its Multiboot header has no address fields and the file is not ELF".into()));
         }
-        let elf = Elf::parse(file)?;
+        let elf = Elf::parse(file, file.len() as u64)?;
         elf.image(elf.entry)
     }
 
     /// The "a.out kludge" (section 3.1.3): one piece of the file, at an address.
-    fn flat_image<'a>(&self, file: &'a [u8]) -> Result<Image<'a>, Fault> {
+    fn flat_image(&self, file: &[u8]) -> Result<Image, Fault> {
         let fields = part(file, "the Multiboot address fields", self.offset as u64 + 12, 20)?;
         let field = |index: usize| u64::from(u32_at(fields, 4 * index).unwrap_or_default());
         let (header_address, load, load_end, bss_end, entry) = (field(0), field(1), field(2), field(3), field(4));
@@ -81,7 +81,7 @@ impl Header {
             0 => file.len() as u64 - start,
             end => end.checked_sub(load).ok_or_else(|| malformed("has a load end below its load address"))?,
         };
-        let data = part(file, "the Multiboot image", start, length)?;
+        part(file, "the Multiboot image", start, length)?;
         let size = match bss_end {
             0 => length,
             end => end
@@ -92,20 +92,19 @@ impl Header {
         if size == 0 || entry.wrapping_sub(load) >= size {
             return Err(malformed("names an entry point outside of what is loaded"));
         }
-        Ok(Image { entry, segments: vec![Segment { address: load, data, size }] })
+        Ok(Image { entry, segments: vec![Segment { address: load, file: start..start + length, size }] })
     }
 }
 
-/// Puts a kernel and what it is handed into memory; returns the state to enter it in. `name` is the program's name, the
+/// Puts what a kernel is handed into memory beside it; returns the state to enter it in. `name` is the program's name, the
 /// first word of its command line.
-pub(super) fn load(
+pub(super) fn hand_over(
     space: &mut Space<'_>,
     layout: &Layout,
-    image: &Image<'_>,
+    image: &Image,
     name: &str,
     cargo: &Cargo<'_>,
 ) -> Result<CpuState, Fault> {
-    let kernel = space.load(image)?;
     let low = 0..layout::LOW_MEMORY_END;
     let mut flags = info::MEMORY | info::COMMAND_LINE | info::MEMORY_MAP | info::LOADER_NAME;
     let mut block = [0; info::BYTES];
@@ -123,7 +122,7 @@ pub(super) fn load(
         flags |= info::MODULES;
         let mut list = Vec::new();
         for module in &cargo.modules {
-            let (start, name) = (module.place(space, kernel.end)?, space.string(&module.command_line)?);
+            let (start, name) = (module.place(space, image.extent().end)?, space.string(&module.command_line)?);
             for field in [start, start + module.bytes.len() as u64, name, 0] {
                 list.extend((field as u32).to_le_bytes());
             }

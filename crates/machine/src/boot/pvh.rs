@@ -16,14 +16,13 @@ const INFO_BYTES: usize = 56;
 const MODULE_BYTES: usize = 32;
 const MAP_ENTRY_BYTES: usize = 24;
 
-/// Puts a kernel and what it is handed into memory; returns the state to enter it in.
-pub(super) fn load(
+/// Puts what a kernel is handed into memory beside it; returns the state to enter it in.
+pub(super) fn hand_over(
     space: &mut Space<'_>,
     layout: &Layout,
-    image: &Image<'_>,
+    image: &Image,
     cargo: &Cargo<'_>,
 ) -> Result<CpuState, Fault> {
-    let kernel = space.load(image)?;
     let low = 0..layout::LOW_MEMORY_END;
     let mut info = [0; INFO_BYTES];
     put(&mut info, 0, &START_MAGIC.to_le_bytes());
@@ -32,7 +31,7 @@ pub(super) fn load(
     if !cargo.modules.is_empty() {
         let mut list = vec![0; MODULE_BYTES * cargo.modules.len()];
         for (module, slot) in cargo.modules.iter().zip(list.chunks_exact_mut(MODULE_BYTES)) {
-            let (start, name) = (module.place(space, kernel.end)?, space.string(&module.command_line)?);
+            let (start, name) = (module.place(space, image.extent().end)?, space.string(&module.command_line)?);
             put(slot, 0, &start.to_le_bytes());
             put(slot, 8, &(module.bytes.len() as u64).to_le_bytes());
             put(slot, 16, &name.to_le_bytes());

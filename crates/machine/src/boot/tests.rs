@@ -5,6 +5,7 @@ use super::wire::{put, u32_at, u64_at};
 use super::*;
 use engine::state::gpr;
 use memory::Gpa;
+use std::io::{BufReader, Cursor};
 use std::path::PathBuf;
 
 const ENTRY: u64 = 0x100_0000;
@@ -149,7 +150,7 @@ fn boot_with(memory: u64, file: &[u8], command_line: &str, modules: &[&[u8]]) ->
     let layout = Layout::new(&Plan { memory, ..Plan::new("k") });
     let ram = GuestRam::new(&layout.ram).unwrap();
     let modules = modules.iter().map(|bytes| LoadedModule { bytes, command_line: "mod arg".into() }).collect();
-    let loaded = place(file, Path::new("dir/kernel"), &layout, &ram, &Cargo { command_line, modules })?;
+    let loaded = place(Cursor::new(file), Path::new("dir/kernel"), &layout, &ram, &Cargo { command_line, modules })?;
     Ok(Guest { ram, loaded })
 }
 
@@ -296,6 +297,8 @@ fn images_that_do_not_fit_say_what_would() {
     assert!(refused(&at(0xe_0000, 0x100)).contains("link it to addresses"));
     assert!(refused(&at(0, 0x100)).contains("link it"));
     assert!(refused(&at(1 << 33, 0x100)).contains("link it to addresses"));
+    let around = Piece { virtual_start: u64::MAX, ..load_piece(1 << 33, b"Linux version 6", 0x100) };
+    assert!(refused(&elf(true, 0, &[around])).contains("link it to addresses"), "entered where addresses wrap");
     let twice = elf(true, ENTRY, &[load_piece(ENTRY, b"Linux version 6", 0x1000), load_piece(ENTRY + 0xfff, b"", 1)]);
     assert!(refused(&twice).contains("overlaps"));
     let long_line = "x".repeat(2048);
@@ -308,6 +311,126 @@ fn images_that_do_not_fit_say_what_would() {
         "does not fit: no room for 48 MiB of the initial RAM disk in the machine's memory; give it more with --mem"
     );
     assert!(boot_with(4 << 20, &bzimage("zstd", &vmlinux()), "", &[]).err().unwrap().to_string().contains("18 MiB"));
+}
+
+/// Sets a 64-bit field of a program header of a 64-bit ELF file.
+fn set_header(file: &mut [u8], index: usize, field: usize, value: u64) {
+    put(file, 64 + 56 * index + field, &value.to_le_bytes());
+}
+
+#[test]
+fn segments_may_stand_in_the_file_in_any_order_and_share_its_bytes() {
+    // Banner and text at 0x16c, four more bytes after them.
+    let text: Vec<u8> = b"Linux version 6.1.0\0".iter().copied().chain((0..0x800).map(|i| i as u8)).collect();
+    let pieces = [
+        load_piece(ENTRY, &text, 0x1000),
+        load_piece(0x120_0000, b"last", 0x1000),
+        load_piece(0x110_0000, b"", 0x1000),
+        load_piece(0x130_0000, b"", 0x1000),
+    ];
+    let mut file = elf(true, ENTRY, &pieces);
+    let start = u64_at(&file, 64 + 8).unwrap();
+    // The third header: all of the text but for its first 0x100 bytes, and "last". The fourth: the ELF header itself.
+    let shared = text.len() as u64 - 0x100 + 4;
+    set_header(&mut file, 2, 8, start + 0x100);
+    set_header(&mut file, 2, 32, shared);
+    set_header(&mut file, 3, 8, 0);
+    set_header(&mut file, 3, 32, 64);
+    // The first two change places: now the file's order is not the table's.
+    let (first, second) = (file[64..120].to_vec(), file[120..176].to_vec());
+    put(&mut file, 64, &second);
+    put(&mut file, 120, &first);
+    let check = |guest: &Guest| {
+        let mut loaded = vec![0; 0x1000];
+        guest.ram.read(Gpa(ENTRY), &mut loaded).unwrap();
+        assert!(loaded[..text.len()] == text && loaded[text.len()..].iter().all(|&byte| byte == 0));
+        guest.ram.read(Gpa(0x110_0000), &mut loaded).unwrap();
+        let expected = [&text[0x100..], b"last"].concat();
+        assert!(loaded[..expected.len()] == expected && loaded[expected.len()..].iter().all(|&byte| byte == 0));
+        assert_eq!(guest.bytes::<5>(0x120_0000), *b"last\0");
+        assert_eq!(guest.bytes::<64>(0x130_0000), file[..64]);
+    };
+    check(&boot(&file).unwrap());
+    for format in compress::FORMATS {
+        check(&boot(&bzimage(format, &file)).unwrap());
+    }
+}
+
+#[test]
+fn pieces_of_every_size_are_loaded_alike() {
+    let file = vmlinux();
+    let elf = Elf::parse(&file, file.len() as u64).unwrap();
+    let image = elf.image(elf.entry).unwrap();
+    let layout = Layout::new(&Plan { memory: 64 << 20, ..Plan::new("k") });
+    for size in [1, 7, 64, 4096, file.len()] {
+        let ram = GuestRam::new(&layout.ram).unwrap();
+        Space::new(&ram, &layout).load(&image, BufReader::with_capacity(size, &file[..])).unwrap();
+        for segment in &image.segments {
+            let mut loaded = vec![0; (segment.file.end - segment.file.start) as usize];
+            ram.read(Gpa(segment.address), &mut loaded).unwrap();
+            assert!(loaded == file[segment.file.start as usize..segment.file.end as usize], "{size}");
+        }
+    }
+}
+
+#[test]
+fn a_kernel_longer_than_its_head_and_its_decoders_pieces_is_loaded_whole() {
+    // Not repetitive, so that every byte at a wrong place shows.
+    let text: Vec<u8> = (0..3 << 18).flat_map(|i: u32| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    assert!(text.len() as u64 > 2 * elf::HEAD);
+    let kernel = elf(true, ENTRY, &[load_piece(ENTRY, &text, text.len() as u64)]);
+    for format in compress::FORMATS {
+        let guest = boot(&bzimage(format, &kernel)).unwrap();
+        let mut loaded = vec![0; text.len()];
+        guest.ram.read(Gpa(ENTRY), &mut loaded).unwrap();
+        assert!(loaded == text, "{format}");
+    }
+}
+
+#[test]
+fn program_headers_of_a_bzimage_stand_in_the_head_of_its_kernel() {
+    let mut kernel = vmlinux();
+    let table = kernel[64..64 + 3 * 56].to_vec();
+    kernel.resize(elf::HEAD as usize, 0);
+    kernel.extend(table);
+    put(&mut kernel, 32, &elf::HEAD.to_le_bytes());
+    check_linux(&boot(&kernel).unwrap());
+    assert!(
+        refused(&bzimage("gzip", &kernel))
+            .contains("the ELF program header table reaches byte 1048632, but must lie in the first 1024 KiB")
+    );
+    let end = kernel.len() as u64;
+    put(&mut kernel, 32, &(end - 55).to_le_bytes());
+    assert!(refused(&bzimage("gzip", &kernel)).contains("is truncated: the ELF program header table ends at byte"));
+}
+
+#[test]
+fn damage_is_found_behind_the_last_segment_and_told_before_what_follows_from_it() {
+    let sound = bzimage("gzip", &[vmlinux(), vec![0x5a; 300_000]].concat());
+    check_linux(&boot(&sound).unwrap());
+    // gzip's checksum comes last of all, before the length.
+    let mut damaged = sound.clone();
+    let at = damaged.len() - 100 - 8;
+    damaged[at] ^= 1;
+    assert!(refused(&damaged).contains("holds a damaged gzip payload: "));
+    // Not even an ELF file, but that is the damage's doing.
+    let mut damaged = bzimage("gzip", b"no ELF");
+    let at = damaged.len() - 100 - 8;
+    damaged[at] ^= 1;
+    assert!(refused(&damaged).contains("holds a damaged gzip payload: "));
+}
+
+#[test]
+fn nothing_is_written_where_a_segment_has_no_place() {
+    let pieces = [load_piece(ENTRY, b"Linux version 6", 0x1000), load_piece(0xe_0000, b"firmware's", 0x1000)];
+    let kernel = elf(true, ENTRY, &pieces);
+    for file in [bzimage("xz", &kernel), kernel] {
+        let layout = Layout::new(&Plan { memory: 64 << 20, ..Plan::new("k") });
+        let ram = GuestRam::new(&layout.ram).unwrap();
+        let cargo = Cargo { command_line: "", modules: Vec::new() };
+        assert!(place(Cursor::new(file), Path::new("k"), &layout, &ram, &cargo).is_err());
+        assert_eq!(ram.read_value::<[u8; 15]>(Gpa(ENTRY)).unwrap(), [0; 15]);
+    }
 }
 
 fn every_kind() -> Vec<(&'static str, Vec<u8>)> {

@@ -1,5 +1,7 @@
 //! Little-endian fields in byte slices, checked: what a kernel's headers say is an allegation.
 
+use super::error::Fault;
+
 /// The `N` bytes at `offset`.
 pub(super) fn array<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; N]> {
     bytes.get(offset..offset.checked_add(N)?)?.try_into().ok()
@@ -25,12 +27,14 @@ pub(super) fn put(bytes: &mut [u8], offset: usize, field: &[u8]) {
     bytes[offset..offset + field.len()].copy_from_slice(field);
 }
 
+/// Refuses a part that ends beyond a file of `length` bytes.
+pub(super) fn within(length: u64, part: &'static str, end: u64) -> Result<(), Fault> {
+    if end > length { Err(Fault::Truncated { part, end, length }) } else { Ok(()) }
+}
+
 /// The part of `file` at `offset`, or where it should have ended.
-pub(super) fn part<'a>(file: &'a [u8], name: &'static str, offset: u64, length: u64) -> Result<&'a [u8], super::Fault> {
+pub(super) fn part<'a>(file: &'a [u8], name: &'static str, offset: u64, length: u64) -> Result<&'a [u8], Fault> {
     let end = offset.saturating_add(length);
-    usize::try_from(offset)
-        .ok()
-        .zip(usize::try_from(end).ok())
-        .and_then(|(start, end)| file.get(start..end))
-        .ok_or(super::Fault::Truncated { part: name, end, length: file.len() as u64 })
+    within(file.len() as u64, name, end)?;
+    Ok(&file[offset as usize..end as usize])
 }
