@@ -6,7 +6,7 @@ use memory::{Gpa, Gva, PAGE_SIZE};
 use super::anchor::FIXED;
 use super::asm::Asm;
 use super::emit::{Emit, Room, T2, T3};
-use super::translate::Bytes;
+use super::read::Bytes;
 use super::{APART, Block, Jit, Key, Page, Ran, thunk};
 use crate::block::Version;
 use crate::cpu::Cpu;

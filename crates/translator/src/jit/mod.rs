@@ -32,6 +32,7 @@ mod lone;
 mod near;
 mod privileged;
 mod profile;
+mod read;
 mod same;
 #[cfg(test)]
 mod sequences;
@@ -221,7 +222,7 @@ struct Block {
     /// How many of these are of instructions in their order.
     instructions: u16,
     /// Its one instruction lies across two pages.
-    second: Option<translate::Second>,
+    second: Option<read::Second>,
     /// What branches enter that compare addresses; 0 until needed.
     landing: u64,
     alive: bool,
