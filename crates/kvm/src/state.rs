@@ -46,6 +46,8 @@ const XCR0: u32 = 0;
 /// XSTATE_BV in an XSAVE area (Intel SDM vol. 1, 13.4.2), and the components that [`CpuState`] has: x87, SSE, AVX.
 const XSTATE_BV: usize = 512;
 const COMPONENTS: u8 = 7;
+/// Where the bytes that are software's begin.
+const SOFTWARE: usize = 464;
 /// Where those components end in the standard layout.
 const XSAVE_USED: usize = 832;
 
@@ -204,7 +206,8 @@ fn xsave(state: &CpuState) -> Box<[u32; 1024]> {
     for (word, bytes) in words.iter_mut().zip(state.xsave.0[..XSAVE_USED].as_chunks::<4>().0) {
         *word = u32::from_le_bytes(*bytes);
     }
-    words[XSTATE_BV / 4] &= u32::from(COMPONENTS);
+    words[SOFTWARE / 4..XSTATE_BV / 4 + 16].fill(0);
+    words[XSTATE_BV / 4] = COMPONENTS.into();
     words
 }
 
@@ -213,7 +216,8 @@ fn set_xsave(area: &mut XsaveArea, words: &[u32; 1024]) {
     for (bytes, word) in area.0[..XSAVE_USED].as_chunks_mut::<4>().0.iter_mut().zip(words) {
         *bytes = word.to_le_bytes();
     }
-    area.0[XSTATE_BV..XSTATE_BV + 64].fill(0);
+    // What the kernel notes for itself in the bytes that are software's (SDM vol. 1, 10.5.1.1), and the header.
+    area.0[SOFTWARE..XSTATE_BV + 64].fill(0);
     area.0[XSTATE_BV] = COMPONENTS;
 }
 
@@ -229,7 +233,7 @@ mod tests {
         });
         let words = prop::array::uniform32(any::<u64>());
         let table = (any::<u64>(), any::<u16>()).prop_map(|(base, limit)| TableRegister { base, limit });
-        let bytes = prop::collection::vec(any::<u8>(), 512 + 256);
+        let bytes = prop::collection::vec(any::<u8>(), SOFTWARE + 256);
         (prop::collection::vec(segment, 8), words.clone(), words, [table.clone(), table], bytes, 0..3_u8, any::<[bool; 2]>())
             .prop_map(|(segments, a, b, tables, bytes, shadow, flags)| {
                 let mut state = CpuState::reset();
@@ -244,8 +248,8 @@ mod tests {
                 if uses_pae_pointers(state.cr0, state.cr4, state.efer) {
                     state.pdptrs.copy_from_slice(&b[16..20]);
                 }
-                state.xsave.0[..512].copy_from_slice(&bytes[..512]);
-                state.xsave.0[576..832].copy_from_slice(&bytes[512..]);
+                state.xsave.0[..SOFTWARE].copy_from_slice(&bytes[..SOFTWARE]);
+                state.xsave.0[576..832].copy_from_slice(&bytes[SOFTWARE..]);
                 state.shadow = [Shadow::None, Shadow::Sti, Shadow::MovSs][usize::from(shadow)];
                 (state.nmi_blocked, state.halted) = (flags[0], flags[1]);
                 state

@@ -57,13 +57,15 @@ impl Runner {
             .map_err(|error| Error::State(format!("CPUID has too many leaves for KVM: {error}")))?;
         fd.set_cpuid2(&list).map_err(|e| refused("the CPU model", e))?;
         vm.enforce(&fd).map_err(|e| refused("the enforcement of paravirtual features", e))?;
-        sys::set_tsc_offset(&fd, config.tsc.offset()).map_err(|e| refused("a time-stamp counter's offset", e))?;
+        let offset = config.tsc.offset();
         let kick = Kick::new(as_fd(&fd), vm.run_bytes).map_err(|e| refused("a vCPU's shared memory", e))?;
         let kick = Arc::new(kick);
         let kicks = Arc::clone(&kick);
         config.signal.on_raise(move || kicks.kick());
         let stats = if vm.has_stats { Stats::new(&fd).ok() } else { None };
-        Ok(Self { fd, vm, config, kick, stats, exits: 0, external: false, unfinished: false, failure: None })
+        let runner = Self { fd, vm, config, kick, stats, exits: 0, external: false, unfinished: false, failure: None };
+        runner.set_tsc_offset(offset)?;
+        Ok(runner)
     }
 
     fn run_until_exit(&mut self, io: &mut dyn CpuIo) -> Exit {
@@ -304,6 +306,15 @@ impl Runner {
         })
     }
 
+    /// What the guest's counter is ahead of the host's: guests move it without an exit.
+    pub(crate) fn tsc_offset(&self) -> Result<u64, Error> {
+        sys::tsc_offset(&self.fd).map_err(|e| refused("a time-stamp counter's offset", e))
+    }
+
+    pub(crate) fn set_tsc_offset(&self, offset: u64) -> Result<(), Error> {
+        sys::set_tsc_offset(&self.fd, offset).map_err(|e| refused("a time-stamp counter's offset", e))
+    }
+
     fn msr(&self, index: u32) -> Option<u64> {
         let mut msrs = Msrs::from_entries(&[kvm_msr_entry { index, ..kvm_msr_entry::default() }]).ok()?;
         (self.fd.get_msrs(&mut msrs).ok()? == 1).then(|| msrs.as_slice()[0].data)
@@ -368,7 +379,7 @@ impl Vcpu for Runner {
     }
 
     fn save(&mut self) -> Box<CpuState> {
-        if let Ok(offset) = sys::tsc_offset(&self.fd) {
+        if let Ok(offset) = self.tsc_offset() {
             self.config.tsc.adjust(offset.wrapping_sub(self.config.tsc.offset()));
         }
         match self.parts() {
@@ -382,7 +393,7 @@ impl Vcpu for Runner {
 
     fn load(&mut self, state: &CpuState) -> Result<(), Error> {
         let current = sys::sregs(&self.fd).map_err(|e| refused("a vCPU's state", e))?;
-        sys::set_tsc_offset(&self.fd, self.config.tsc.offset()).map_err(|e| refused("a time-stamp counter's offset", e))?;
+        self.set_tsc_offset(self.config.tsc.offset())?;
         self.set_parts(&Parts::of(state, &current))
     }
 

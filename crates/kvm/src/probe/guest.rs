@@ -17,9 +17,9 @@ pub(crate) const PORT: u16 = 0x2f0;
 /// Where code goes.
 pub(crate) const CODE: u64 = 0x1_0000;
 /// Where it keeps what it compares.
-pub(crate) const DATA: u64 = 0x7000;
+const DATA: u64 = 0x7000;
 /// The end of the kernel's stack.
-pub(crate) const STACK: u64 = 0x9000;
+const STACK: u64 = 0x9000;
 /// Local APIC timer vector.
 const TIMER: usize = 0x20;
 const PAGE_FAULT: usize = 14;

@@ -18,7 +18,7 @@ use crate::kvm::{Config, Kvm, open};
 use crate::capability;
 
 #[cfg(test)]
-pub(crate) use guest::{CODE, DATA, long_mode, set_gate};
+pub(crate) use guest::{CODE, long_mode, set_gate};
 
 /// How long the guest may take. Where KVM is good, it takes a millisecond.
 const PATIENCE: Duration = Duration::from_secs(2);
