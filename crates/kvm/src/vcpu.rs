@@ -65,6 +65,7 @@ impl Runner {
         let stats = if vm.has_stats { Stats::new(&fd).ok() } else { None };
         let runner = Self { fd, vm, config, kick, stats, exits: 0, external: false, unfinished: false, failure: None };
         runner.set_tsc_offset(offset)?;
+        runner.follow_tsc()?;
         Ok(runner)
     }
 
@@ -306,9 +307,12 @@ impl Runner {
         })
     }
 
-    /// What the guest's counter is ahead of the host's: guests move it without an exit.
-    pub(crate) fn tsc_offset(&self) -> Result<u64, Error> {
-        sys::tsc_offset(&self.fd).map_err(|e| refused("a time-stamp counter's offset", e))
+    /// Has the machine know where the guest's counter really is: guests move it without an exit, and a KVM without hardware
+    /// may not move it at all.
+    pub(crate) fn follow_tsc(&self) -> Result<(), Error> {
+        let offset = sys::tsc_offset(&self.fd).map_err(|e| refused("a time-stamp counter's offset", e))?;
+        self.config.tsc.adjust(offset.wrapping_sub(self.config.tsc.offset()));
+        Ok(())
     }
 
     pub(crate) fn set_tsc_offset(&self, offset: u64) -> Result<(), Error> {
@@ -379,8 +383,8 @@ impl Vcpu for Runner {
     }
 
     fn save(&mut self) -> Box<CpuState> {
-        if let Ok(offset) = self.tsc_offset() {
-            self.config.tsc.adjust(offset.wrapping_sub(self.config.tsc.offset()));
+        if let Err(error) = self.follow_tsc() {
+            tracing::warn!(vcpu = self.config.id.0, "{error}");
         }
         match self.parts() {
             Ok(parts) => parts.state(),
@@ -394,6 +398,7 @@ impl Vcpu for Runner {
     fn load(&mut self, state: &CpuState) -> Result<(), Error> {
         let current = sys::sregs(&self.fd).map_err(|e| refused("a vCPU's state", e))?;
         self.set_tsc_offset(self.config.tsc.offset())?;
+        self.follow_tsc()?;
         self.set_parts(&Parts::of(state, &current))
     }
 
