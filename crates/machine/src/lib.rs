@@ -17,7 +17,7 @@ mod control;
 mod error;
 mod firmware;
 mod guest_io;
-mod kernel_apics;
+mod kernel_parts;
 pub mod layout;
 mod outcome;
 mod pins;

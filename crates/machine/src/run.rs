@@ -15,7 +15,7 @@ use crate::announce::{Announcer, Events};
 use crate::board::{Board, HostParts, PowerButton};
 use crate::control::Control;
 use crate::guest_io::{GuestIo, SharedIo};
-use crate::kernel_apics::{KernelApics, set_virtual_wire};
+use crate::kernel_parts::{KernelApics, KernelDoorbells, set_virtual_wire};
 use crate::pins::Pins;
 use crate::plan::Dialects;
 use crate::processor::Processor;
@@ -69,8 +69,13 @@ impl Machine {
         events.tell(Event::KernelLoaded { protocol, bytes, entry });
 
         let timers = HostTimers::start().map_err(|source| Error::Host { what: "a thread for timers", source })?;
-        let host = HostParts { clock: Arc::new(HostClock), timers: Arc::new(timers), entropy: Arc::new(HostEntropy) };
         let engine = engine(ram.clone())?;
+        let host = HostParts {
+            clock: Arc::new(HostClock),
+            timers: Arc::new(timers),
+            entropy: Arc::new(HostEntropy),
+            doorbells: engine.doorbells().map(|doorbells| Arc::new(KernelDoorbells(doorbells)) as _),
+        };
         let slots = slots(plan, &*engine, &*host.clock)?;
         let chips = interrupt_chips(&slots, &*engine, &host);
         chips.virtual_wire();

@@ -1,9 +1,12 @@
-//! Local APICs that the engine has in the host's kernel, as the machine's other interrupt chips see them.
+//! What the engine has in the host's kernel, as the machine's devices see it: local APICs and doorbells.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use device::interrupt::ExternalApics;
+use device::virtio;
 use engine::{KernelState, LocalApics, Signal, Signals};
+use memory::Gpa;
 
 /// The engine's local APICs, and the mailbox of the processor that the PIC is wired to.
 pub(crate) struct KernelApics {
@@ -22,6 +25,19 @@ impl ExternalApics for KernelApics {
 
     fn pic_pending(&self) {
         self.bootstrap.raise(Signals::INTERRUPT);
+    }
+}
+
+/// The engine's doorbells.
+pub(crate) struct KernelDoorbells(pub(crate) Arc<dyn engine::Doorbells>);
+
+impl virtio::Doorbells for KernelDoorbells {
+    fn attach(&self, gpa: Gpa, counter: BorrowedFd) -> bool {
+        self.0.attach(gpa, counter)
+    }
+
+    fn detach(&self, gpa: Gpa, counter: BorrowedFd) {
+        self.0.detach(gpa, counter);
     }
 }
 
