@@ -89,10 +89,12 @@ fn row(probe: &'static str, outcome: Result<String, String>, says: [&'static str
 }
 
 fn engine() -> Row {
-    let outcome = machine::select_engine(EngineChoice::Auto, EngineCheck::Off).map_err(|error| error.to_string()).and_then(|engine| {
-        let ran = probe_guest()?;
-        Ok(format!("{} ran a guest in {ran} ms ({})", engine.name, engine.reason))
-    });
+    let outcome = machine::select_engine(EngineChoice::Auto, EngineCheck::Off)
+        .map_err(|error| error.to_string())
+        .and_then(|engine| {
+            let ran = probe_guest()?;
+            Ok(format!("{} ran a guest in {ran} ms ({})", engine.name, engine.reason))
+        });
     let row = row("engine", outcome, ["machines run on it", "no machine can run here"]);
     Row { vital: true, fix: Some("run on an x86-64 Linux host"), ..row }
 }
@@ -159,10 +161,16 @@ fn kvm_row(report: &KvmReport) -> Row {
     let failed = report.steps.iter().find(|step| matches!(step.outcome, Some(Err(_)))).map(|step| step.name);
     let fix = match failed {
         None => None,
-        Some("device") => Some("load kvm_intel or kvm_amd, switch virtualisation on in the firmware, join the group kvm"),
+        Some("device") => {
+            Some("load kvm_intel or kvm_amd, switch virtualisation on in the firmware, join the group kvm")
+        }
         Some("capabilities") => Some("update the host's kernel"),
-        Some("VM" | "vCPU") => Some("look at the host's kernel log; in a container, allow /dev/kvm and more locked memory"),
-        Some(_) => Some("use a host whose KVM is backed by VT-x or AMD-V (nested, if it is a VM); this one's is emulated"),
+        Some("VM" | "vCPU") => {
+            Some("look at the host's kernel log; in a container, allow /dev/kvm and more locked memory")
+        }
+        Some(_) => {
+            Some("use a host whose KVM is backed by VT-x or AMD-V (nested, if it is a VM); this one's is emulated")
+        }
     };
     Row { fix, steps: report.steps.iter().map(step).collect(), ..row("kvm", outcome, says) }
 }
@@ -221,8 +229,13 @@ mod tests {
         let failed = Some(Err("no such instruction\nregisters".to_owned()));
         let steps = vec![step("device", Some(Ok("opens".into()))), step("SSE", failed), step("user mode", None)];
         let text = print(&[kvm_row(&KvmReport { steps })]);
-        assert!(text.starts_with("no    kvm       the kvm engine is not usable here: SSE: no such instruction\n"), "{text}");
-        for line in ["ok  device        opens", "no  SSE           no such instruction", "-   user mode     not reached"] {
+        assert!(
+            text.starts_with("no    kvm       the kvm engine is not usable here: SSE: no such instruction\n"),
+            "{text}"
+        );
+        for line in
+            ["ok  device        opens", "no  SSE           no such instruction", "-   user mode     not reached"]
+        {
             assert!(text.contains(line), "{text}");
         }
         assert!(text.contains("fix: use a host whose KVM") && !text.contains("registers"), "{text}");

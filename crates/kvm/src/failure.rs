@@ -44,9 +44,8 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 
 /// The registers, a few a line.
 pub(crate) fn registers(state: &CpuState) -> String {
-    const NAMES: [&str; 16] = [
-        "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
-    ];
+    const NAMES: [&str; 16] =
+        ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
     let mut text = format!("rip {:016x} rflags {:08x} cpl {}", state.rip, state.rflags, state.cpl());
     for (index, (name, value)) in NAMES.iter().zip(state.gpr).enumerate() {
         let separator = if index % 4 == 0 { '\n' } else { ' ' };

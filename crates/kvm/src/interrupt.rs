@@ -49,9 +49,9 @@ impl engine::LocalApics for KernelApics {
             return;
         }
         let table = KvmIrqRouting::from_entries(&entries(&*routes));
-        let set = table.map_err(|error| error.to_string()).and_then(|table| {
-            self.vm.fd.set_gsi_routing(&table).map_err(|error| error.to_string())
-        });
+        let set = table
+            .map_err(|error| error.to_string())
+            .and_then(|table| self.vm.fd.set_gsi_routing(&table).map_err(|error| error.to_string()));
         if let Err(error) = set {
             tracing::warn!("KVM does not take the route of pin {pin}: {error}; its interrupt may come once only");
         }
@@ -67,9 +67,19 @@ fn entries(routes: &[Option<Message>]) -> Vec<kvm_irq_routing_entry> {
     let entry = |(pin, route): (usize, &Option<Message>)| {
         let (address, data) = (*route)?;
         let (address_lo, address_hi) = halves(address);
-        let data = kvm_irq_routing_msi { address_lo, address_hi, data, __bindgen_anon_1: kvm_irq_routing_msi__bindgen_ty_1 { pad: 0 } };
+        let data = kvm_irq_routing_msi {
+            address_lo,
+            address_hi,
+            data,
+            __bindgen_anon_1: kvm_irq_routing_msi__bindgen_ty_1 { pad: 0 },
+        };
         let u = kvm_irq_routing_entry__bindgen_ty_1 { msi: data };
-        Some(kvm_irq_routing_entry { gsi: pin as u32, type_: KVM_IRQ_ROUTING_MSI, u, ..kvm_irq_routing_entry::default() })
+        Some(kvm_irq_routing_entry {
+            gsi: pin as u32,
+            type_: KVM_IRQ_ROUTING_MSI,
+            u,
+            ..kvm_irq_routing_entry::default()
+        })
     };
     routes.iter().enumerate().filter_map(entry).collect()
 }

@@ -1,5 +1,5 @@
-//! What the host's kernel keeps of a vCPU beside [`engine::CpuState`], between [`KernelState`] and KVM's structures. Pure but
-//! for the list of MSRs.
+//! What the host's kernel keeps of a vCPU beside [`engine::CpuState`], between [`engine::KernelState`] and KVM's structures.
+//! Pure.
 
 use std::ops::RangeInclusive;
 
@@ -9,10 +9,10 @@ use kvm_bindings::{KVM_VCPUEVENT_VALID_NMI_PENDING, kvm_vcpu_events};
 /// MSRs that a guest can change, that are no part of `CpuState`, and that KVM keeps (Intel SDM vol. 4, table 2-2; Linux,
 /// Documentation/virt/kvm/x86/msr.rst).
 pub(crate) const MSRS: [RangeInclusive<u32>; 9] = [
-    0x48..=0x48,               // IA32_SPEC_CTRL
-    0x17a..=0x17a,             // IA32_MCG_STATUS
-    0x200..=0x20f,             // MTRRs, variable
-    0x250..=0x250,             // MTRRs, fixed
+    0x48..=0x48,   // IA32_SPEC_CTRL
+    0x17a..=0x17a, // IA32_MCG_STATUS
+    0x200..=0x20f, // MTRRs, variable
+    0x250..=0x250, // MTRRs, fixed
     0x258..=0x259,
     0x268..=0x26f,
     0x6e0..=0x6e0,             // IA32_TSC_DEADLINE

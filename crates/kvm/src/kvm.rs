@@ -15,8 +15,8 @@ use kvm_bindings::{
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 use memory::GuestRam;
 
-use crate::interrupt::{IO_APIC_PINS, KernelApics};
 use crate::doorbell::KernelDoorbells;
+use crate::interrupt::{IO_APIC_PINS, KernelApics};
 use crate::vcpu::Runner;
 use crate::{capability, cpuid};
 
@@ -79,9 +79,9 @@ pub(crate) fn open(path: &Path) -> Result<kvm_ioctls::Kvm, Error> {
     match kvm.get_api_version() {
         -1 => Err(unusable(format!("{name} is not KVM: {}", io::Error::last_os_error()))),
         version if version as u32 == KVM_API_VERSION => Ok(kvm),
-        version => {
-            Err(unusable(format!("{name} speaks API version {version}, not {KVM_API_VERSION}; update the host's kernel")))
-        }
+        version => Err(unusable(format!(
+            "{name} speaks API version {version}, not {KVM_API_VERSION}; update the host's kernel"
+        ))),
     }
 }
 
@@ -100,7 +100,8 @@ impl Kvm {
     pub fn new(ram: GuestRam, config: Config) -> Result<Self, Error> {
         let kvm = open_checked()?;
         let has = |number: u32| kvm.check_extension_raw(number.into()) > 0;
-        let list = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|e| refused("KVM's list of CPUID leaves", e))?;
+        let list =
+            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|e| refused("KVM's list of CPUID leaves", e))?;
         let vm = Vm {
             fd: kvm.create_vm().map_err(|e| refused("a VM", e))?,
             ram,

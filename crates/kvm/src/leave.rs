@@ -77,7 +77,8 @@ fn internal(details: &Details) -> Leave {
     let (error, emulation) = unsafe { (details.internal, details.emulation_failure) };
     let data = error.data[..(error.ndata as usize).min(error.data.len())].to_vec();
     let with_bytes = u64::from(k::KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES);
-    let tells = error.suberror == k::KVM_INTERNAL_ERROR_EMULATION && error.ndata >= 3 && emulation.flags & with_bytes != 0;
+    let tells =
+        error.suberror == k::KVM_INTERNAL_ERROR_EMULATION && error.ndata >= 3 && emulation.flags & with_bytes != 0;
     let instruction = if tells {
         // SAFETY: as in `decode`.
         let code = unsafe { emulation.__bindgen_anon_1.__bindgen_anon_1 };
@@ -111,7 +112,9 @@ mod tests {
         let bytes = std::array::from_fn(|index| [0x0f, 0x10, 0xc0].get(index).copied().unwrap_or(0));
         details.emulation_failure.__bindgen_anon_1.__bindgen_anon_1 =
             k::kvm_run__bindgen_ty_1__bindgen_ty_14__bindgen_ty_1__bindgen_ty_1 { insn_size: 2, insn_bytes: bytes };
-        let Leave::Internal { suberror: 1, instruction, .. } = decode(k::KVM_EXIT_INTERNAL_ERROR, &details) else { panic!() };
+        let Leave::Internal { suberror: 1, instruction, .. } = decode(k::KVM_EXIT_INTERNAL_ERROR, &details) else {
+            panic!()
+        };
         assert_eq!(instruction, [0x0f, 0x10]);
     }
 

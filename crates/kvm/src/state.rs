@@ -114,15 +114,15 @@ fn regs(state: &CpuState) -> kvm_regs {
 }
 
 fn set_regs(state: &mut CpuState, r: &kvm_regs) {
-    state.gpr = [
-        r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15,
-    ];
+    state.gpr =
+        [r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15];
     (state.rip, state.rflags) = (r.rip, r.rflags);
 }
 
 fn sregs(state: &CpuState) -> kvm_sregs2 {
     let segments = state.segments.map(|segment| to_kvm(&segment));
-    let table = |register: TableRegister| kvm_dtable { base: register.base, limit: register.limit, ..kvm_dtable::default() };
+    let table =
+        |register: TableRegister| kvm_dtable { base: register.base, limit: register.limit, ..kvm_dtable::default() };
     let pae = uses_pae_pointers(state.cr0, state.cr4, state.efer);
     kvm_sregs2 {
         es: segments[seg::ES],
@@ -228,13 +228,12 @@ mod tests {
 
     /// Any state of a processor: nonsense is fine, every bit is to come back.
     fn any_state() -> impl Strategy<Value = CpuState> {
-        let segment = (any::<u16>(), any::<u16>(), any::<u32>(), any::<u64>()).prop_map(|(selector, a, limit, base)| {
-            Segment { selector, attributes: a & 0xf0ff, limit, base }
-        });
+        let segment = (any::<u16>(), any::<u16>(), any::<u32>(), any::<u64>())
+            .prop_map(|(selector, a, limit, base)| Segment { selector, attributes: a & 0xf0ff, limit, base });
         let words = prop::array::uniform32(any::<u64>());
         let table = (any::<u64>(), any::<u16>()).prop_map(|(base, limit)| TableRegister { base, limit });
         let bytes = prop::collection::vec(any::<u8>(), SOFTWARE + 256);
-        (prop::collection::vec(segment, 8), words.clone(), words, [table.clone(), table], bytes, 0..3_u8, any::<[bool; 2]>())
+        (prop::collection::vec(segment, 8), words, words, [table.clone(), table], bytes, 0..3_u8, any::<[bool; 2]>())
             .prop_map(|(segments, a, b, tables, bytes, shadow, flags)| {
                 let mut state = CpuState::reset();
                 state.gpr.copy_from_slice(&a[..16]);

@@ -273,14 +273,16 @@ impl Runner {
         let told = matches!(leave, Leave::Internal { instruction, .. } if !instruction.is_empty());
         let code = if told { None } else { self.code_at_rip() };
         let code = code.map_or_else(String::new, |bytes| format!("; at RIP: {}", failure::hex(&bytes)));
-        let registers = self.parts().map_or_else(|e| format!("(no registers: {e})"), |p| failure::registers(&p.state()));
+        let registers =
+            self.parts().map_or_else(|e| format!("(no registers: {e})"), |p| failure::registers(&p.state()));
         self.fail(format!("{what}{code}\n{registers}"))
     }
 
     /// The bytes that RIP points at, as the guest's page tables have them.
     fn code_at_rip(&self) -> Option<Vec<u8>> {
         let (regs, sregs) = (self.fd.get_regs().ok()?, sys::sregs(&self.fd).ok()?);
-        let found = self.fd.translate_gva(sregs.cs.base.wrapping_add(regs.rip)).ok().filter(|found| found.valid != 0)?;
+        let found =
+            self.fd.translate_gva(sregs.cs.base.wrapping_add(regs.rip)).ok().filter(|found| found.valid != 0)?;
         let mut bytes = vec![0; LONGEST_INSTRUCTION];
         self.vm.ram.read(Gpa(found.physical_address), &mut bytes).ok().map(|()| bytes)
     }
@@ -331,7 +333,8 @@ impl Runner {
 
     fn set_parts(&self, parts: &Parts) -> Result<(), Error> {
         let impossible = |what: &'static str| move |error: kvm_ioctls::Error| impossible(what, &error);
-        sys::set_sregs(&self.fd, &parts.sregs).map_err(|error| self::impossible("segments and control registers", &error))?;
+        sys::set_sregs(&self.fd, &parts.sregs)
+            .map_err(|error| self::impossible("segments and control registers", &error))?;
         self.fd.set_regs(&parts.regs).map_err(impossible("registers"))?;
         self.fd.set_xcrs(&parts.xcrs).map_err(impossible("XCR0"))?;
         // SAFETY: the models show no component beyond AVX, so that the kernel reads the 4096 bytes of the structure alone.

@@ -188,7 +188,8 @@ impl Plan {
         if !(LEAST_CODE_CACHE..=MOST_CODE_CACHE).contains(&self.code_cache) {
             return Err(Invalid::CodeCache(self.code_cache));
         }
-        if matches!(self.engine, EngineChoice::Kvm | EngineChoice::KvmUnprobed) && self.engine_check != EngineCheck::Off {
+        if matches!(self.engine, EngineChoice::Kvm | EngineChoice::KvmUnprobed) && self.engine_check != EngineCheck::Off
+        {
             return Err(Invalid::EngineCheck);
         }
         if self.dialects.cordial {

@@ -94,7 +94,9 @@ mod tests {
         assert_eq!(decide(EngineChoice::Kvm, EngineCheck::Off, || Ok(())).unwrap().name, "kvm");
         let unprobed = decide(EngineChoice::KvmUnprobed, EngineCheck::Off, || panic!("not asked for")).unwrap();
         assert_eq!(unprobed.name, "kvm");
-        for (choice, check) in [(EngineChoice::Translate, EngineCheck::Off), (EngineChoice::Auto, EngineCheck::Lockstep)] {
+        for (choice, check) in
+            [(EngineChoice::Translate, EngineCheck::Off), (EngineChoice::Auto, EngineCheck::Lockstep)]
+        {
             assert_eq!(decide(choice, check, || panic!("not asked for")).unwrap().name, "translate");
         }
     }

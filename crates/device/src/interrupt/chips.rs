@@ -519,7 +519,10 @@ mod tests {
         }
         fn route(&self, pin: usize, message: Option<(u64, u32)>) {
             if let Some((_, data)) = message {
-                assert!(!self.messages.lock().unwrap().iter().any(|(_, sent)| *sent == data), "sent before it is known");
+                assert!(
+                    !self.messages.lock().unwrap().iter().any(|(_, sent)| *sent == data),
+                    "sent before it is known"
+                );
                 self.routes.lock().unwrap().push((pin, data));
             }
         }
@@ -560,7 +563,10 @@ mod tests {
         chips.set_line(0, true);
         assert_eq!(elsewhere.pic.load(Ordering::Relaxed), 1);
         assert!(chips.interrupt_pending(0) && !chips.interrupt_pending(1));
-        assert_eq!((chips.take_interrupt(1), chips.take_interrupt(0), chips.take_interrupt(0)), (None, Some(0x30), None));
+        assert_eq!(
+            (chips.take_interrupt(1), chips.take_interrupt(0), chips.take_interrupt(0)),
+            (None, Some(0x30), None)
+        );
         assert_eq!((chips.msr_read(0, 0x802), chips.msr_write(0, 0x1b, 0)), (Err(Refused), Err(Refused)));
     }
 }

@@ -132,7 +132,8 @@ mod tests {
     fn every_message_that_fits_comes_back_from_an_msi() {
         for mode in (0..8).map(|bits| DeliveryMode::from_register(bits << 8)) {
             for (id, logical, level) in [(0, false, true), (0xff, true, false), (0x7fff, false, false)] {
-                let message = Message { vector: 0x31, mode, level, destination: Destination { logical, id, wide: false } };
+                let message =
+                    Message { vector: 0x31, mode, level, destination: Destination { logical, id, wide: false } };
                 let (address, data) = message.to_msi().unwrap();
                 assert_eq!(Message::from_msi(address, data), Some(message));
             }

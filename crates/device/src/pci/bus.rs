@@ -367,8 +367,7 @@ impl PciBus {
                 let Some(address) = mapping.wanted(&occupant.config) else { continue };
                 if mapping.map(&self.0.bus, address) {
                     mapping.tell();
-                } else if let Some(times) = self.0.refused_maps.pass()
-                {
+                } else if let Some(times) = self.0.refused_maps.pass() {
                     let bar = mapping.bar.index;
                     tracing::debug!(
                         "PCI slot {slot}: BAR {bar} at {address:#x} is taken or impossible (seen {times} times)"

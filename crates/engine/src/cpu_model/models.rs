@@ -172,8 +172,7 @@ impl Model {
         let required = || self.requires.iter().copied().flatten().copied();
         // What runs on the processor itself is only as little vulnerable as that, whatever the model; and the model that
         // follows the host follows it in everything.
-        let spared =
-            |feature| host.is_hardware() && (self.name == DEFAULT || NOT_VULNERABLE.contains(&feature));
+        let spared = |feature| host.is_hardware() && (self.name == DEFAULT || NOT_VULNERABLE.contains(&feature));
         let missing = required().filter(|&feature| !host.can(feature) && !spared(feature));
         let features: Vec<_> = missing.map(Feature::name).collect();
         if !features.is_empty() {

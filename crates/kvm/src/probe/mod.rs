@@ -10,12 +10,14 @@ use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
-use engine::{CpuIo, Engine, Error, Exit, GuestTsc, HypercallArgs, Ledger, MsrRefused, Signal, Signals, VcpuConfig, VcpuId};
+use engine::{
+    CpuIo, Engine, Error, Exit, GuestTsc, HypercallArgs, Ledger, MsrRefused, Signal, Signals, VcpuConfig, VcpuId,
+};
 use host::{Clock, HostClock};
 use memory::{Gpa, GuestRam};
 
-use crate::kvm::{Config, Kvm, open};
 use crate::capability;
+use crate::kvm::{Config, Kvm, open};
 
 #[cfg(test)]
 pub(crate) use guest::{CODE, long_mode, set_gate};
@@ -279,6 +281,5 @@ mod tests {
         // Whatever this host is: all was reached, or one step failed and none behind it was tried.
         assert_eq!(failed, usize::from(reached < report.steps.len()), "{report:?}");
         assert_eq!(report.verdict().is_ok(), failed == 0);
-        println!("{report:#?}");
     }
 }

@@ -13,8 +13,8 @@ fn ports_and_device_memory_reach_the_machine_at_every_width() {
         "out dx, al",
         "out dx, ax",
         "out dx, eax",
-        "in al, dx", // 1
-        "in ax, dx", // 2 3
+        "in al, dx",  // 1
+        "in ax, dx",  // 2 3
         "in eax, dx", // 4 5 6 7
         "mov ebx, 0x180000",
         "mov [rbx], al",
@@ -28,7 +28,8 @@ fn ports_and_device_memory_reach_the_machine_at_every_width() {
     bench.io.input.extend(1..=15);
     assert_eq!(bench.run(), Exit::Device);
     let port = |data: &[u8]| Event::Port(TELL, data.to_vec());
-    let mmio = |offset: u64, data: u64, length: usize| Event::Mmio(MMIO + offset, data.to_le_bytes()[..length].to_vec());
+    let mmio =
+        |offset: u64, data: u64, length: usize| Event::Mmio(MMIO + offset, data.to_le_bytes()[..length].to_vec());
     let all = [
         port(&[0x11]),
         port(&[0x11, 0x22]),
@@ -188,7 +189,9 @@ fn a_store_to_the_hypercall_port_is_a_hypercall() {
         "mov dx, 0x301",
         "out dx, al",
     );
-    let Some(mut bench) = Bench::with(Config { hypercall_port: Some(0x310), ..Config::default() }, code) else { return };
+    let Some(mut bench) = Bench::with(Config { hypercall_port: Some(0x310), ..Config::default() }, code) else {
+        return;
+    };
     assert_eq!(bench.run(), Exit::Device);
     let call = HypercallArgs { number: 0x1_0000_0007, args: [0x1111_1111_2222_2222, 3, 0x310, 5], cpl: 0 };
     assert_eq!(bench.io.events[0], Event::Hypercall(call));
@@ -269,7 +272,10 @@ fn a_whole_state_comes_back_from_the_kernel() {
         change(&mut changed);
         bench.vcpu.load(&changed).unwrap();
         let saved = bench.vcpu.save();
-        assert_eq!((saved.nmi_blocked, saved.shadow, saved.halted), (changed.nmi_blocked, changed.shadow, changed.halted));
+        assert_eq!(
+            (saved.nmi_blocked, saved.shadow, saved.halted),
+            (changed.nmi_blocked, changed.shadow, changed.halted)
+        );
     }
     assert_eq!(MSRS.len(), 13);
 }
@@ -280,5 +286,8 @@ fn an_impossible_state_is_refused_by_name() {
     let mut state = busy_state(&bench.ram);
     state.cr4 |= 1 << 30;
     let error = bench.vcpu.load(&state).unwrap_err().to_string();
-    assert!(error.starts_with("impossible processor state: KVM does not take the segments and control registers"), "{error}");
+    assert!(
+        error.starts_with("impossible processor state: KVM does not take the segments and control registers"),
+        "{error}"
+    );
 }
