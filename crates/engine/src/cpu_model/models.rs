@@ -78,6 +78,13 @@ const BEYOND: &[Feature] = {
 /// Facts about the host that change no instruction's result.
 const HOST_FACTS: &[Feature] = &[Feature::Invtsc, Feature::Xsaveerptr];
 
+/// True where a guest that runs on the processor itself has what that has, whatever the model: how vulnerable it is, what
+/// only its kernel uses, and what only AMD's processors tell. Programs rely on the rest.
+fn is_the_hosts(feature: Feature) -> bool {
+    let system = SYSTEM.contains(&feature) && feature != Feature::LahfLm; // which psABI level 2 has
+    system || NOT_VULNERABLE.contains(&feature) || feature == Feature::Mmxext
+}
+
 /// A processor with a name.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Model {
@@ -170,9 +177,7 @@ impl Model {
     /// [`MissingFeatures`] where the host's processor lacks part of the model.
     pub fn table(&self, host: &HostCpu, vcpu: u32, vcpus: u32) -> Result<CpuidTable, MissingFeatures> {
         let required = || self.requires.iter().copied().flatten().copied();
-        // What runs on the processor itself is only as little vulnerable as that, whatever the model; and the model that
-        // follows the host follows it in everything.
-        let spared = |feature| host.is_hardware() && (self.name == DEFAULT || NOT_VULNERABLE.contains(&feature));
+        let spared = |feature| host.is_hardware() && (self.name == DEFAULT || is_the_hosts(feature));
         let missing = required().filter(|&feature| !host.can(feature) && !spared(feature));
         let features: Vec<_> = missing.map(Feature::name).collect();
         if !features.is_empty() {
@@ -262,11 +267,16 @@ mod tests {
 
     #[test]
     fn on_hardware_a_named_model_is_whole_and_no_less_vulnerable_than_the_host() {
-        let v1 = BASELINE.iter().chain(SYSTEM).copied();
-        let table = lookup("x86-64-v1").unwrap().table(&hardware(v1.clone().chain([Feature::SsbNo])), 0, 1).unwrap();
+        let v1 = BASELINE.iter().copied().filter(|feature| *feature != Feature::Mmxext);
+        let v2 = v1.clone().chain(LEVEL_2.iter().copied()).chain([Feature::LahfLm, Feature::SsbNo, Feature::Pcid]);
+        let table = lookup("x86-64-v2").unwrap().table(&hardware(v2.clone()), 0, 1).unwrap();
         assert!(table.has(Feature::SsbNo) && !table.has(Feature::BtcNo));
-        let error = lookup("x86-64-v1").unwrap().table(&hardware(v1.filter(|f| *f != Feature::Pcid)), 0, 1);
-        assert_eq!(error.unwrap_err().features, ["pcid"]);
+        assert!(table.has(Feature::Pcid) && !table.has(Feature::Topoext) && !table.has(Feature::Mmxext));
+        for lost in [Feature::Sse42, Feature::LahfLm, Feature::Nx] {
+            let host = hardware(v2.clone().filter(|feature| *feature != lost));
+            let error = lookup("x86-64-v2").unwrap().table(&host, 0, 1).unwrap_err();
+            assert_eq!(error.features, [lost.name()]);
+        }
     }
 
     #[test]
