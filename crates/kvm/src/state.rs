@@ -46,6 +46,8 @@ const XCR0: u32 = 0;
 /// XSTATE_BV in an XSAVE area (Intel SDM vol. 1, 13.4.2), and the components that [`CpuState`] has: x87, SSE, AVX.
 const XSTATE_BV: usize = 512;
 const COMPONENTS: u8 = 7;
+/// Those that every processor has: x87 and SSE.
+const LEGACY: u8 = 3;
 /// Where the bytes that are software's begin.
 const SOFTWARE: usize = 464;
 /// Where those components end in the standard layout.
@@ -79,6 +81,11 @@ impl Parts {
             msrs: msr_values(state),
             mp_state: if state.halted { KVM_MP_STATE_HALTED } else { KVM_MP_STATE_RUNNABLE },
         }
+    }
+
+    /// Leaves out vector components that the host's processor does not have, of XCR0's bits: they are in their initial state.
+    pub(crate) fn limit_components(&mut self, components: u32) {
+        self.xsave[XSTATE_BV / 4] &= components | u32::from(LEGACY);
     }
 
     /// Put together again.
@@ -276,6 +283,9 @@ mod tests {
         assert_eq!((parts.sregs.ss.base, parts.sregs.cs.base, parts.sregs.cs.type_), (0x55, 0xffff_0000, 0xb));
         assert_eq!((parts.sregs.tr.unusable, parts.sregs.tr.type_, parts.sregs.ldt.s), (0, 0xb, 0));
         assert_eq!((parts.xsave[0], parts.xsave[6], parts.xsave[128]), (0x37f, 0x1f80, 7));
+        let mut old = parts.clone();
+        old.limit_components(0);
+        assert_eq!(old.xsave[128], 3, "without AVX");
         let efer_is_no_msr_of_the_list = MSRS.iter().all(|number| *number != 0xc000_0080);
         assert!(efer_is_no_msr_of_the_list, "it comes with the control registers");
     }

@@ -29,6 +29,8 @@ use crate::{cpuid, failure, kernel_state, sys};
 
 /// The kernel's counts reach the ledger at each return of [`Vcpu::run`], and after this many exits at the latest.
 const EXITS_A_COUNT: u32 = 256;
+/// The CPUID leaf that tells the components of the XSAVE area.
+const XSAVE: u32 = 0xd;
 /// Bytes of the longest instruction.
 const LONGEST_INSTRUCTION: usize = 15;
 /// Bytes of the longest single access to a port.
@@ -402,7 +404,9 @@ impl Vcpu for Runner {
         let current = sys::sregs(&self.fd).map_err(|e| refused("a vCPU's state", e))?;
         self.set_tsc_offset(self.config.tsc.offset())?;
         self.follow_tsc()?;
-        self.set_parts(&Parts::of(state, &current))
+        let mut parts = Parts::of(state, &current);
+        parts.limit_components(self.vm.supported.answer(XSAVE, 0).eax);
+        self.set_parts(&parts)
     }
 
     fn save_kernel_state(&mut self) -> Option<KernelState> {

@@ -214,7 +214,9 @@ fn processors(
     ram: &GuestRam,
     entry: &CpuState,
 ) -> Result<Vec<Processor>, Error> {
-    let features = if plan.dialects.kvm { paravirt::Features::ALL } else { paravirt::Features::NONE };
+    // What the engine serves by itself and refuses is not to be had here.
+    let ours = plan.dialects.kvm && engine.kvm_dialect().is_none();
+    let features = if ours { paravirt::Features::ALL } else { paravirt::Features::NONE };
     let tscs = slots.iter().map(|slot| Arc::clone(&slot.tsc));
     let zero = slots.first().map_or(0, |slot| slot.tsc.host(0));
     let clock = Arc::new(paravirt::Clock::new(Arc::clone(&host.clock), ram.clone(), zero, tscs));
