@@ -229,7 +229,7 @@ fn nothing_to_look_at(cpu: &Cpu) -> bool {
 /// Changes to the shadow stack and landing table of the current privilege. A kernel that is entered begins with an empty
 /// stack.
 pub(super) fn change_privilege(cpu: &mut Cpu) {
-    let (user, near) = (usize::from(cpu.mode.cpl == 3), cpu.window.busy);
+    let (user, near) = (usize::from(cpu.mode.cpl == 3), cpu.window.near);
     let hot = cpu.state.hot_mut();
     let before = hot.user as usize & 1;
     if before != user {

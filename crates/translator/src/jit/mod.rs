@@ -155,7 +155,7 @@ fn mode_of(cpu: &Cpu) -> u16 {
     let mut mode = 0;
     if cpu.mode.cpl == 3 {
         mode |= USER;
-        if cpu.window.busy {
+        if cpu.window.near {
             mode |= NEAR;
         }
     }

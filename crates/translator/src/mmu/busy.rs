@@ -3,6 +3,7 @@
 use host::{Clock as _, HostClock};
 use memory::{Gpa, PAGE_SIZE};
 
+use super::window::Found;
 use crate::cpu::Cpu;
 
 /// Most mappings made at one look. Each takes the host some microseconds.
@@ -17,30 +18,30 @@ struct Page {
 }
 
 impl Cpu {
-    /// Notes that the program of the current address space was seen at work. True where it is a busy one that was not
-    /// before.
+    /// Notes that the program of the current address space was seen at work. True where it has become one that has most of
+    /// what it uses in the window.
     pub(crate) fn sample_space(&mut self) -> bool {
-        let before = self.window.busy;
+        let before = self.window.near;
         if self.window.sample(HostClock.monotonic_ns()) {
             if self.window.is_worn() {
                 self.tlb.leave_window();
                 self.window.clear();
             }
             let found = self.fill_window();
-            self.window.looked(found);
+            self.window.looked(&found);
         }
-        self.window.busy && !before
+        self.window.near && !before
     }
 
-    /// Maps pages that the current address space has entries for, longest runs first. Returns how many entries lead to
-    /// the window that did not before.
-    pub(crate) fn fill_window(&mut self) -> usize {
+    /// Maps pages that the current address space has entries for, longest runs first.
+    pub(crate) fn fill_window(&mut self) -> Found {
         let ram = self.shared.ram.clone();
         let page = |(address, addend): (u64, u64)| {
             // Pages that may be executed are known by the address of another mapping, and so not found.
             Some(Page { address, gpa: ram.gpa_of(address.wrapping_add(addend))?.0, addend })
         };
-        let mut pages: Vec<Page> = self.tlb.user_pages().into_iter().filter_map(page).collect();
+        let (inside, others) = self.tlb.user_pages();
+        let mut pages: Vec<Page> = others.into_iter().filter_map(page).collect();
         pages.sort_unstable();
         pages.dedup();
         let missing: Vec<Page> =
@@ -50,7 +51,7 @@ impl Cpu {
         for run in runs.into_iter().take(MOST_AT_ONCE) {
             self.map_run(run);
         }
-        let mut found = 0;
+        let mut found = Found { moved: 0, inside, outside: pages.len() };
         let mut taken = 0;
         for page in pages {
             let Some(mut first) = self.window.holds(page.address, Gpa(page.gpa)) else { continue };
@@ -60,7 +61,9 @@ impl Cpu {
                 taken += 1;
                 first = self.window.unmap(before);
             }
-            found += usize::from(self.tlb.move_to_window(page.address, page.addend, first));
+            if self.tlb.move_to_window(page.address, page.addend, first) {
+                found = Found { moved: found.moved + 1, inside: found.inside + 1, outside: found.outside - 1 };
+            }
         }
         found
     }

@@ -237,11 +237,13 @@ impl Tlb {
         self.slots[self.current].views[DataMode::User as usize].as_mut()
     }
 
-    /// What user code of the current address space has read entries for, the window's apart: address and addend.
-    pub(crate) fn user_pages(&mut self) -> Vec<(u64, u64)> {
+    /// How many read entries user code of the current address space has in the window, some counted more than once, and
+    /// the others: address and addend.
+    pub(crate) fn user_pages(&mut self) -> (usize, Vec<(u64, u64)>) {
         let distance = self.distance;
-        let pages = self.user().map(|view| view.read.pages().filter(|(_, addend)| *addend != distance).collect());
-        pages.unwrap_or_default()
+        let Some(view) = self.user() else { return (0, Vec::new()) };
+        let (inside, others): (Vec<_>, Vec<_>) = view.read.pages().partition(|(_, addend)| *addend == distance);
+        (inside.len(), others)
     }
 
     /// True where an entry of any address space has the page of `address` in the window.

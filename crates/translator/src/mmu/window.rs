@@ -29,8 +29,10 @@ const FARTHEST: u64 = 0x7000_0000;
 const MOST_MAPPINGS: usize = 20_000;
 /// Address spaces that are watched.
 const MOST_SPACES: usize = 256;
-/// Samples after which an address space is a busy one.
+/// Samples after which an address space has its pages mapped.
 const BUSY: u32 = 20;
+/// How many times as many pages are in the window as are not, when code is translated for that.
+const MOSTLY: usize = 3;
 /// Least time between two samples, in nanoseconds.
 const PERIOD_NS: u64 = 2_000_000;
 /// Most samples from one look at what to map to the next.
@@ -39,6 +41,25 @@ const MOST_PATIENCE: u32 = 64;
 /// What is known of a reserved chunk: the page of RAM, plus one, that is mapped at each of its pages; 0 where none is.
 type Chunk = Box<[u32; PAGES]>;
 
+/// What a look at an address space's pages has come to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Found {
+    /// Pages that are found in the window from now on.
+    pub moved: usize,
+    /// All that are, and those that are not but could be.
+    pub inside: usize,
+    pub outside: usize,
+}
+
+/// What is known of an address space.
+#[derive(Clone, Copy, Debug, Default)]
+struct Space {
+    /// How often it was seen at work.
+    samples: u32,
+    /// Most of what it uses is in the window.
+    near: bool,
+}
+
 /// The window of one vCPU.
 pub(crate) struct Window {
     distance: u64,
@@ -46,16 +67,16 @@ pub(crate) struct Window {
     chunks: HashMap<u64, Option<Chunk>>,
     mappings: usize,
     most: usize,
-    /// Samples of address spaces, by the address of their page tables.
-    spaces: HashMap<u64, u32>,
+    /// Address spaces that have been seen at work, by the address of their page tables.
+    spaces: HashMap<u64, Space>,
     /// The current one.
     space: u64,
     sampled_ns: u64,
     /// Samples from the last look to the next, and until that.
     patience: u32,
     waiting: u32,
-    /// The current address space is a busy one.
-    pub busy: bool,
+    /// Most of what the current address space uses is in the window.
+    pub near: bool,
 }
 
 impl Window {
@@ -72,7 +93,7 @@ impl Window {
             sampled_ns: 0,
             patience: 1,
             waiting: 0,
-            busy: false,
+            near: false,
         }
     }
 
@@ -86,10 +107,13 @@ impl Window {
         self.most = MOST_MAPPINGS / vcpus.max(1);
     }
 
-    /// The address space with page tables at `root` is the current one.
-    pub(crate) fn enter(&mut self, root: u64) {
+    /// The address space with page tables at `root` is the current one. `fresh`: it may be another than was there before.
+    pub(crate) fn enter(&mut self, root: u64, fresh: bool) {
         self.space = root;
-        self.busy = !self.spaces.is_empty() && self.spaces.get(&root).is_some_and(|samples| *samples >= BUSY);
+        if fresh {
+            self.spaces.remove(&root);
+        }
+        self.near = self.spaces.get(&root).is_some_and(|space| space.near);
     }
 
     /// Notes that the current address space is seen at work at a time. True where it is time to look at what to map.
@@ -101,29 +125,34 @@ impl Window {
         if self.spaces.len() >= MOST_SPACES {
             self.spaces.clear();
         }
-        let samples = self.spaces.entry(self.space).or_default();
-        *samples = samples.saturating_add(1);
-        if *samples == BUSY {
-            (self.patience, self.waiting) = (1, 0);
-        }
-        self.busy = *samples >= BUSY;
-        if !self.busy {
+        let space = self.spaces.entry(self.space).or_default();
+        space.samples = space.samples.saturating_add(1);
+        self.near = space.near;
+        if space.samples < BUSY {
             return false;
+        }
+        if space.samples == BUSY {
+            (self.patience, self.waiting) = (1, 0);
         }
         self.waiting = self.waiting.saturating_sub(1);
         self.waiting == 0
     }
 
-    /// Makes the current address space a busy one.
+    /// Has most of what the current address space uses be in the window.
     #[cfg(test)]
     pub(crate) fn favour(&mut self) {
-        self.spaces.insert(self.space, BUSY);
-        self.busy = true;
+        self.spaces.insert(self.space, Space { samples: BUSY, near: true });
+        self.near = true;
     }
 
-    /// Says how much a look has found: the next one is later where that was nothing.
-    pub(crate) fn looked(&mut self, found: usize) {
-        let idle = found == 0 || self.is_full();
+    /// Says what a look has found: the next one is later where that was nothing.
+    pub(crate) fn looked(&mut self, found: &Found) {
+        if found.inside >= MOSTLY * found.outside
+            && let Some(space) = self.spaces.get_mut(&self.space)
+        {
+            (space.near, self.near) = (true, true);
+        }
+        let idle = found.moved == 0 || self.is_full();
         self.patience = if idle { (self.patience * 2).min(MOST_PATIENCE) } else { 1 };
         self.waiting = self.patience;
     }
@@ -305,15 +334,21 @@ mod tests {
     }
 
     #[test]
-    fn who_works_for_a_while_is_busy() {
+    fn who_works_for_a_while_and_has_its_pages_there_is_near() {
         let mut window = Window::new(0);
-        window.enter(0x1000);
+        window.enter(0x1000, true);
         let looks = (1..=u64::from(BUSY)).filter(|sample| window.sample(sample * PERIOD_NS)).count();
-        assert_eq!((looks, window.busy), (1, true));
+        assert_eq!((looks, window.near), (1, false));
         assert!(!window.sample(u64::from(BUSY) * PERIOD_NS + 1), "too soon");
-        window.enter(0x2000);
-        assert!(!window.busy);
-        window.enter(0x1000);
-        assert!(window.busy);
+        window.looked(&Found { moved: 5, inside: 5, outside: 2 });
+        assert!(!window.near, "half of it is not there yet");
+        window.looked(&Found { moved: 1, inside: 6, outside: 2 });
+        assert!(window.near);
+        window.enter(0x2000, true);
+        assert!(!window.near);
+        window.enter(0x1000, false);
+        assert!(window.near);
+        window.enter(0x1000, true);
+        assert!(!window.near, "another program");
     }
 }

@@ -69,7 +69,7 @@ impl Guest {
 
     /// The same, translated; `near` as for a program with a window.
     pub(super) fn translate(&mut self, case: &Case, outcome: &mut Outcome, near: bool) {
-        self.cpu.window.busy = near;
+        self.cpu.window.near = near;
         if near {
             self.cpu.fill_window();
         }

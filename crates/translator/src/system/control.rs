@@ -146,13 +146,15 @@ impl Cpu {
                 return Err(fault);
             }
         }
+        // A flush that comes with other page tables: they may be those of a new program.
+        let fresh = !keep && (self.state.cr3 ^ value) >> 12 != 0;
         self.state.cr3 = value;
         let pcid = if pcide { value as u16 & 0xfff } else { 0 };
         if !keep {
             self.tlb.flush_pcid(pcid);
         }
         self.tlb.select(pcid);
-        self.window.enter(value & !0xfff);
+        self.window.enter(value & !0xfff, fresh);
         Ok(())
     }
 
@@ -190,7 +192,7 @@ impl Cpu {
     pub(crate) fn select_address_space(&mut self) {
         let pcid = if self.state.cr4 & cr4::PCIDE != 0 { self.state.cr3 as u16 & 0xfff } else { 0 };
         self.tlb.select(pcid);
-        self.window.enter(self.state.cr3 & !0xfff);
+        self.window.enter(self.state.cr3 & !0xfff, false);
     }
 
     /// True where IOPL lets the program change IF (SDM vol. 3A, 5.1 of CLI and STI).
