@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use device::bus::Bus;
 use device::interrupt::{InterruptChips, Refused, lapic::msr};
-use engine::{Cause, CpuIo, HypercallArgs, Ledger, MsrRefused, Phase};
+use engine::{Answer, Cause, CpuIo, HypercallArgs, Ledger, MsrRefused, Phase};
 use memory::{Gpa, PAGE_SIZE};
 
 use crate::announce::Announcer;
@@ -147,8 +147,8 @@ impl CpuIo for GuestIo {
         self.chips.lapic(self.vcpu).tsc_moved();
     }
 
-    fn hypercall(&mut self, call: HypercallArgs) -> u64 {
-        self.counted(Cause::Hypercall, |io| io.paravirt.hypercall(call))
+    fn hypercall(&mut self, call: HypercallArgs) -> Answer {
+        self.counted(Cause::Hypercall, |io| Answer::Now(io.paravirt.hypercall(call)))
     }
 
     fn take_interrupt(&mut self) -> Option<u8> {

@@ -77,6 +77,7 @@ impl Processor {
         match self.vcpu.run(&mut self.io) {
             Exit::Halted => self.halt(),
             Exit::Yielded => std::thread::yield_now(),
+            Exit::Waiting => unreachable!("no call of the kvm dialect sleeps"),
             Exit::Init => return self.init(),
             Exit::Stopped => {
                 // For the end of the run, which the caller sees; any other stop has been served by stopping.

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, PoisonError};
 
 use engine::state::{rflags, seg};
-use engine::{Cause, CpuIo, Exit, HypercallArgs, MsrRefused, Signals, Vcpu};
+use engine::{Answer, Cause, CpuIo, Exit, HypercallArgs, MsrRefused, Signals, Vcpu};
 use memory::Gpa;
 
 use super::*;
@@ -36,6 +36,10 @@ impl Vcpu for ScriptedVcpu {
             Some(mut step) => step(io, self),
             None => Exit::Halted,
         }
+    }
+
+    fn answer(&mut self, value: u64) {
+        self.state.gpr[0] = value;
     }
 
     fn difference(&mut self) -> Option<String> {
@@ -256,7 +260,7 @@ fn the_dialect_is_spoken_only_when_asked_for() {
     for spoken in [true, false] {
         let talk = step(move |io, _| {
             let call = HypercallArgs { number: 1, args: [0; 4], cpl: 0 };
-            assert_eq!(io.hypercall(call), if spoken { 0 } else { -1000_i64 as u64 });
+            assert_eq!(io.hypercall(call), Answer::Now(if spoken { 0 } else { -1000_i64 as u64 }));
             assert_eq!(io.msr_write(0x4b56_4d01, 0x1001).is_ok(), spoken);
             assert_eq!(io.msr_read(0x4b56_4d02), Err(MsrRefused));
             io.port_write(0xcf9, &[6]);

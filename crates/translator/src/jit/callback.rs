@@ -217,7 +217,7 @@ fn at_rip(cpu: &mut Cpu) -> u64 {
 fn nothing_to_look_at(cpu: &Cpu) -> bool {
     let (state, hot) = (&*cpu.state, cpu.state.hot());
     let quiet =
-        cpu.config.signal.pending().is_empty() && cpu.stale.is_empty() && !cpu.yielding && cpu.pending_debug == 0;
+        cpu.config.signal.pending().is_empty() && cpu.stale.is_empty() && cpu.leaving.is_none() && cpu.pending_debug == 0;
     let uninterrupted = hot.waits == 0 || state.rflags & IF == 0;
     // Where nothing waits, STI has nothing to hold back.
     let shadow = state.shadow == Shadow::MovSs || state.shadow == Shadow::Sti && hot.waits != 0;
