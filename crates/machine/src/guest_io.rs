@@ -27,7 +27,7 @@ pub(crate) struct GuestIo {
     chips: Arc<InterruptChips>,
     control: Arc<Control>,
     announcer: Arc<Announcer>,
-    paravirt: paravirt::Vcpu,
+    pub(crate) paravirt: paravirt::Vcpu,
     ledger: Arc<Ledger>,
     /// Where the vCPU's xAPIC page is; changes only by the vCPU's own doing.
     apic_page: Option<Gpa>,
@@ -76,8 +76,16 @@ impl GuestIo {
         let start = host::read_tsc();
         let result = access(self);
         self.ledger.record(cause, host::read_tsc().wrapping_sub(start));
+        if let Some(native) = self.paravirt.native() {
+            native.account(&self.ledger);
+        }
         self.ledger.profile.back(before);
         result
+    }
+
+    /// True where the guest has masked interrupts in memory.
+    fn masked(&mut self) -> bool {
+        self.paravirt.native().is_some_and(|native| native.masks_interrupts())
     }
 }
 
@@ -148,15 +156,23 @@ impl CpuIo for GuestIo {
     }
 
     fn hypercall(&mut self, call: HypercallArgs) -> Answer {
-        self.counted(Cause::Hypercall, |io| Answer::Now(io.paravirt.hypercall(call)))
+        self.counted(Cause::Hypercall, |io| io.paravirt.hypercall(call))
     }
 
     fn take_interrupt(&mut self) -> Option<u8> {
+        if self.masked() {
+            if self.chips.interrupt_pending(self.vcpu)
+                && let Some(native) = self.paravirt.native()
+            {
+                native.note_interrupt();
+            }
+            return None;
+        }
         self.chips.take_interrupt(self.vcpu)
     }
 
     fn interrupt_pending(&mut self) -> bool {
-        self.chips.interrupt_pending(self.vcpu)
+        !self.masked() && self.chips.interrupt_pending(self.vcpu)
     }
 
     fn task_priority(&mut self) -> u8 {

@@ -15,9 +15,9 @@ use translator::Translator;
 use crate::announce::{Announcer, Events};
 use crate::board::{Board, HostParts, PowerButton};
 use crate::control::Control;
+use crate::dialects::{self, Spoken};
 use crate::guest_io::{GuestIo, SharedIo};
 use crate::pins::Pins;
-use crate::plan::Dialects;
 use crate::processor::Processor;
 use crate::select::select_engine;
 use crate::time::TscClock;
@@ -37,11 +37,11 @@ pub struct Machine {
 }
 
 /// What belongs to one vCPU beside its engine's part.
-struct Slot {
-    signal: Arc<Signal>,
-    ledger: Arc<Ledger>,
-    tsc: Arc<GuestTsc>,
-    cpuid: Arc<CpuidTable>,
+pub(crate) struct Slot {
+    pub(crate) signal: Arc<Signal>,
+    pub(crate) ledger: Arc<Ledger>,
+    pub(crate) tsc: Arc<GuestTsc>,
+    pub(crate) cpuid: Arc<CpuidTable>,
 }
 
 impl Machine {
@@ -79,13 +79,18 @@ impl Machine {
         let announcer = Arc::new(Announcer::new(board.devices.clone(), events.clone()));
         let shared = SharedIo { bus: Arc::clone(&board.bus), chips, control: Arc::clone(&control), announcer };
         let engine = engine(ram.clone());
-        let processors = processors(plan, &slots, &shared, &*engine, &host, &ram, &loaded.state)?;
+        let spoken = Spoken::new(plan, &slots, &shared.chips, &host, &ram);
+        if plan.test_devices {
+            spoken.place_test_ports(&board.bus)?;
+        }
+        let processors = processors(plan, &slots, &shared, &*engine, &spoken, &loaded.state)?;
         let handle = Handle {
             control,
             ledgers: slots.iter().map(|slot| Arc::clone(&slot.ledger)).collect(),
             devices: board.devices.clone(),
             console_size: board.console_size.clone(),
             power_button: board.power_button(),
+            contract: spoken.native,
         };
         let (engine, tsc_khz) = (engine.name(), host.clock.tsc_khz());
         Ok(Self { handle, processors, board, ram, events, engine, tsc_khz, timers: host.timers })
@@ -152,7 +157,7 @@ fn slots(plan: &Plan, clock: &dyn Clock) -> Result<Vec<Slot>, Error> {
     (0..plan.cpus)
         .map(|index| {
             let mut cpuid = model.table(&host_cpu, index, plan.cpus)?;
-            speak(&mut cpuid, plan.dialects, khz);
+            dialects::speak(&mut cpuid, plan, khz);
             Ok(Slot {
                 signal: Arc::default(),
                 ledger: Arc::default(),
@@ -161,16 +166,6 @@ fn slots(plan: &Plan, clock: &dyn Clock) -> Result<Vec<Slot>, Error> {
             })
         })
         .collect()
-}
-
-/// Shows the dialects in CPUID, or hides that there is anyone to speak them.
-fn speak(cpuid: &mut CpuidTable, dialects: Dialects, tsc_khz: u64) {
-    if dialects.kvm {
-        let apic_khz = device::interrupt::lapic::FREQUENCY_HZ / 1000;
-        paravirt::offer(cpuid, paravirt::Features::ALL, paravirt::Rates { tsc_khz, apic_khz });
-    } else {
-        paravirt::hide(cpuid);
-    }
 }
 
 fn interrupt_chips(slots: &[Slot], host: &HostParts) -> Arc<InterruptChips> {
@@ -193,14 +188,9 @@ fn processors(
     slots: &[Slot],
     shared: &SharedIo,
     engine: &dyn Engine,
-    host: &HostParts,
-    ram: &GuestRam,
+    spoken: &Spoken,
     entry: &CpuState,
 ) -> Result<Vec<Processor>, Error> {
-    let features = if plan.dialects.kvm { paravirt::Features::ALL } else { paravirt::Features::NONE };
-    let tscs = slots.iter().map(|slot| Arc::clone(&slot.tsc));
-    let zero = slots.first().map_or(0, |slot| slot.tsc.host(0));
-    let clock = Arc::new(paravirt::Clock::new(Arc::clone(&host.clock), ram.clone(), zero, tscs));
     let make = |(index, slot): (usize, &Slot)| {
         let mut vcpu = engine.vcpu(VcpuConfig {
             id: VcpuId(index as u32),
@@ -212,7 +202,7 @@ fn processors(
         if index == 0 {
             vcpu.load(entry)?;
         }
-        let paravirt = paravirt::Vcpu::new(index as u32, features, Arc::clone(&clock));
+        let paravirt = spoken.vcpu(index as u32);
         Ok(Processor {
             index: index as u32,
             vcpu,
@@ -239,9 +229,15 @@ pub struct Handle {
     devices: Vec<virtio::Handle>,
     console_size: Option<ConsoleSize>,
     power_button: PowerButton,
+    contract: Option<Arc<paravirt::native::Vm>>,
 }
 
 impl Handle {
+    /// The native dialect's host half, where it is spoken: what the guest has accepted, and the host's say in it.
+    pub fn contract(&self) -> Option<&Arc<paravirt::native::Vm>> {
+        self.contract.as_ref()
+    }
+
     /// Ends the run with [`Outcome::Stopped`](crate::Outcome::Stopped), unless it has ended otherwise.
     pub fn stop(&self) {
         self.control.end(crate::Outcome::Stopped);

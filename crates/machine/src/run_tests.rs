@@ -11,7 +11,7 @@ use engine::{Answer, Cause, CpuIo, Exit, HypercallArgs, MsrRefused, Signals, Vcp
 use memory::Gpa;
 
 use super::*;
-use crate::plan::{DiskMode, DiskPlan};
+use crate::plan::{Dialects, DiskMode, DiskPlan};
 use crate::{Outcome, SerialEnds};
 
 /// One stretch of a vCPU's run.
@@ -271,7 +271,7 @@ fn the_dialect_is_spoken_only_when_asked_for() {
         assert_eq!((report.ledgers[0].count(Cause::Hypercall), report.ledgers[0].count(Cause::MsrRead)), (1, 1));
     }
     for kvm in [true, false] {
-        let plan = Plan { dialects: Dialects { kvm, cordial: false }, ..Plan::new("vmlinuz") };
+        let plan = Plan { dialects: Dialects { kvm, ..Dialects::NONE }, ..Plan::new("vmlinuz") };
         let cpuid = &slots(&plan, &HostClock).unwrap()[0].cpuid;
         assert_eq!((cpuid.get(0x4000_0000, 0).is_some(), cpuid.has(Feature::Hypervisor)), (kvm, kvm));
     }

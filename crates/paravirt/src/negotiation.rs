@@ -15,6 +15,11 @@ impl Features {
     pub const ALL: Self =
         Self(feature::CLOCKSOURCE | feature::NOP_IO_DELAY | feature::CLOCKSOURCE2 | feature::CLOCKSOURCE_STABLE);
 
+    /// These without `feature`.
+    pub const fn without(self, feature: u32) -> Self {
+        Self(self.0 & !feature)
+    }
+
     /// True where every bit of `feature` is offered.
     pub const fn has(self, feature: u32) -> bool {
         self.0 & feature == feature
@@ -37,11 +42,16 @@ pub struct Rates {
 pub fn offer(table: &mut CpuidTable, features: Features, rates: Rates) {
     table.set_feature(Feature::Hypervisor, true);
     table.set_feature(Feature::Invtsc, false);
-    let [ebx, ecx, edx] = [0, 4, 8].map(|at| u32::from_le_bytes([0, 1, 2, 3].map(|byte| SIGNATURE[at + byte])));
+    let [ebx, ecx, edx] = signature(&SIGNATURE);
     table.set(leaf::BASE, 0, Cpuid { eax: leaf::TIMING, ebx, ecx, edx });
     table.set(leaf::FEATURES, 0, Cpuid { eax: features.0, ..Cpuid::default() });
     let khz = |rate: u64| u32::try_from(rate).unwrap_or(0); // 0 says "not known"; 2^32 kHz is 4 THz
     table.set(leaf::TIMING, 0, Cpuid { eax: khz(rates.tsc_khz), ebx: khz(rates.apic_khz), ..Cpuid::default() });
+}
+
+/// A signature as EBX, ECX and EDX spell it.
+pub(crate) fn signature(text: &[u8; 12]) -> [u32; 3] {
+    [0, 4, 8].map(|at| u32::from_le_bytes([0, 1, 2, 3].map(|byte| text[at + byte])))
 }
 
 /// Takes every trace of a hypervisor out of what CPUID answers: the bit, and all leaves from 0x4000_0000 to 0x4000_ffff.

@@ -5,9 +5,7 @@
 
 mod pages;
 
-pub use pages::{
-    CallEntry, FlushRange, VcpuPage, VmPage, offset, run_state, vm_state,
-};
+pub use pages::{CallEntry, FlushRange, VcpuPage, VmPage, offset, run_state, vm_state};
 
 /// What EBX, ECX and EDX of the base leaf spell.
 pub const SIGNATURE: [u8; 12] = *b"CordialVMM\0\0";
