@@ -9,6 +9,7 @@ use crate::smp::{begin, finish, start};
 use crate::tap::*;
 use crate::{code, tests};
 use contract::native::{call, feature, msr, run_state, status, waited};
+use core::ptr::{addr_of, addr_of_mut};
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
 use kit::sync::{Condvar, Mutex, Semaphore, SpinLock};
 use kit::{Batch, Contract, Processor, Shared, Status, VcpuPage, VmMemory, Waited};
@@ -38,7 +39,7 @@ const NO_RAM: [u64; 4] = [0xB000_0000, apic::BASE, 0xFEC0_0000, 1 << 45];
 /// The VM's contract, or a skipped test.
 fn contract(t: &mut T) -> Option<&'static Contract> {
     // SAFETY: the first processor alone changes it, and only here, before anyone else looks.
-    let place = unsafe { &mut *(&raw mut CONTRACT) };
+    let place = unsafe { &mut *addr_of_mut!(CONTRACT) };
     if place.is_none() {
         // SAFETY: memory is mapped one to one, executable, and this is level 0.
         *place = kit::find_here().map(|found| unsafe { Contract::start(found, &MEMORY, |address| address as u64) });
@@ -456,22 +457,27 @@ fn several(t: &mut T, features: u64) -> Option<(&'static Contract, Processor<'st
 /// The contract, on a processor that the first one has begun something on.
 fn shared() -> &'static Contract {
     // SAFETY: it was made before others run what uses it, and stays.
-    unsafe { (*(&raw const CONTRACT)).as_ref() }.unwrap_or_else(|| halt_forever())
+    unsafe { (*addr_of!(CONTRACT)).as_ref() }.unwrap_or_else(|| halt_forever())
 }
 
 static WORD: AtomicU32 = AtomicU32::new(0);
 static SEEN: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
 
+/// What a processor has to say.
+fn seen(cpu: usize) -> &'static AtomicU64 {
+    &SEEN[cpu]
+}
+
 /// One exit interrupts all others.
 fn ipi(t: &mut T) {
     let Some((contract, processor, count)) = several(t, feature::IPI) else { return };
     for cpu in 1..count {
-        SEEN[cpu].store(0, SeqCst);
+        seen(cpu).store(0, SeqCst);
         begin(cpu, |cpu| {
-            while SEEN[cpu].load(SeqCst) == 0 {
+            while seen(cpu).load(SeqCst) == 0 {
                 if let Some(vector) = apic::take_on(cpu) {
                     apic::write(apic::reg::EOI, 0);
-                    SEEN[cpu].store(vector, SeqCst);
+                    seen(cpu).store(vector, SeqCst);
                 }
             }
         });
@@ -482,7 +488,7 @@ fn ipi(t: &mut T) {
     t.same("sent", sent, Ok(count as u64 - 1));
     for cpu in 1..count {
         t.is("finished", finish(cpu));
-        t.eq("vector", SEEN[cpu].load(SeqCst), VECTOR.into());
+        t.eq("vector", seen(cpu).load(SeqCst), VECTOR.into());
     }
 }
 
@@ -495,14 +501,14 @@ fn wake(t: &mut T) {
     ORDER.store(0, SeqCst);
     WORD.store(1, SeqCst);
     for cpu in 1..count {
-        SEEN[cpu].store(0, SeqCst);
+        seen(cpu).store(0, SeqCst);
         begin(cpu, |cpu| {
             let contract = shared();
             let processor = contract.processor(&PAGES[cpu]);
             let mut waited = Ok(Waited::TimedOut);
             let cost = exits(contract, &processor, || waited = contract.wait(&WORD, 1, None));
             let place = ORDER.fetch_add(1, SeqCst);
-            SEEN[cpu].store(u64::from(waited == Ok(Waited::Woken)) | cost << 8 | place << 16, SeqCst);
+            seen(cpu).store(u64::from(waited == Ok(Waited::Woken)) | cost << 8 | place << 16, SeqCst);
         });
         // It sleeps before the next one comes.
         let asleep = || page_run_state(cpu) == run_state::WAITING;
@@ -512,7 +518,7 @@ fn wake(t: &mut T) {
         t.same("one is woken", contract.wake(&WORD, 1), Ok(1));
         t.is("finished", finish(cpu));
         let place = cpu as u64 - 1;
-        t.eq("woken, with one exit, in turn", SEEN[cpu].load(SeqCst), 1 | 1 << 8 | place << 16);
+        t.eq("woken, with one exit, in turn", seen(cpu).load(SeqCst), 1 | 1 << 8 | place << 16);
     }
     t.same("nobody is left", contract.wake(&WORD, 9), Ok(0));
     let _ = processor;
@@ -546,7 +552,7 @@ fn contended_locks(t: &mut T) {
         // Processors take turns, by a condition.
         for _ in 0..50 {
             let mut turn = TURN.lock(contract);
-            while *turn % u64::from(SEEN[0].load(SeqCst) as u32) != cpu as u64 {
+            while *turn % u64::from(seen(0).load(SeqCst) as u32) != cpu as u64 {
                 turn = MOVED.wait(turn);
             }
             *turn += 1;
@@ -556,7 +562,7 @@ fn contended_locks(t: &mut T) {
     }
     (*MUTEX.lock(contract), *SPIN.lock(contract), *TURN.lock(contract)) = (0, 0, 0);
     GUARDED.store(0, SeqCst);
-    SEEN[0].store(count as u64, SeqCst);
+    seen(0).store(count as u64, SeqCst);
     for cpu in 1..count {
         begin(cpu, work);
     }
@@ -577,14 +583,14 @@ fn flush(t: &mut T) {
     let window = Window::new();
     (frame(0)[0], frame(1)[0]) = (1, 2);
     STOP.store(0, SeqCst);
-    SEEN[1].store(0, SeqCst);
+    seen(1).store(0, SeqCst);
     begin(1, |_| {
         while STOP.load(SeqCst) == 0 {
             // SAFETY: mapped by the window.
-            SEEN[1].store(unsafe { (TEST_VA as *const u8).read_volatile() }.into(), SeqCst);
+            seen(1).store(unsafe { (TEST_VA as *const u8).read_volatile() }.into(), SeqCst);
         }
     });
-    let sees = |value: u64| apic::wait_for(|| SEEN[1].load(SeqCst) == value);
+    let sees = |value: u64| apic::wait_for(|| seen(1).load(SeqCst) == value);
     for round in 0..20 {
         let (new, value) = if round % 2 == 0 { (1, 2) } else { (0, 1) };
         t.is("the old page", sees(3 - value));
@@ -594,9 +600,9 @@ fn flush(t: &mut T) {
         t.same("flushed", flushed, Ok(2));
         t.is("the new page", sees(value));
         // Two stores by the other processor lie behind the flush: neither may be of the old page.
-        SEEN[1].store(0, SeqCst);
-        t.is("looks again", apic::wait_for(|| SEEN[1].load(SeqCst) != 0));
-        t.eq("only the new page", SEEN[1].load(SeqCst), value);
+        seen(1).store(0, SeqCst);
+        t.is("looks again", apic::wait_for(|| seen(1).load(SeqCst) != 0));
+        t.eq("only the new page", seen(1).load(SeqCst), value);
     }
     STOP.store(1, SeqCst);
     t.is("finished", finish(1));
@@ -609,7 +615,7 @@ fn timers_of_all(t: &mut T) {
     fn arm(cpu: usize) {
         let processor = shared().processor(&PAGES[cpu]);
         let armed = processor.set_timer(0, DEADLINE.load(SeqCst) + cpu as u64 * 100_000, 100 * MILLISECOND, VECTOR);
-        SEEN[cpu].store(u64::from(armed == Ok(false)), SeqCst);
+        seen(cpu).store(u64::from(armed == Ok(false)), SeqCst);
     }
     let (wakeups, raised) = contract.timer_counts();
     DEADLINE.store(processor.now() + 100 * MILLISECOND, SeqCst);
@@ -619,7 +625,7 @@ fn timers_of_all(t: &mut T) {
     arm(0);
     for cpu in 0..count {
         t.is("finished", cpu == 0 || finish(cpu));
-        t.eq("armed", SEEN[cpu].load(SeqCst), 1);
+        t.eq("armed", seen(cpu).load(SeqCst), 1);
     }
     t.is("all come", apic::wait_for(|| contract.timer_counts().1 == raised + count as u64));
     t.eq("wake-ups of the host", contract.timer_counts().0, wakeups + 1);
