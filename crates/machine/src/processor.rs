@@ -146,6 +146,8 @@ impl Processor {
                 Asleep::For(left) => self.sleep(wakes, left),
             };
         };
+        // A wake may have been seen by what it did before it was seen here, and means nothing to the engine.
+        self.signal.take(Signals::WAKE);
         self.signal.raise(owed); // the engine has not seen it
         self.vcpu.answer(value);
     }

@@ -7,7 +7,7 @@ use crate::paging::physical;
 use crate::run::Exit;
 use crate::smp::{begin, finish, start};
 use crate::tap::*;
-use crate::{code, tests};
+use crate::{code, println, tests};
 use contract::native::{call, feature, msr, run_state, status, waited};
 use core::ptr::{addr_of, addr_of_mut};
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
@@ -93,6 +93,16 @@ fn write_msr(register: u32, value: u64) -> Exit {
 fn outl(port: u16, value: u32) {
     // SAFETY: a port of a device, which answers with nothing but what the contract allows.
     unsafe { core::arch::asm!("out dx, eax", in("dx") port, in("eax") value) };
+}
+
+/// Waits for what takes long where the host is busy with others. Says whether it came true.
+fn patiently(done: impl Fn() -> bool) -> bool {
+    (0..100).any(|_| apic::wait_for(&done))
+}
+
+/// The same for a processor's work.
+fn finished(cpu: usize) -> bool {
+    (0..100).any(|_| finish(cpu))
 }
 
 /// Waits until `processor`'s clock says `end`.
@@ -247,7 +257,7 @@ fn timer(t: &mut T) {
     let cost = exits(contract, &processor, || armed = processor.set_timer(0, deadline, 0, VECTOR));
     t.eq("exits", cost, 1);
     t.same("armed before", armed, Ok(false));
-    t.is("comes", apic::wait_for(|| apic::bit(apic::reg::IRR, VECTOR.into())));
+    t.is("comes", patiently(|| apic::bit(apic::reg::IRR, VECTOR.into())));
     t.is("not early", processor.now() >= deadline);
     t.same("delivered", apic::take(), Some(VECTOR.into()));
     apic::write(apic::reg::EOI, 0);
@@ -265,14 +275,14 @@ fn merged_timers(t: &mut T) {
     let (wakeups, raised) = contract.timer_counts();
     let (count, now) = (contract.found().timers, processor.now());
     for number in 0..count {
-        let deadline = now + 20 * MILLISECOND + u64::from(number) * 100_000;
-        t.same("set", processor.set_timer(number, deadline, 30 * MILLISECOND, VECTOR + number as u8), Ok(false));
+        let deadline = now + 200 * MILLISECOND + u64::from(number) * 100_000;
+        t.same("set", processor.set_timer(number, deadline, 300 * MILLISECOND, VECTOR + number as u8), Ok(false));
     }
-    t.is("all come", apic::wait_for(|| contract.timer_counts().1 == raised + u64::from(count)));
+    t.is("all come", patiently(|| contract.timer_counts().1 == raised + u64::from(count)));
     t.eq("wake-ups of the host", contract.timer_counts().0, wakeups + 1);
     let vectors = VECTOR..VECTOR + count as u8;
     let here = |vector: u8| apic::bit(apic::reg::IRR, vector.into());
-    t.is("interrupts", apic::wait_for(|| vectors.clone().all(here)));
+    t.is("interrupts", patiently(|| vectors.clone().all(here)));
     apic::drain();
 }
 
@@ -350,7 +360,7 @@ fn batch(t: &mut T) {
     t.same("succeeded", done, Ok(9));
     t.same("the bad one", batch.result(8), Some(Err(Status::BadArgument)));
     t.same("the interrupt", batch.result(9), Some(Ok(1)));
-    t.is("came", apic::wait_for(|| apic::bit(apic::reg::IRR, VECTOR.into())));
+    t.is("came", patiently(|| apic::bit(apic::reg::IRR, VECTOR.into())));
     apic::drain();
     for number in 0..8 {
         t.same("was armed", processor.cancel_timer(number), Ok(true));
@@ -381,7 +391,8 @@ fn wait_interrupted(t: &mut T) {
     let due = |after: u64| processor.set_timer(0, processor.now() + after, 0, VECTOR);
     t.same("timer", due(MILLISECOND), Ok(false));
     t.same("with interrupts off", contract.wait(&word, 7, Some(20 * MILLISECOND)), Ok(Waited::TimedOut));
-    t.same("it came meanwhile", apic::take(), Some(VECTOR.into()));
+    t.is("it comes all the same", patiently(|| apic::bit(apic::reg::IRR, VECTOR.into())));
+    t.same("delivered", apic::take(), Some(VECTOR.into()));
     apic::write(apic::reg::EOI, 0);
     t.same("timer", due(5 * MILLISECOND), Ok(false));
     let snippet = code!("sti" ; "vmcall" ; "cli");
@@ -450,8 +461,20 @@ fn several(t: &mut T, features: u64) -> Option<(&'static Contract, Processor<'st
         t.skip("one processor");
         return None;
     }
+    for cpu in 1..count {
+        begin(cpu, |cpu| seen(cpu).store(u64::from(cpuid(1, 0)[1] >> 24), SeqCst));
+        t.check(finished(cpu), || println!("#   processor {cpu} does not answer"));
+        VCPUS[cpu].store(seen(cpu).load(SeqCst), SeqCst);
+    }
     apic::enable();
     Some((contract, processor, count))
+}
+
+/// Which vCPU a processor is: they are numbered by their APIC ids, processors in the order they came.
+static VCPUS: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
+
+fn vcpu(cpu: usize) -> u32 {
+    VCPUS[cpu].load(SeqCst) as u32
 }
 
 /// The contract, on a processor that the first one has begun something on.
@@ -487,7 +510,7 @@ fn ipi(t: &mut T) {
     t.eq("exits", exits(contract, &processor, || sent = contract.send_ipi(VECTOR, 1, mask)), 1);
     t.same("sent", sent, Ok(count as u64 - 1));
     for cpu in 1..count {
-        t.is("finished", finish(cpu));
+        t.is("finished", finished(cpu));
         t.eq("vector", seen(cpu).load(SeqCst), VECTOR.into());
     }
 }
@@ -512,11 +535,11 @@ fn wake(t: &mut T) {
         });
         // It sleeps before the next one comes.
         let asleep = || page_run_state(cpu) == run_state::WAITING;
-        t.is("sleeps", apic::wait_for(asleep));
+        t.is("sleeps", patiently(asleep));
     }
     for cpu in 1..count {
         t.same("one is woken", contract.wake(&WORD, 1), Ok(1));
-        t.is("finished", finish(cpu));
+        t.is("finished", finished(cpu));
         let place = cpu as u64 - 1;
         t.eq("woken, with one exit, in turn", seen(cpu).load(SeqCst), 1 | 1 << 8 | place << 16);
     }
@@ -568,7 +591,7 @@ fn contended_locks(t: &mut T) {
     }
     work(0);
     for cpu in 1..count {
-        t.is("finished", finish(cpu));
+        t.is("finished", finished(cpu));
     }
     let all = ROUNDS * count as u64;
     let sums = [*MUTEX.lock(contract), *SPIN.lock(contract), GUARDED.load(SeqCst), *TURN.lock(contract)];
@@ -585,27 +608,31 @@ fn flush(t: &mut T) {
     STOP.store(0, SeqCst);
     seen(1).store(0, SeqCst);
     begin(1, |_| {
-        while STOP.load(SeqCst) == 0 {
+        // How often it has looked, and what it saw last.
+        for looks in 1u64.. {
             // SAFETY: mapped by the window.
-            seen(1).store(unsafe { (TEST_VA as *const u8).read_volatile() }.into(), SeqCst);
+            let value: u64 = unsafe { (TEST_VA as *const u8).read_volatile() }.into();
+            seen(1).store(looks << 8 | value, SeqCst);
+            if STOP.load(SeqCst) != 0 {
+                break;
+            }
         }
     });
-    let sees = |value: u64| apic::wait_for(|| seen(1).load(SeqCst) == value);
     for round in 0..20 {
         let (new, value) = if round % 2 == 0 { (1, 2) } else { (0, 1) };
-        t.is("the old page", sees(3 - value));
+        let looks = seen(1).load(SeqCst) >> 8;
+        t.is("looks", patiently(|| seen(1).load(SeqCst) >> 8 > looks));
         *window.entry(3, 0) = physical(frame(new)) | pte::ALL;
         let mut flushed = Ok(0);
-        t.eq("exits", exits(contract, &processor, || flushed = contract.flush_tlb(0, 0b11, &[])), 1);
+        t.eq("exits", exits(contract, &processor, || flushed = contract.flush_tlb(0, 1 | 1 << vcpu(1), &[])), 1);
         t.same("flushed", flushed, Ok(2));
-        t.is("the new page", sees(value));
-        // Two stores by the other processor lie behind the flush: neither may be of the old page.
-        seen(1).store(0, SeqCst);
-        t.is("looks again", apic::wait_for(|| seen(1).load(SeqCst) != 0));
-        t.eq("only the new page", seen(1).load(SeqCst), value);
+        // What it was about to store is of before the flush; the look behind that is not.
+        let looks = seen(1).load(SeqCst) >> 8;
+        t.is("looks again", patiently(|| seen(1).load(SeqCst) >> 8 >= looks + 2));
+        t.eq("the new page", seen(1).load(SeqCst) & 0xFF, value);
     }
     STOP.store(1, SeqCst);
-    t.is("finished", finish(1));
+    t.is("finished", finished(1));
 }
 
 /// Timers of all processors within their slack: one wake-up of the host.
@@ -614,24 +641,24 @@ fn timers_of_all(t: &mut T) {
     static DEADLINE: AtomicU64 = AtomicU64::new(0);
     fn arm(cpu: usize) {
         let processor = shared().processor(&PAGES[cpu]);
-        let armed = processor.set_timer(0, DEADLINE.load(SeqCst) + cpu as u64 * 100_000, 100 * MILLISECOND, VECTOR);
+        let armed = processor.set_timer(0, DEADLINE.load(SeqCst) + cpu as u64 * 100_000, 1_000 * MILLISECOND, VECTOR);
         seen(cpu).store(u64::from(armed == Ok(false)), SeqCst);
     }
     let (wakeups, raised) = contract.timer_counts();
-    DEADLINE.store(processor.now() + 100 * MILLISECOND, SeqCst);
+    DEADLINE.store(processor.now() + 1_000 * MILLISECOND, SeqCst);
     for cpu in 1..count {
         begin(cpu, arm);
     }
     arm(0);
     for cpu in 0..count {
-        t.is("finished", cpu == 0 || finish(cpu));
+        t.is("finished", cpu == 0 || finished(cpu));
         t.eq("armed", seen(cpu).load(SeqCst), 1);
     }
-    t.is("all come", apic::wait_for(|| contract.timer_counts().1 == raised + count as u64));
+    t.is("all come", patiently(|| contract.timer_counts().1 == raised + count as u64));
     t.eq("wake-ups of the host", contract.timer_counts().0, wakeups + 1);
     for cpu in 1..count {
         begin(cpu, apic::drain_on);
-        t.is("drained", finish(cpu));
+        t.is("drained", finished(cpu));
     }
     apic::drain();
 }
@@ -644,10 +671,10 @@ fn halted(t: &mut T) {
         crate::run::run_on(cpu, &code!("sti", "hlt", "cli").kernel_on(cpu));
         apic::write(apic::reg::EOI, 0);
     });
-    t.is("halts", apic::wait_for(|| page_run_state(1) == run_state::HALTED));
-    t.same("yield", contract.yield_to(Some(1)), Ok(false));
-    t.same("wake it", contract.send_ipi(VECTOR, 1, 1), Ok(1));
-    t.is("finished", finish(1));
+    t.is("halts", patiently(|| page_run_state(1) == run_state::HALTED));
+    t.same("yield", contract.yield_to(Some(vcpu(1))), Ok(false));
+    t.same("wake it", contract.send_ipi(VECTOR, vcpu(1), 1), Ok(1));
+    t.is("finished", finished(1));
     t.eq("runs", page_run_state(1), run_state::RUNNING);
 }
 
