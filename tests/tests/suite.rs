@@ -155,8 +155,7 @@ fn the_native_dialect_conforms() {
 /// A feature that is taken out of the offer is refused, and the others work without it.
 #[test]
 fn each_feature_of_the_native_dialect_can_be_left_out() {
-    for (left_out, skipped) in [("-wait", 6), ("-timer,-multicall", 6), ("-clock", 9), ("-interrupts,-generation", 2)]
-    {
+    for (left_out, skipped) in [("-wait", 6), ("-timer,-multicall", 6), ("-clock", 9), ("-interrupts,-generation", 2)] {
         let tap = run(guest(), "2", "cordial", &["--dialect", "cordial", "--pv", left_out]);
         assert_eq!(tap.skipped, skipped, "without {left_out}");
     }

@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex};
 use device::bus::{Bus, PortDevice};
 use device::interrupt::lapic::{FREQUENCY_HZ, msr};
 use device::interrupt::{InterruptChips, InterruptSink, Refused};
-use engine::cpu_model::Feature;
 use engine::{CpuidTable, GuestTsc};
 use memory::GuestRam;
 use paravirt::native::{self, Calling, Interrupts, Parts, Place, Policy};
@@ -36,6 +35,7 @@ pub(crate) fn speak(cpuid: &mut CpuidTable, plan: &Plan, tsc_khz: u64) {
     if dialects.is_none() {
         return;
     }
+    paravirt::show(cpuid, dialects.without.hypervisor_bit);
     if dialects.kvm {
         let apic_khz = FREQUENCY_HZ / 1000;
         paravirt::offer(cpuid, kvm_features(plan), Rates { tsc_khz, apic_khz });
@@ -44,9 +44,6 @@ pub(crate) fn speak(cpuid: &mut CpuidTable, plan: &Plan, tsc_khz: u64) {
         let way = calling(cpuid);
         native::offer(cpuid, native_features(plan), way, &Policy::default(), tsc_khz, plan.cpus);
     }
-    // The dialects' clocks survive a change of the counter's rate; a promise that there is none would not.
-    cpuid.set_feature(Feature::Invtsc, false);
-    cpuid.set_feature(Feature::Hypervisor, !dialects.without.hypervisor_bit);
 }
 
 fn kvm_features(plan: &Plan) -> Features {

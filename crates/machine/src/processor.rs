@@ -127,6 +127,9 @@ impl Processor {
 
     /// A hypercall waits: sleeps until it is over, and hands its result in.
     fn wait_call(&mut self) {
+        if let Some(value) = self.io.paravirt.native().and_then(|native| native.finish_flush()) {
+            return self.vcpu.answer(value);
+        }
         let state = self.vcpu.save();
         let mut wakes = Signals::WAKE | Signals::INIT | Signals::STOP;
         wakes.set(Signals::INTERRUPT, state.rflags & rflags::IF != 0);

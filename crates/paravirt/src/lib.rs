@@ -19,5 +19,5 @@ mod sync;
 mod vcpu;
 
 pub use clock::{Clock, ClockPage, TscScale};
-pub use negotiation::{Features, Rates, hide, offer};
+pub use negotiation::{Features, Rates, hide, offer, show};
 pub use vcpu::Vcpu;

@@ -6,7 +6,7 @@ use contract::native::{ANY, CallEntry, FlushRange, call, feature, status, waited
 use engine::{Answer, HypercallArgs, Signals};
 use memory::{Gpa, PAGE_SIZE};
 
-use super::processors::{self, flush};
+use super::processors::{self, begin_flush};
 use super::timers::Armed;
 use super::vcpu::{FIRST_VECTOR, Vcpu};
 
@@ -35,7 +35,7 @@ impl Vcpu {
             };
         }
         let value = if number == call::MULTICALL { self.multicall(call.args) } else { self.plain(number, call.args) };
-        Answer::Now(value.unwrap_or_else(|status| status as u64))
+        self.after_flush(value.unwrap_or_else(|status| status as u64))
     }
 
     /// A call that neither sleeps nor has others in it.
@@ -140,7 +140,7 @@ impl Vcpu {
         Ok(targets.len() as u64)
     }
 
-    fn flush_tlb(&self, [mask, first, list, count]: [u64; 4]) -> Value {
+    fn flush_tlb(&mut self, [mask, first, list, count]: [u64; 4]) -> Value {
         let targets = self.masked(first, mask)?;
         self.list(list, count, MOST_RANGES, size_of::<FlushRange>())?;
         for index in 0..count {
@@ -153,8 +153,10 @@ impl Vcpu {
             }
         }
         // Forgetting more than was asked for is always right.
-        flush(&self.vm.places, self.index as usize, &targets);
-        Ok(targets.len() as u64)
+        begin_flush(&self.vm.places, &targets);
+        let count = targets.len() as u64;
+        self.flushing.extend(targets);
+        Ok(count)
     }
 
     /// True where the vCPU is to sleep.

@@ -79,7 +79,7 @@ impl Bench {
         let call = HypercallArgs { number: call::BASE.wrapping_add(number), args, cpl: 0 };
         match self.vcpus[vcpu].hypercall(call) {
             Answer::Now(value) => Some(value as i64),
-            Answer::Later => None,
+            Answer::Later => self.vcpus[vcpu].finish_flush().map(|value| value as i64),
         }
     }
 

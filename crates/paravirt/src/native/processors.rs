@@ -67,19 +67,22 @@ impl Place {
     }
 }
 
-/// Has `targets` forget their translations. When it returns, each of them has, or will before its next instruction.
-///
-/// `from` is in the monitor meanwhile, so two vCPUs that flush each other do not wait for each other.
-pub(super) fn flush(places: &[Place], from: usize, targets: &[usize]) {
+/// Has `targets` forget their translations before they execute another instruction.
+pub(super) fn begin_flush(places: &[Place], targets: &[usize]) {
     targets.iter().for_each(|&target| places[target].signal.raise(Signals::FLUSH));
     fence(Ordering::SeqCst);
-    places[from].set_in_guest(false);
-    for &target in targets.iter().filter(|target| **target != from) {
+}
+
+/// Waits until each of `targets` has, or is out of guest code and will before it comes back.
+///
+/// For vCPUs that are out of guest code themselves, also in the eyes of their engine: those who run may wait for them about
+/// other things.
+pub(super) fn end_flush(places: &[Place], targets: &[usize]) {
+    for &target in targets {
         while places[target].has_to_flush() {
             std::thread::yield_now(); // until its next look between two instructions
         }
     }
-    places[from].set_in_guest(true);
 }
 
 /// Whether a vCPU in a critical section keeps its processor, bounded.
@@ -120,10 +123,8 @@ mod tests {
         let places: [Place; 3] = std::array::from_fn(|_| Place::new(Arc::default()));
         places[1].set_in_guest(true);
         std::thread::scope(|scope| {
-            let flush = scope.spawn(|| flush(&places, 0, &[0, 1, 2]));
-            while !places[1].signal.pending().contains(Signals::FLUSH) {
-                std::thread::yield_now();
-            }
+            begin_flush(&places, &[0, 1, 2]);
+            let flush = scope.spawn(|| end_flush(&places, &[0, 1, 2]));
             assert!(!flush.is_finished(), "vCPU 1 has not looked yet");
             places[1].signal.take(Signals::FLUSH);
             flush.join().unwrap();

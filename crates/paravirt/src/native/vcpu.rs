@@ -5,11 +5,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use contract::native::{FOREVER, call, feature, msr, offset, run_state, waited};
-use engine::{Cause, Ledger, MsrRefused};
+use engine::{Answer, Cause, Ledger, MsrRefused};
 use memory::{Gpa, PAGE_SIZE};
 
 use super::pages::{page_of, register_of};
-use super::processors::Grace;
+use super::processors::{Grace, end_flush};
 use super::vm::Vm;
 use super::wait::Ended;
 
@@ -33,17 +33,21 @@ pub struct Vcpu {
     /// When the present wait is over, on the host's monotonic clock.
     deadline: Option<u64>,
     grace: Grace,
+    /// vCPUs that the present call has forget their translations, and what it answers once they have.
+    pub(super) flushing: Vec<usize>,
+    flushed: u64,
 }
 
 impl Vcpu {
     /// vCPU `index` of a VM.
     pub fn new(vm: Arc<Vm>, index: u32) -> Self {
-        Self { vm, index, page: None, deadline: None, grace: Grace::default() }
+        Self { vm, index, page: None, deadline: None, grace: Grace::default(), flushing: Vec::new(), flushed: 0 }
     }
 
     /// Forgets what was agreed: the vCPU was reset or got INIT.
     pub fn reset(&mut self) {
         self.vm.waits.end(self.index, Ended::Interrupted);
+        self.flushing.clear();
         self.vm.cancel_timers(self.index as usize);
         self.place().event.store(0, Ordering::SeqCst);
         self.set_page(None);
@@ -106,6 +110,22 @@ impl Vcpu {
             let _ = self.vm.ram.fill(Gpa(page.0 + 4), 0, PAGE_SIZE - 4);
         }
         self.vm.set_vcpu_page(self.index, page);
+    }
+
+    /// Answers with `value`: now, or once those have flushed that the call is about.
+    pub(super) fn after_flush(&mut self, value: u64) -> Answer {
+        if self.flushing.is_empty() {
+            return Answer::Now(value);
+        }
+        self.flushed = value;
+        Answer::Later
+    }
+
+    /// Where the call that is answered later is about flushes: waits for them. The value for RAX. Out of guest code.
+    pub fn finish_flush(&mut self) -> Option<u64> {
+        let targets = std::mem::take(&mut self.flushing);
+        end_flush(&self.vm.places, &targets);
+        (!targets.is_empty()).then_some(self.flushed)
     }
 
     /// Sleeps until `deadline` at most.

@@ -461,10 +461,10 @@ fn several(t: &mut T, features: u64) -> Option<(&'static Contract, Processor<'st
         t.skip("one processor");
         return None;
     }
-    for cpu in 1..count {
+    for (cpu, vcpu) in VCPUS.iter().enumerate().take(count).skip(1) {
         begin(cpu, |cpu| seen(cpu).store(u64::from(cpuid(1, 0)[1] >> 24), SeqCst));
         t.check(finished(cpu), || println!("#   processor {cpu} does not answer"));
-        VCPUS[cpu].store(seen(cpu).load(SeqCst), SeqCst);
+        vcpu.store(seen(cpu).load(SeqCst), SeqCst);
     }
     apic::enable();
     Some((contract, processor, count))
