@@ -1,12 +1,12 @@
 //! The clock: a load, a read of the TSC, a multiplication. No exit.
 
 use core::mem::offset_of;
-use core::sync::atomic::{Ordering, fence};
 
 use contract::kvm::TimeInfo;
 
 use crate::call::ordered_tsc;
 use crate::memory::Shared;
+use crate::seqlock;
 
 /// What `delta` ticks are in nanoseconds, by the scale of a [`TimeInfo`]. Any numbers are harmless.
 pub fn nanoseconds(delta: u64, mul: u32, shift: i8) -> u64 {
@@ -21,17 +21,17 @@ pub(crate) fn now<T>(page: &Shared<T>) -> u64 {
 }
 
 fn now_with<T>(page: &Shared<T>, tsc: impl Fn() -> u64) -> u64 {
-    loop {
-        let version: u32 = page.read(offset_of!(TimeInfo, version));
-        fence(Ordering::Acquire);
+    let version = || page.read(offset_of!(TimeInfo, version));
+    let body = || {
         let start: u64 = page.read(offset_of!(TimeInfo, tsc_timestamp));
         let ns: u64 = page.read(offset_of!(TimeInfo, system_time));
         let mul: u32 = page.read(offset_of!(TimeInfo, tsc_to_system_mul));
         let shift: u8 = page.read(offset_of!(TimeInfo, tsc_shift));
-        let delta = tsc().wrapping_sub(start);
-        fence(Ordering::Acquire);
-        if version.is_multiple_of(2) && version == page.read(offset_of!(TimeInfo, version)) {
-            return ns.wrapping_add(nanoseconds(delta, mul, shift as i8));
+        ns.wrapping_add(nanoseconds(tsc().wrapping_sub(start), mul, shift as i8))
+    };
+    loop {
+        if let Some(now) = seqlock::read(version, body) {
+            return now;
         }
         core::hint::spin_loop();
     }

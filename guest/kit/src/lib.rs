@@ -39,6 +39,7 @@ mod clock;
 mod memory;
 mod probe;
 mod processor;
+mod seqlock;
 pub mod sync;
 mod vm;
 

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)] // registers pages with the host, and calls it
 
 use core::mem::offset_of;
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use contract::native::{ANY, CallEntry, FOREVER, FlushRange, VcpuPage, VmPage, call as number, msr, vm_state, waited};
 
@@ -10,6 +10,7 @@ use crate::call::{Status, Waited, call, result_of, write_msr};
 use crate::memory::{Shared, VmMemory};
 use crate::probe::Found;
 use crate::processor::Processor;
+use crate::seqlock;
 use crate::sync::Waiting;
 
 /// What the VM page says, of one moment.
@@ -79,12 +80,10 @@ impl Contract {
     /// What the VM page says. No exit.
     pub fn terms(&self) -> Terms {
         let page = &self.memory.vm;
-        loop {
-            let version: u32 = page.read(offset_of!(VmPage, version));
-            fence(Ordering::Acquire);
+        let body = || {
             let state: u32 = page.read(offset_of!(VmPage, state));
             let generation = offset_of!(VmPage, generation);
-            let terms = Terms {
+            Terms {
                 epoch: page.read(offset_of!(VmPage, epoch)),
                 offered: page.read(offset_of!(VmPage, offered)),
                 accepted: page.read(offset_of!(VmPage, accepted)),
@@ -92,9 +91,10 @@ impl Contract {
                 generation: [page.read(generation), page.read(generation + 8)],
                 wall_ns: page.read(offset_of!(VmPage, wall_ns)),
                 overdue: state & vm_state::REVOKE_OVERDUE != 0,
-            };
-            fence(Ordering::Acquire);
-            if version.is_multiple_of(2) && version == page.read(offset_of!(VmPage, version)) {
+            }
+        };
+        loop {
+            if let Some(terms) = seqlock::read(|| page.read(offset_of!(VmPage, version)), body) {
                 return terms;
             }
             core::hint::spin_loop();

@@ -15,6 +15,9 @@ mod sync {
     pub(crate) use std::sync::PoisonError;
 }
 
+#[path = "../../../../guest/kit/src/seqlock.rs"]
+mod reader;
+
 #[path = "../../src/native/agreement.rs"]
 mod agreement;
 #[path = "../../src/seqlock.rs"]
@@ -24,6 +27,7 @@ mod timers;
 #[path = "../../src/native/wait.rs"]
 mod wait;
 
+mod locks;
 mod pages;
 mod revocation;
 mod timer_merge;

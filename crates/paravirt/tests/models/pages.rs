@@ -4,6 +4,7 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use loom::thread;
 
+use crate::reader;
 use crate::seqlock::{self, Versioned};
 
 /// A page of two words that belong together.
@@ -33,15 +34,16 @@ impl Page {
         }
     }
 
-    /// The reader, as the guest kit has it, for one attempt: `between` is read while the body is.
+    /// The guest kit's reader: `between` is read while the body is.
     fn read<R>(&self, between: impl FnOnce() -> R) -> Option<([u64; 2], R)> {
-        let before = self.version.load(Ordering::Acquire);
-        let body = [0, 1].map(|index: usize| self.body[index].load(Ordering::Relaxed));
-        let also = between();
-        // RDTSC and LFENCE: the counter has been read when the version is. The writer's half is the fence in `begin`.
-        fence(Ordering::SeqCst);
-        let after = self.version.load(Ordering::Relaxed);
-        (before == after && before.is_multiple_of(2)).then_some((body, also))
+        let body = || {
+            let body = [0, 1].map(|index: usize| self.body[index].load(Ordering::Relaxed));
+            let also = between();
+            // LFENCE behind RDTSC: the counter has been read when the version is. The writer's half is the fence in `begin`.
+            fence(Ordering::SeqCst);
+            (body, also)
+        };
+        reader::read(|| self.version(), body)
     }
 }
 

@@ -4,6 +4,7 @@ use loom::sync::atomic::{AtomicU32, Ordering};
 use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
 
+use crate::locks::{self, Waiting};
 use crate::wait::{Ended, WaitTable};
 
 const WORD: u64 = 0x1000;
@@ -41,9 +42,9 @@ impl Vm {
         Arc::new(Self { table: WaitTable::new(2), word: AtomicU32::new(0), sleeps: Default::default() })
     }
 
-    /// The hypercall, as the processor's loop makes it. `same` says whether the word holds what was expected.
-    fn wait(&self, vcpu: u32, same: impl FnOnce() -> bool) {
-        if self.table.begin(vcpu, WORD, || Ok::<_, ()>(same())).unwrap() {
+    /// What the processor's loop does for a wait that has begun.
+    fn sleep(&self, vcpu: u32, begun: bool) {
+        if begun {
             while !self.table.is_woken(vcpu) {
                 self.sleeps[vcpu as usize].wait();
             }
@@ -119,29 +120,98 @@ fn forgetting_a_wake_at_the_timeout_loses_it() {
     }));
 }
 
-/// Two vCPUs under a lock made of one word: 0 free, 1 taken, 2 taken and somebody waits.
+/// A vCPU that calls the host, as the guest kit's locks see it: words are named by their addresses.
+struct Caller<'a> {
+    vm: &'a Vm,
+    vcpu: u32,
+}
+
+impl Waiting for Caller<'_> {
+    fn wait(&self, word: &AtomicU32, expected: u32) {
+        let same = || Ok::<_, ()>(word.load(Ordering::SeqCst) == expected);
+        self.vm.sleep(self.vcpu, self.vm.table.begin(self.vcpu, address(word), same).unwrap());
+    }
+
+    fn wake(&self, word: &AtomicU32, most: u64) {
+        self.vm.table.wake(address(word), most, |vcpu| self.vm.sleeps[vcpu as usize].raise());
+    }
+}
+
+fn address(word: &AtomicU32) -> u64 {
+    std::ptr::from_ref(word) as u64
+}
+
+/// Runs `work` on two vCPUs at once. loom reports it where one sleeps for ever.
+fn on_both<T: Send + Sync + 'static>(shared: T, work: fn(&T, &Caller<'_>)) -> Arc<T> {
+    let (vm, shared) = (Vm::new(), Arc::new(shared));
+    let other = thread::spawn({
+        let (vm, shared) = (Arc::clone(&vm), Arc::clone(&shared));
+        move || work(&shared, &Caller { vm: &vm, vcpu: 1 })
+    });
+    work(&shared, &Caller { vm: &vm, vcpu: 0 });
+    other.join().unwrap();
+    shared
+}
+
 #[test]
-fn a_lock_on_it_excludes_and_wakes() {
+fn the_kits_mutex_excludes_and_wakes() {
     loom::model(|| {
-        let vm = Vm::new();
-        let inside = Arc::new(AtomicU32::new(0));
-        let enter = |vm: &Vm, vcpu: u32, inside: &AtomicU32| {
-            if vm.word.compare_exchange(0, 1, Ordering::SeqCst, Ordering::SeqCst).is_err() {
-                while vm.word.swap(2, Ordering::SeqCst) != 0 {
-                    vm.wait(vcpu, || vm.word.load(Ordering::SeqCst) == 2);
+        let both = on_both((locks::mutex(0), AtomicU32::new(0)), |(mutex, inside), caller| {
+            let mut guard = mutex.lock(caller);
+            assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "one at a time");
+            *guard += 1;
+            inside.fetch_sub(1, Ordering::SeqCst);
+        });
+        assert_eq!(*both.0.lock(&Caller { vm: &Vm::new(), vcpu: 0 }), 2);
+    });
+}
+
+#[test]
+fn the_kits_semaphore_lets_in_one_after_the_other() {
+    loom::model(|| {
+        on_both((locks::semaphore(1), AtomicU32::new(0)), |(semaphore, inside), caller| {
+            semaphore.acquire(caller);
+            assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "one permit");
+            inside.fetch_sub(1, Ordering::SeqCst);
+            semaphore.release(caller);
+        });
+    });
+}
+
+/// Two permits come back while two wait: both get in, although the second release sees nobody wait any more. Three
+/// threads are more interleavings than there is time for: those with up to two preemptions are run.
+#[test]
+fn the_kits_semaphore_forgets_nobody_who_waits() {
+    let mut bounded = loom::model::Builder::new();
+    bounded.preemption_bound = Some(2);
+    bounded.check(|| {
+        let (vm, semaphore) = (Vm::new(), Arc::new(locks::semaphore(0)));
+        let waiters = [0, 1].map(|vcpu| {
+            let (vm, semaphore) = (Arc::clone(&vm), Arc::clone(&semaphore));
+            thread::spawn(move || semaphore.acquire(&Caller { vm: &vm, vcpu }))
+        });
+        let caller = Caller { vm: &vm, vcpu: 2 };
+        semaphore.release(&caller);
+        semaphore.release(&caller);
+        waiters.into_iter().for_each(|waiter| waiter.join().unwrap());
+        assert!(!semaphore.try_acquire());
+    });
+}
+
+#[test]
+fn the_kits_condition_is_told_to_who_waits_for_it() {
+    loom::model(|| {
+        on_both((locks::mutex(false), locks::condvar()), |(mutex, condvar), caller| {
+            let mut done = mutex.lock(caller);
+            if caller.vcpu == 0 {
+                *done = true;
+                drop(done);
+                condvar.notify_one(caller);
+            } else {
+                while !*done {
+                    done = condvar.wait(done);
                 }
             }
-            assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "one at a time");
-            inside.fetch_sub(1, Ordering::SeqCst);
-            if vm.word.swap(0, Ordering::SeqCst) == 2 {
-                vm.wake(1);
-            }
-        };
-        let other = thread::spawn({
-            let (vm, inside) = (Arc::clone(&vm), Arc::clone(&inside));
-            move || enter(&vm, 1, &inside)
         });
-        enter(&vm, 0, &inside);
-        other.join().unwrap();
     });
 }

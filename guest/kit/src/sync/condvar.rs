@@ -1,23 +1,16 @@
 //! A condition that others bring about.
 
-use core::sync::atomic::{AtomicU32, Ordering};
-
-use super::Waiting;
 use super::mutex::Guard;
+use super::{AtomicU32, Ordering, Waiting};
 
 /// Where those wait who need something of what a [`Mutex`](super::Mutex) protects.
 #[derive(Default)]
 pub struct Condvar {
     /// Moves with each notification: who has seen the old number and finds the new one does not sleep.
-    notifications: AtomicU32,
+    pub(super) notifications: AtomicU32,
 }
 
 impl Condvar {
-    /// Nobody waits.
-    pub const fn new() -> Self {
-        Self { notifications: AtomicU32::new(0) }
-    }
-
     /// Gives the lock away, sleeps until a notification, and takes the lock again. May return for no reason.
     pub fn wait<'a, T, W: Waiting>(&self, guard: Guard<'a, T, W>) -> Guard<'a, T, W> {
         let (mutex, waiting) = (guard.mutex, guard.waiting);

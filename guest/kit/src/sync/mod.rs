@@ -1,11 +1,15 @@
 //! Locks on wait-if-equal: no exit where nobody waits, and nobody spins where somebody does.
+//!
+//! The host's crate compiles mutex, condition and semaphore into its models, with atomics that loom watches; so these come
+//! from here, and what makes locks at compile time, which such atomics cannot be, stands apart.
 
 mod condvar;
+mod constructors;
 mod mutex;
 mod semaphore;
 mod spinlock;
 
-use core::sync::atomic::AtomicU32;
+pub(crate) use core::sync::atomic::{AtomicU32, Ordering, fence};
 
 pub use condvar::Condvar;
 pub use mutex::{Guard, Mutex};

@@ -3,30 +3,24 @@
 
 use core::cell::UnsafeCell;
 use core::ops::{Deref, DerefMut};
-use core::sync::atomic::{AtomicU32, Ordering};
 
-use super::Waiting;
+use super::{AtomicU32, Ordering, Waiting};
 
-const FREE: u32 = 0;
+pub(super) const FREE: u32 = 0;
 const TAKEN: u32 = 1;
 /// Taken, and somebody may wait.
 const CONTENDED: u32 = 2;
 
 /// One at a time; the others sleep.
 pub struct Mutex<T> {
-    state: AtomicU32,
-    value: UnsafeCell<T>,
+    pub(super) state: AtomicU32,
+    pub(super) value: UnsafeCell<T>,
 }
 
 // SAFETY: the value is reached through a guard only, and there is one at a time.
 unsafe impl<T: Send> Sync for Mutex<T> {}
 
 impl<T> Mutex<T> {
-    /// Free.
-    pub const fn new(value: T) -> Self {
-        Self { state: AtomicU32::new(FREE), value: UnsafeCell::new(value) }
-    }
-
     /// Takes the lock, asleep until it is free. No exit where it is.
     pub fn lock<'a, W: Waiting>(&'a self, waiting: &'a W) -> Guard<'a, T, W> {
         if self.state.compare_exchange(FREE, TAKEN, Ordering::Acquire, Ordering::Relaxed).is_err() {
