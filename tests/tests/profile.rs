@@ -11,8 +11,12 @@ fn profiled(words: &[&str]) -> (Value, String) {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let file = directory.path().join("run.json");
     let json = format!("--json={}", file.display());
-    let words =
-        [&["--profile", json.as_str()], words, &["--", "sh", "-c", "seq 1 3000 | sort -rn | head -n 1"]].concat();
+    let words = [
+        &["--engine", "translate", "--profile", json.as_str()],
+        words,
+        &["--", "sh", "-c", "seq 1 3000 | sort -rn | head -n 1"],
+    ]
+    .concat();
     let done = Cordial::run(&words).done();
     assert_eq!((done.status, done.text().as_str()), (0, "3000\n"), "{}", done.stderr);
     let document: Value = serde_json::from_slice(&std::fs::read(file).expect("the document")).expect("JSON");

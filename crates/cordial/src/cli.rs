@@ -107,7 +107,8 @@ pub struct RunArguments {
     /// Memory: 1G, 512M, ...; a plain number is MiB.
     #[arg(short, long, value_name = "SIZE")]
     mem: Option<String>,
-    /// CPU engine: auto, translate or kvm.
+    /// CPU engine: auto (kvm where a probe guest runs on it, else translate), translate, kvm, or kvm-unprobed (for bare-metal
+    /// guests that need less than Linux does).
     #[arg(long)]
     engine: Option<String>,
     /// Translated code that each vCPU keeps: 64K to 1G.

@@ -6,10 +6,9 @@ use crate::failure::Failure;
 use crate::kernel::Search;
 use crate::userland::Busybox;
 use crate::values::human;
-use machine::plan::EngineChoice;
-use machine::{Attachments, Machine, Outcome, Plan, SerialEnds};
+use machine::plan::{EngineCheck, EngineChoice};
+use machine::{Attachments, KvmReport, Machine, Outcome, Plan, SerialEnds};
 use serde::Serialize;
-use std::fs::File;
 use std::process::Command;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -30,6 +29,19 @@ pub struct Row {
     pub consequence: &'static str,
     /// What to do where it does not work.
     pub fix: Option<&'static str>,
+    /// What was tried one after the other, where it was more than one thing.
+    pub steps: Vec<Step>,
+}
+
+/// One of the things that make up a probe.
+#[derive(Debug, Serialize)]
+pub struct Step {
+    /// What was tried.
+    pub name: &'static str,
+    /// It works; absent where an earlier step failed.
+    pub works: Option<bool>,
+    /// What was found.
+    pub result: String,
 }
 
 /// Carries out all probes.
@@ -46,7 +58,16 @@ pub fn print(rows: &[Row]) -> String {
             (false, true) => "FAILS",
             (false, false) => "no",
         };
-        text += &format!("{mark:<6}{:<10}{}\n{:16}{}\n", row.probe, row.result, "", row.consequence);
+        text += &format!("{mark:<6}{:<10}{}\n", row.probe, row.result);
+        for step in &row.steps {
+            let mark = match step.works {
+                Some(true) => "ok",
+                Some(false) => "no",
+                None => "-",
+            };
+            text += &format!("{:16}{mark:<4}{:<14}{}\n", "", step.name, step.result);
+        }
+        text += &format!("{:16}{}\n", "", row.consequence);
         if let Some(fix) = row.fix.filter(|_| !row.works) {
             text += &format!("{:16}fix: {fix}\n", "");
         }
@@ -63,14 +84,17 @@ fn row(probe: &'static str, outcome: Result<String, String>, says: [&'static str
         result: outcome.unwrap_or_else(|error| error),
         consequence: says[usize::from(!works)],
         fix: None,
+        steps: Vec::new(),
     }
 }
 
 fn engine() -> Row {
-    let outcome = machine::select_engine(EngineChoice::Auto).map_err(|error| error.to_string()).and_then(|engine| {
-        let ran = probe_guest()?;
-        Ok(format!("{} ran a guest in {ran} ms ({})", engine.name, engine.reason))
-    });
+    let outcome = machine::select_engine(EngineChoice::Auto, EngineCheck::Off)
+        .map_err(|error| error.to_string())
+        .and_then(|engine| {
+            let ran = probe_guest()?;
+            Ok(format!("{} ran a guest in {ran} ms ({})", engine.name, engine.reason))
+        });
     let row = row("engine", outcome, ["machines run on it", "no machine can run here"]);
     Row { vital: true, fix: Some("run on an x86-64 Linux host"), ..row }
 }
@@ -119,13 +143,36 @@ fn probe_guest() -> Result<u128, String> {
 }
 
 fn kvm() -> Row {
-    let outcome = match File::options().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => machine::select_engine(EngineChoice::Kvm)
-            .map(|engine| format!("/dev/kvm opens; {}", engine.reason))
-            .map_err(|error| format!("/dev/kvm opens; {error}")),
-        Err(error) => Err(format!("/dev/kvm: {error}")),
+    kvm_row(machine::probe_kvm())
+}
+
+fn kvm_row(report: &KvmReport) -> Row {
+    let ran = || "a guest did what stock kernels do first".to_owned();
+    let outcome = report.verdict().map(|()| ran()).map_err(|error| error.to_string());
+    let says = ["guests run on the processor itself", "the built-in engine is used; nothing is lost but speed"];
+    let step = |step: &machine::KvmStep| {
+        let result = match &step.outcome {
+            Some(Ok(found)) => found.clone(),
+            Some(Err(wrong)) => wrong.lines().next().unwrap_or_default().to_owned(),
+            None => "not reached".into(),
+        };
+        Step { name: step.name, works: step.outcome.as_ref().map(Result::is_ok), result }
     };
-    row("kvm", outcome, ["--engine kvm works", "the built-in engine is used; nothing is lost but speed"])
+    let failed = report.steps.iter().find(|step| matches!(step.outcome, Some(Err(_)))).map(|step| step.name);
+    let fix = match failed {
+        None => None,
+        Some("device") => {
+            Some("load kvm_intel or kvm_amd, switch virtualisation on in the firmware, join the group kvm")
+        }
+        Some("capabilities") => Some("update the host's kernel"),
+        Some("VM" | "vCPU") => {
+            Some("look at the host's kernel log; in a container, allow /dev/kvm and more locked memory")
+        }
+        Some(_) => {
+            Some("use a host whose KVM is backed by VT-x or AMD-V (nested, if it is a VM); this one's is emulated")
+        }
+    };
+    Row { fix, steps: report.steps.iter().map(step).collect(), ..row("kvm", outcome, says) }
 }
 
 fn cache() -> Row {
@@ -175,6 +222,26 @@ fn userland() -> Row {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_step_of_the_kvm_probe_is_shown_with_a_fix_for_the_one_that_failed() {
+        let step = |name, outcome| machine::KvmStep { name, outcome };
+        let failed = Some(Err("no such instruction\nregisters".to_owned()));
+        let steps = vec![step("device", Some(Ok("opens".into()))), step("SSE", failed), step("user mode", None)];
+        let text = print(&[kvm_row(&KvmReport { steps })]);
+        assert!(
+            text.starts_with("no    kvm       the kvm engine is not usable here: SSE: no such instruction\n"),
+            "{text}"
+        );
+        for line in
+            ["ok  device        opens", "no  SSE           no such instruction", "-   user mode     not reached"]
+        {
+            assert!(text.contains(line), "{text}");
+        }
+        assert!(text.contains("fix: use a host whose KVM") && !text.contains("registers"), "{text}");
+        let good = kvm_row(&KvmReport { steps: vec![step("device", Some(Ok("opens".into())))] });
+        assert!(good.works && good.fix.is_none());
+    }
 
     #[test]
     fn the_probe_guest_is_a_multiboot_kernel() {

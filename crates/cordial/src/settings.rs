@@ -34,7 +34,7 @@ const fn key(name: &'static str, default: Option<&'static str>, help: &'static s
 pub const KEYS: [Key; 24] = [
     key("cpus", None, "virtual CPUs; default: the host's, at most 2"),
     key("mem", Some("1G"), "memory; K, M, G or T; a plain number is MiB"),
-    key("engine", Some("auto"), "auto, translate or kvm"),
+    key("engine", Some("auto"), "auto, translate, kvm or kvm-unprobed"),
     key("code-cache", Some("64M"), "translated code that each vCPU keeps: 64K to 1G; a plain number is MiB"),
     key(
         "engine-check",

@@ -112,7 +112,12 @@ pub fn human(bytes: u64) -> String {
 /// # Errors
 /// An unknown name.
 pub fn engine(settings: &Settings) -> Result<EngineChoice, Failure> {
-    let known = [("auto", EngineChoice::Auto), ("translate", EngineChoice::Translate), ("kvm", EngineChoice::Kvm)];
+    let known = [
+        ("auto", EngineChoice::Auto),
+        ("translate", EngineChoice::Translate),
+        ("kvm", EngineChoice::Kvm),
+        ("kvm-unprobed", EngineChoice::KvmUnprobed),
+    ];
     Ok(read(settings, "engine", |text| one_of(text, &known))?.unwrap_or_default())
 }
 
@@ -313,7 +318,10 @@ mod tests {
         assert!(memory(&settings("mem", "0"), 1 << 34).is_err());
         assert!(memory(&settings("mem", "64G"), 1 << 34).is_err());
         let wrong = message(engine(&settings("engine", "kvn")).unwrap_err());
-        assert_eq!(wrong, "engine \"kvn\" (command line): not one of auto, translate, kvm; did you mean \"kvm\"?");
+        assert_eq!(
+            wrong,
+            "engine \"kvn\" (command line): not one of auto, translate, kvm, kvm-unprobed; did you mean \"kvm\"?"
+        );
         let wrong = message(code_cache(&settings("code-cache", "63K")).unwrap_err());
         assert_eq!(wrong, "code-cache \"63K\" (command line): not between 64 KiB and 1 GiB");
         assert!(code_cache(&settings("code-cache", "2G")).is_err());

@@ -19,6 +19,8 @@ pub enum Exit {
     /// The engine checks itself, and has found that it would not do what the guest's code says:
     /// [`Vcpu::difference`](crate::Vcpu::difference). The state is that before the code in question.
     Difference,
+    /// The engine cannot go on with this guest: [`Vcpu::failure`](crate::Vcpu::failure) says why.
+    Failed,
     /// Triple fault: the processor is in the shutdown state.
     Shutdown,
 }

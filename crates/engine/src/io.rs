@@ -56,8 +56,11 @@ pub trait CpuIo {
     /// VMCALL / VMMCALL.
     fn hypercall(&mut self, call: HypercallArgs) -> Answer;
     /// The vector of the interrupt to deliver now, acknowledged (moved to in-service); `None` where none is
-    /// deliverable. Called with interrupts enabled only.
+    /// deliverable. Called with interrupts enabled only. On an engine with local APICs of its own it is the PIC's.
     fn take_interrupt(&mut self) -> Option<u8>;
+    /// The guest ended a level-triggered interrupt of `vector` that [`LocalApics::route`](crate::LocalApics::route) told
+    /// the engine of. Only engines with local APICs of their own say so.
+    fn end_of_interrupt(&mut self, _vector: u8) {}
     /// True where [`CpuIo::take_interrupt`] would return one; changes nothing.
     fn interrupt_pending(&mut self) -> bool;
     /// CR8: bits 7:4 of the task-priority register, 0..=15.

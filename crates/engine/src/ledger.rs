@@ -207,6 +207,12 @@ impl Ledger {
         }
     }
 
+    /// Counts `count` exits that the host's kernel answered by itself: their time is not known, and counts as none.
+    pub fn record_untimed(&self, cause: Cause, count: u64) {
+        add(&self.rows[cause as usize].count, count);
+        add(&self.rows[cause as usize].buckets[bucket(0)], count);
+    }
+
     /// Counts `amount` of the engine's own work.
     #[inline]
     pub fn work(&self, work: Work, amount: u64) {
@@ -297,6 +303,14 @@ mod tests {
         assert!((10..16).contains(&summary.p50));
         assert!(summary.p99 < 16);
         assert_eq!(Ledger::summary([&one].into_iter(), Cause::Nmi), Summary::default());
+    }
+
+    #[test]
+    fn what_the_kernel_answered_counts_without_time() {
+        let ledger = Ledger::default();
+        ledger.record_untimed(Cause::Halt, 7);
+        let summary = Ledger::summary([&ledger].into_iter(), Cause::Halt);
+        assert_eq!(summary, Summary { count: 7, ..Summary::default() });
     }
 
     #[test]

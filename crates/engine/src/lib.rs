@@ -14,20 +14,24 @@
 pub mod cpu_model;
 mod exit;
 mod io;
+mod kernel;
 pub mod ledger;
 pub mod profile;
 mod signal;
 pub mod state;
 mod tsc;
 
-pub use cpu_model::{Cpuid, CpuidTable};
+pub use cpu_model::{Cpuid, CpuidTable, HostCpu};
 pub use exit::Exit;
 pub use io::{Answer, CpuIo, HypercallArgs, MsrRefused};
+pub use kernel::{Doorbells, KernelState, LocalApics, PendingEvent};
 pub use ledger::{Cause, Ledger};
 pub use profile::{Phase, Profile};
 pub use signal::{Signal, Signals};
 pub use state::CpuState;
 pub use tsc::GuestTsc;
+
+use std::sync::Arc;
 
 /// Which vCPU of a VM, counted from 0; also its initial x2APIC id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -63,13 +67,13 @@ pub struct VcpuConfig {
     /// Which one it is.
     pub id: VcpuId,
     /// What CPUID answers; features absent here are refused on use.
-    pub cpuid: std::sync::Arc<CpuidTable>,
+    pub cpuid: Arc<CpuidTable>,
     /// How others reach it.
-    pub signal: std::sync::Arc<Signal>,
+    pub signal: Arc<Signal>,
     /// Where its exits are counted.
-    pub ledger: std::sync::Arc<Ledger>,
+    pub ledger: Arc<Ledger>,
     /// Its time-stamp counter.
-    pub tsc: std::sync::Arc<GuestTsc>,
+    pub tsc: Arc<GuestTsc>,
 }
 
 /// A way of running guest code.
@@ -82,6 +86,27 @@ pub trait Engine: Send + Sync {
     /// # Errors
     /// [`Error::Host`] where the host refuses what the engine needs for it.
     fn vcpu(&self, config: VcpuConfig) -> Result<Box<dyn Vcpu>, Error>;
+
+    /// What a guest's processor can have on this engine.
+    fn host_cpu(&self) -> HostCpu {
+        HostCpu::read()
+    }
+
+    /// The local APICs, where the engine has its own: the machine makes none then, start-up IPIs and HLT included.
+    fn local_apics(&self) -> Option<Arc<dyn LocalApics>> {
+        None
+    }
+
+    /// Stores that are told without a callback, where the engine can do that.
+    fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
+        None
+    }
+
+    /// The features of the kvm dialect (leaf 0x4000_0001, EAX) that the engine serves by itself; `None` where the machine
+    /// has to.
+    fn kvm_dialect(&self) -> Option<u32> {
+        None
+    }
 }
 
 /// One virtual processor: state that a thread can run. It may move between threads, but never runs on two.
@@ -96,6 +121,24 @@ pub trait Vcpu: Send {
     /// What [`Exit::Difference`] was about, for people; once.
     fn difference(&mut self) -> Option<String> {
         None
+    }
+
+    /// Why the engine could not go on, for people: what [`Exit::Failed`] was about; once.
+    fn failure(&mut self) -> Option<String> {
+        None
+    }
+
+    /// What the engine keeps of the vCPU beside its [`CpuState`]: `None` where it keeps nothing. Only between runs.
+    fn save_kernel_state(&mut self) -> Option<KernelState> {
+        None
+    }
+
+    /// Replaces that. Only between runs, after [`Vcpu::load`].
+    ///
+    /// # Errors
+    /// [`Error::State`] where no processor could be in that state, or the engine keeps nothing.
+    fn load_kernel_state(&mut self, _state: &KernelState) -> Result<(), Error> {
+        Err(Error::State("this engine keeps nothing beside the processor's state".into()))
     }
 
     /// The architectural state. Only between runs.

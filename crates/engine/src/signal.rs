@@ -1,7 +1,7 @@
 //! How everyone else reaches a vCPU, running or asleep.
 
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use host::LowWord;
@@ -31,17 +31,34 @@ bitflags::bitflags! {
     }
 }
 
+/// How an engine gets a vCPU out of guest code that polls nothing.
+type Kick = Box<dyn Fn() + Send + Sync>;
+
 /// The mailbox of one vCPU. Raising is lock-free unless the vCPU sleeps.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Signal {
     bits: LowWord,
     asleep: AtomicU32,
     startup_vector: AtomicU8,
     lock: Mutex<()>,
     wake: Condvar,
+    kick: OnceLock<Kick>,
+}
+
+impl std::fmt::Debug for Signal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Signal").field("pending", &self.pending()).finish_non_exhaustive()
+    }
 }
 
 impl Signal {
+    /// Has `kick` called after each raise: for engines whose guest code does not look at [`Signal::word`]. Once, by the
+    /// engine, when it makes the vCPU; it may be called on any thread.
+    pub fn on_raise(&self, kick: impl Fn() + Send + Sync + 'static) {
+        // A second engine for the same mailbox would be a mistake in the machine; the first one's vCPU goes on.
+        let _ = self.kick.set(Box::new(kick));
+    }
+
     /// Adds to what the vCPU is asked, and wakes it where it sleeps.
     pub fn raise(&self, signals: Signals) {
         self.bits.fetch_or(signals.bits(), Ordering::SeqCst);
@@ -49,6 +66,9 @@ impl Signal {
     }
 
     fn wake(&self) {
+        if let Some(kick) = self.kick.get() {
+            kick();
+        }
         if self.asleep.load(Ordering::SeqCst) != 0 {
             let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
             self.wake.notify_all();
@@ -148,6 +168,20 @@ mod tests {
         assert_eq!(signal.pending(), Signals::NMI);
         signal.take_nmi();
         assert_eq!(signal.pending(), Signals::empty());
+    }
+
+    #[test]
+    fn each_raise_kicks_after_the_bits_are_there() {
+        let signal = Arc::new(Signal::default());
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let (weak, to) = (Arc::downgrade(&signal), Arc::clone(&seen));
+        signal.on_raise(move || to.lock().unwrap().push(weak.upgrade().unwrap().pending()));
+        signal.raise(Signals::STOP);
+        signal.raise_nmi();
+        signal.take(Signals::STOP);
+        signal.raise_startup(1);
+        let nmi = Signals::NMI;
+        assert_eq!(*seen.lock().unwrap(), [Signals::STOP, Signals::STOP | nmi, nmi | Signals::STARTUP]);
     }
 
     #[test]

@@ -1,60 +1,42 @@
-//! The engine on `/dev/kvm`. So far it only looks whether the host could run one: [`probe`].
+//! The engine on `/dev/kvm`: the host's kernel and processor run guest code, this crate tells them what of.
 //!
-//! Neighbours: `machine` asks before it chooses an engine, and tells the user what was found.
-#![allow(unsafe_code)] // the fence: system calls the host crates have no safe form of
+//! ```text
+//!   GuestRam ──> memory slots ──┐
+//!   CpuidTable, CpuState ──────>│  the host's KVM ──┬─ leave ──> Runner ──> CpuIo (port, mmio, msr), Exit
+//!   LocalApics, Doorbells ─────>│                   └─ answered by itself: local APIC, timer, HLT, CPUID, doorbells
+//!   Signal ──kick──────────────>┘
+//! ```
+//!
+//! * `kvm.rs`: the VM: memory slots, what guests may be given, the engine's traits; `capability.rs`: what it needs.
+//! * `vcpu.rs`: the loop around `KVM_RUN`; `leave.rs`: what it returned; `failure.rs`: what cannot be gone on with.
+//! * `state.rs`, `kernel_state.rs`, `cpuid.rs`: pure translations between the engine's structures and KVM's.
+//! * `kick.rs`, `run_page.rs`: how other threads reach a vCPU.
+//! * `probe/`: whether a guest as Linux would be runs here, found out by running one.
+//!
+//! Interrupt chips are split: local APICs in the host's kernel, I/O APIC and PIC in the machine. docs/kvm.md says why.
+//!
+//! Neighbours: `machine` chooses between this engine and `translator`, and brings devices and local APICs together.
+#![allow(unsafe_code)] // the fence: system calls, and memory shared with the host's kernel
 
-use std::fs::OpenOptions;
-use std::os::fd::AsRawFd;
-use std::path::Path;
-
-use engine::Error;
-
-const DEVICE: &str = "/dev/kvm";
-/// `KVM_GET_API_VERSION` (Linux, include/uapi/linux/kvm.h): `_IO(0xAE, 0x00)`, no argument.
-const KVM_GET_API_VERSION: libc::c_ulong = 0xae00;
-/// The only version there is since Linux 2.6.22.
-const API_VERSION: libc::c_int = 12;
-
-/// Looks whether this host offers KVM to us.
-///
-/// # Errors
-/// [`Error::Unusable`] with what is missing and what to do.
-pub fn probe() -> Result<(), Error> {
-    probe_at(Path::new(DEVICE))
-}
-
-fn probe_at(path: &Path) -> Result<(), Error> {
-    let unusable = |reason| Error::Unusable { engine: "kvm", reason };
-    let name = path.display();
-    let device = OpenOptions::new().read(true).write(true).open(path).map_err(|error| {
-        unusable(match error.kind() {
-            std::io::ErrorKind::NotFound => format!("there is no {name}; load the host's kvm module"),
-            std::io::ErrorKind::PermissionDenied => format!("no permission for {name}; join its group"),
-            _ => format!("{name} cannot be opened: {error}"),
-        })
-    })?;
-    // SAFETY: the descriptor is open, and the call takes no pointer.
-    let version = unsafe { libc::ioctl(device.as_raw_fd(), KVM_GET_API_VERSION, 0) };
-    match version {
-        API_VERSION => Ok(()),
-        -1 => Err(unusable(format!("{name} is not KVM: {}", std::io::Error::last_os_error()))),
-        other => {
-            Err(unusable(format!("{name} speaks API version {other}, not {API_VERSION}; update the host's kernel")))
-        }
-    }
-}
-
+mod capability;
+mod cpuid;
+mod dirty;
+mod doorbell;
+mod failure;
+mod interrupt;
+mod kernel_state;
+mod kick;
+mod kvm;
+mod leave;
+pub mod probe;
+mod run_page;
+mod state;
+mod stats;
+mod sys;
 #[cfg(test)]
-mod tests {
-    use super::*;
+mod tests;
+mod vcpu;
 
-    #[test]
-    fn what_is_missing_is_named() {
-        let reason = |path: &str| probe_at(Path::new(path)).unwrap_err().to_string();
-        assert_eq!(
-            reason("/no/such/kvm"),
-            "the kvm engine is not usable here: there is no /no/such/kvm; load the host's kvm module"
-        );
-        assert!(reason("/dev/null").contains("/dev/null is not KVM"));
-    }
-}
+pub use capability::{CAPABILITIES, Capability};
+pub use dirty::DirtyPages;
+pub use kvm::{Config, Kvm};

@@ -44,6 +44,8 @@ pub(crate) struct HostParts {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) timers: Arc<dyn Timers>,
     pub(crate) entropy: Arc<dyn Entropy>,
+    /// Kicks that the engine counts without telling of them.
+    pub(crate) doorbells: Option<Arc<dyn virtio::Doorbells>>,
 }
 
 /// All devices of a machine.
@@ -77,7 +79,7 @@ impl Board {
             test_devices(&bus, &sink, plan, power)?;
         }
         let pci = pci_bus(&bus, sink, layout, power)?;
-        let mut functions = Functions { pci: &pci, ram, handles: Vec::new() };
+        let mut functions = Functions { pci: &pci, ram, host, handles: Vec::new() };
         let console_size = functions.add_console(ends.ports)?;
         functions.add_disks(plan)?;
         functions.add("entropy", Box::new(EntropyDevice::new(Arc::clone(&host.entropy))))?;
@@ -220,12 +222,13 @@ fn pci_bus(
 struct Functions<'a> {
     pci: &'a PciBus,
     ram: &'a GuestRam,
+    host: &'a HostParts,
     handles: Vec<virtio::Handle>,
 }
 
 impl Functions<'_> {
     fn add(&mut self, name: &str, device: Box<dyn VirtioDevice>) -> Result<(), Error> {
-        let function = VirtioPci::new(name, device, self.ram.clone())
+        let function = VirtioPci::new(name, device, self.ram.clone(), self.host.doorbells.clone())
             .map_err(|source| Error::Host { what: "a thread for a virtio device", source })?;
         self.handles.push(function.handle());
         let function: Arc<Mutex<dyn PciFunction>> = shared(function);

@@ -13,13 +13,13 @@ pub(crate) struct Control {
     signals: Vec<Arc<Signal>>,
     power: PowerSwitch,
     outcome: OnceLock<Outcome>,
-    difference: OnceLock<String>,
+    finding: OnceLock<String>,
     ending: AtomicBool,
 }
 
 impl Control {
     pub(crate) fn new(signals: Vec<Arc<Signal>>, power: PowerSwitch) -> Self {
-        Self { signals, power, outcome: OnceLock::new(), difference: OnceLock::new(), ending: AtomicBool::new(false) }
+        Self { signals, power, outcome: OnceLock::new(), finding: OnceLock::new(), ending: AtomicBool::new(false) }
     }
 
     /// Ends the run. The first reason counts.
@@ -28,15 +28,15 @@ impl Control {
         self.stop_all();
     }
 
-    /// Ends the run because a vCPU's engine does not agree with itself.
-    pub(crate) fn end_by_difference(&self, vcpu: u32, rip: u64, difference: String) {
-        let _ = self.difference.set(difference);
-        self.end(Outcome::EngineDifference { vcpu, rip });
+    /// Ends the run because of what an engine found.
+    pub(crate) fn end_with(&self, outcome: Outcome, finding: String) {
+        let _ = self.finding.set(finding);
+        self.end(outcome);
     }
 
-    /// What the engine found wrong with itself.
-    pub(crate) fn difference(&self) -> Option<String> {
-        self.difference.get().cloned()
+    /// What an engine found that ended the run.
+    pub(crate) fn finding(&self) -> Option<String> {
+        self.finding.get().cloned()
     }
 
     /// Gets every vCPU out of guest code and out of its sleep, for good.

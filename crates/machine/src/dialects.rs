@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use device::bus::{Bus, PortDevice};
 use device::interrupt::lapic::{FREQUENCY_HZ, msr};
 use device::interrupt::{InterruptChips, InterruptSink, Refused};
-use engine::{CpuidTable, GuestTsc};
+use engine::{Cpuid, CpuidTable, Engine, GuestTsc};
 use memory::GuestRam;
 use paravirt::native::{self, Calling, Interrupts, Parts, Place, Policy};
 use paravirt::{Clock, Features, Rates};
@@ -28,8 +28,9 @@ pub(crate) struct Spoken {
     pub(crate) native: Option<Arc<native::Vm>>,
 }
 
-/// Shows the dialects in CPUID, or hides that there is anyone to speak them.
-pub(crate) fn speak(cpuid: &mut CpuidTable, plan: &Plan, tsc_khz: u64) {
+/// Shows the dialects in CPUID, or hides that there is anyone to speak them. Of the kvm dialect, what the engine `serves` by
+/// itself, or else what `paravirt` does.
+pub(crate) fn speak(cpuid: &mut CpuidTable, plan: &Plan, serves: Option<u32>, tsc_khz: u64) {
     let dialects = plan.dialects;
     paravirt::hide(cpuid);
     if dialects.is_none() {
@@ -39,6 +40,10 @@ pub(crate) fn speak(cpuid: &mut CpuidTable, plan: &Plan, tsc_khz: u64) {
     if dialects.kvm {
         let apic_khz = FREQUENCY_HZ / 1000;
         paravirt::offer(cpuid, kvm_features(plan), Rates { tsc_khz, apic_khz });
+        if let Some(eax) = serves {
+            let eax = eax & !dialects.without.kvm;
+            cpuid.set(contract::kvm::leaf::FEATURES, 0, Cpuid { eax, ..Cpuid::default() });
+        }
     }
     if dialects.cordial {
         let way = calling(cpuid);
@@ -63,6 +68,7 @@ fn calling(cpuid: &CpuidTable) -> Calling {
 impl Spoken {
     pub(crate) fn new(
         plan: &Plan,
+        engine: &dyn Engine,
         slots: &[Slot],
         chips: &Arc<InterruptChips>,
         host: &HostParts,
@@ -85,7 +91,9 @@ impl Spoken {
                 places: slots.iter().map(|slot| Place::new(Arc::clone(&slot.signal))).collect(),
             })
         });
-        Self { features: kvm_features(plan), clock, native }
+        // What the engine serves by itself and refuses is not to be had here.
+        let features = if engine.kvm_dialect().is_none() { kvm_features(plan) } else { Features::NONE };
+        Self { features, clock, native }
     }
 
     /// One vCPU's side.

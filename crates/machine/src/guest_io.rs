@@ -46,14 +46,16 @@ pub(crate) struct SharedIo {
 impl GuestIo {
     pub(crate) fn new(vcpu: usize, shared: SharedIo, paravirt: paravirt::Vcpu, ledger: Arc<Ledger>) -> Self {
         let SharedIo { bus, chips, control, announcer } = shared;
-        let apic_page = chips.lapic(vcpu).mmio_base();
+        let apic_page = apic_page(&chips, vcpu);
         Self { vcpu, bus, chips, control, announcer, paravirt, ledger, apic_page, msrs_logged: 0 }
     }
 
     /// INIT: what of the processor lies outside the engine goes back to its start.
     pub(crate) fn init(&mut self) {
-        self.chips.lapic(self.vcpu).init();
-        self.apic_page = self.chips.lapic(self.vcpu).mmio_base();
+        if let Some(lapic) = self.chips.lapic(self.vcpu) {
+            lapic.init();
+        }
+        self.apic_page = apic_page(&self.chips, self.vcpu);
         self.paravirt.reset();
     }
 
@@ -87,6 +89,11 @@ impl GuestIo {
     fn masked(&mut self) -> bool {
         self.paravirt.native().is_some_and(|native| native.masks_interrupts())
     }
+}
+
+/// Where the vCPU's xAPIC page is, while it is on and ours.
+fn apic_page(chips: &InterruptChips, vcpu: usize) -> Option<Gpa> {
+    chips.lapic(vcpu).and_then(|lapic| lapic.mmio_base())
 }
 
 /// MSRC001_001F, northbridge configuration (AMD family 10h BKDG): guests on AMD processors set its bit for extended
@@ -145,14 +152,16 @@ impl CpuIo for GuestIo {
             _ => io.paravirt.msr_write(index, value),
         });
         if index == msr::APIC_BASE {
-            self.apic_page = self.chips.lapic(self.vcpu).mmio_base();
+            self.apic_page = apic_page(&self.chips, self.vcpu);
         }
         result.inspect_err(|MsrRefused| self.log_refused("write", index, value))
     }
 
     fn tsc_moved(&mut self) {
         self.paravirt.tsc_moved();
-        self.chips.lapic(self.vcpu).tsc_moved();
+        if let Some(lapic) = self.chips.lapic(self.vcpu) {
+            lapic.tsc_moved();
+        }
     }
 
     fn hypercall(&mut self, call: HypercallArgs) -> Answer {
@@ -171,16 +180,22 @@ impl CpuIo for GuestIo {
         self.chips.take_interrupt(self.vcpu)
     }
 
+    fn end_of_interrupt(&mut self, vector: u8) {
+        self.chips.end_of_interrupt(vector);
+    }
+
     fn interrupt_pending(&mut self) -> bool {
         !self.masked() && self.chips.interrupt_pending(self.vcpu)
     }
 
     fn task_priority(&mut self) -> u8 {
-        self.chips.lapic(self.vcpu).task_priority()
+        self.chips.lapic(self.vcpu).map_or(0, |lapic| lapic.task_priority())
     }
 
     fn set_task_priority(&mut self, priority: u8) {
-        self.chips.lapic(self.vcpu).set_task_priority(priority);
+        if let Some(lapic) = self.chips.lapic(self.vcpu) {
+            lapic.set_task_priority(priority);
+        }
     }
 
     fn stop_requested(&self) -> bool {

@@ -85,11 +85,18 @@ pub enum Outcome {
         /// Its RIP.
         rip: u64,
     },
-    /// The engine's check of itself failed: [`Report::difference`] says how.
+    /// The engine's check of itself failed: [`Report::finding`] says how.
     EngineDifference {
         /// On which vCPU.
         vcpu: u32,
         /// Where the code in question begins.
+        rip: u64,
+    },
+    /// The engine could not go on with the guest: [`Report::finding`] says why.
+    EngineFailure {
+        /// On which vCPU.
+        vcpu: u32,
+        /// Its RIP.
         rip: u64,
     },
     /// [`Handle::stop`](crate::Handle::stop).
@@ -122,8 +129,8 @@ pub struct DeviceFigures {
 pub struct Report {
     /// Why it ended.
     pub outcome: Outcome,
-    /// What the engine found wrong with itself, for people.
-    pub difference: Option<String>,
+    /// What the engine found wrong, with itself or with what it was to run, for people.
+    pub finding: Option<String>,
     /// The engine's name.
     pub engine: &'static str,
     /// One ledger a vCPU.

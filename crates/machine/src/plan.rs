@@ -30,8 +30,11 @@ pub enum EngineChoice {
     Auto,
     /// Our own engine, which needs no hardware help.
     Translate,
-    /// The host kernel's, through `/dev/kvm`.
+    /// The host kernel's, through `/dev/kvm`, where a probe guest ran on it.
     Kvm,
+    /// The same without a probe: for guests that need less than Linux does.
+    #[serde(rename = "kvm-unprobed")]
+    KvmUnprobed,
 }
 
 /// What the translating engine checks of itself.
@@ -235,6 +238,10 @@ impl Plan {
         if !(LEAST_CODE_CACHE..=MOST_CODE_CACHE).contains(&self.code_cache) {
             return Err(Invalid::CodeCache(self.code_cache));
         }
+        if matches!(self.engine, EngineChoice::Kvm | EngineChoice::KvmUnprobed) && self.engine_check != EngineCheck::Off
+        {
+            return Err(Invalid::EngineCheck);
+        }
         for text in std::iter::once(&self.command_line).chain(self.modules.iter().map(|module| &module.command_line)) {
             if text.contains('\0') {
                 return Err(Invalid::CommandLine);
@@ -270,6 +277,12 @@ pub enum Invalid {
     /// Too little or too much.
     #[error("a code cache of {0} bytes asked for; it has 64 KiB to 1 GiB: change --code-cache")]
     CodeCache(u64),
+    /// The other engine has nothing to compare with.
+    #[error("--engine-check is for the translating engine: use --engine translate, or leave it out")]
+    EngineCheck,
+    /// Not built.
+    #[error("the cordial dialect is not part of the kvm engine yet: use --engine translate, or --dialect kvm")]
+    Dialect,
     /// A NUL ends a command line for the guest.
     #[error("a command line contains a NUL byte; the guest would see only what stands before it: remove it")]
     CommandLine,
@@ -324,6 +337,10 @@ mod tests {
         assert_eq!(with(|plan| plan.memory = u64::MAX), Invalid::Memory(u64::MAX));
         assert_eq!(with(|plan| plan.code_cache = 65535), Invalid::CodeCache(65535));
         assert_eq!(with(|plan| plan.code_cache = (1 << 30) + 1), Invalid::CodeCache((1 << 30) + 1));
+        let checked_kvm = |plan: &mut Plan| {
+            (plan.engine, plan.engine_check) = (EngineChoice::Kvm, EngineCheck::Interpret);
+        };
+        assert_eq!(with(checked_kvm), Invalid::EngineCheck);
         assert_eq!(with(|plan| plan.command_line = "a\0b".into()), Invalid::CommandLine);
         let disk = |serial: &str| DiskPlan { path: "d".into(), mode: DiskMode::ReadOnly, serial: Some(serial.into()) };
         let mut plan = Plan::new("vmlinuz");

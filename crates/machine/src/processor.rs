@@ -49,6 +49,8 @@ pub(crate) struct Processor {
     pub(crate) control: Arc<Control>,
     /// Time is to be accounted for.
     pub(crate) profiled: bool,
+    /// The engine has the local APIC: it waits for start-up IPIs and sleeps in HLT by itself.
+    pub(crate) waits_in_engine: bool,
 }
 
 impl Processor {
@@ -65,7 +67,8 @@ impl Processor {
     }
 
     fn run_to_end(&mut self) {
-        let mut stage = if self.index == BOOTSTRAP { Stage::Running } else { Stage::Waiting };
+        let runs = self.index == BOOTSTRAP || self.waits_in_engine;
+        let mut stage = if runs { Stage::Running } else { Stage::Waiting };
         while stage != Stage::Ended && !self.control.is_ending() {
             stage = match stage {
                 Stage::Waiting => self.wait_for_startup(),
@@ -97,7 +100,12 @@ impl Processor {
             Exit::Device => self.control.follow_power(),
             Exit::Difference => {
                 let (rip, difference) = (self.vcpu.save().rip, self.vcpu.difference().unwrap_or_default());
-                self.control.end_by_difference(self.index, rip, difference);
+                self.control.end_with(Outcome::EngineDifference { vcpu: self.index, rip }, difference);
+                return Stage::Ended;
+            }
+            Exit::Failed => {
+                let (rip, failure) = (self.vcpu.save().rip, self.vcpu.failure().unwrap_or_default());
+                self.control.end_with(Outcome::EngineFailure { vcpu: self.index, rip }, failure);
                 return Stage::Ended;
             }
             Exit::Shutdown => {

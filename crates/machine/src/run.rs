@@ -6,18 +6,19 @@ use device::interrupt::{InterruptChips, Lapic, LapicConfig};
 use device::power::PowerSwitch;
 use device::virtio;
 use device::virtio::console::ConsoleSize;
-use engine::cpu_model::{self, Feature, HostCpu};
+use engine::cpu_model::{self, Feature};
 use engine::{CpuState, CpuidTable, Engine, GuestTsc, Ledger, Signal, VcpuConfig, VcpuId};
 use host::{Clock, HostClock, HostEntropy, HostTimers, Timers};
 use memory::GuestRam;
-use translator::Translator;
 
 use crate::announce::{Announcer, Events};
 use crate::board::{Board, HostParts, PowerButton};
 use crate::control::Control;
 use crate::dialects::{self, Spoken};
 use crate::guest_io::{GuestIo, SharedIo};
+use crate::kernel_parts::{KernelApics, KernelDoorbells, set_virtual_wire};
 use crate::pins::Pins;
+use crate::plan::Invalid;
 use crate::processor::Processor;
 use crate::select::select_engine;
 use crate::time::TscClock;
@@ -51,12 +52,16 @@ impl Machine {
     /// [`Error`], before anything of the guest has run.
     pub fn assemble(plan: &Plan, ends: Attachments) -> Result<Self, Error> {
         plan.check()?;
-        select_engine(plan.engine)?;
-        Self::on(plan, ends, |ram| Box::new(Translator::new(ram, plan.translator())))
+        let selected = select_engine(plan.engine, plan.engine_check)?;
+        Self::on(plan, ends, |ram| selected.make(plan, ram))
     }
 
     /// Assembles on the engine that `engine` makes.
-    fn on(plan: &Plan, ends: Attachments, engine: impl FnOnce(GuestRam) -> Box<dyn Engine>) -> Result<Self, Error> {
+    fn on(
+        plan: &Plan,
+        ends: Attachments,
+        engine: impl FnOnce(GuestRam) -> Result<Box<dyn Engine>, Error>,
+    ) -> Result<Self, Error> {
         let layout = Layout::new(plan);
         let ram = GuestRam::new(&layout.ram)?;
         let loaded = boot::load(plan, &layout, &ram)?;
@@ -65,9 +70,15 @@ impl Machine {
         events.tell(Event::KernelLoaded { protocol, bytes, entry });
 
         let timers = HostTimers::start().map_err(|source| Error::Host { what: "a thread for timers", source })?;
-        let host = HostParts { clock: Arc::new(HostClock), timers: Arc::new(timers), entropy: Arc::new(HostEntropy) };
-        let slots = slots(plan, &*host.clock)?;
-        let chips = interrupt_chips(&slots, &host);
+        let engine = engine(ram.clone())?;
+        let host = HostParts {
+            clock: Arc::new(HostClock),
+            timers: Arc::new(timers),
+            entropy: Arc::new(HostEntropy),
+            doorbells: engine.doorbells().map(|doorbells| Arc::new(KernelDoorbells(doorbells)) as _),
+        };
+        let slots = slots(plan, &*engine, &*host.clock)?;
+        let chips = interrupt_chips(&slots, &*engine, &host);
         chips.virtual_wire();
         let power = PowerSwitch::default();
         let board = Board::new(plan, &layout, &ram, &chips, &power, &host, ends)?;
@@ -78,8 +89,10 @@ impl Machine {
         let control = Arc::new(Control::new(slots.iter().map(|slot| Arc::clone(&slot.signal)).collect(), power));
         let announcer = Arc::new(Announcer::new(board.devices.clone(), events.clone()));
         let shared = SharedIo { bus: Arc::clone(&board.bus), chips, control: Arc::clone(&control), announcer };
-        let engine = engine(ram.clone());
-        let spoken = Spoken::new(plan, &slots, &shared.chips, &host, &ram);
+        if plan.dialects.cordial && engine.local_apics().is_some() {
+            return Err(Invalid::Dialect.into());
+        }
+        let spoken = Spoken::new(plan, &*engine, &slots, &shared.chips, &host, &ram);
         if plan.test_devices {
             spoken.place_test_ports(&board.bus)?;
         }
@@ -135,7 +148,7 @@ impl Machine {
         };
         Ok(Report {
             outcome,
-            difference: control.difference(),
+            finding: control.finding(),
             engine: self.engine,
             devices: self.handle.devices(),
             ledgers: self.handle.ledgers,
@@ -147,17 +160,17 @@ impl Machine {
 }
 
 /// Signals, counters and CPUID of all vCPUs.
-fn slots(plan: &Plan, clock: &dyn Clock) -> Result<Vec<Slot>, Error> {
+fn slots(plan: &Plan, engine: &dyn Engine, clock: &dyn Clock) -> Result<Vec<Slot>, Error> {
     let model = cpu_model::lookup(&plan.cpu_model).ok_or_else(|| Error::UnknownCpuModel {
         name: plan.cpu_model.clone(),
         known: cpu_model::names().collect::<Vec<_>>().join(", "),
     })?;
-    let host_cpu = HostCpu::read();
+    let host_cpu = engine.host_cpu();
     let (khz, zero) = (clock.tsc_khz(), clock.tsc());
     (0..plan.cpus)
         .map(|index| {
             let mut cpuid = model.table(&host_cpu, index, plan.cpus)?;
-            dialects::speak(&mut cpuid, plan, khz);
+            dialects::speak(&mut cpuid, plan, engine.kvm_dialect(), khz);
             Ok(Slot {
                 signal: Arc::default(),
                 ledger: Arc::default(),
@@ -168,7 +181,11 @@ fn slots(plan: &Plan, clock: &dyn Clock) -> Result<Vec<Slot>, Error> {
         .collect()
 }
 
-fn interrupt_chips(slots: &[Slot], host: &HostParts) -> Arc<InterruptChips> {
+/// The interrupt chips: all of them ours, or before the engine's local APICs.
+fn interrupt_chips(slots: &[Slot], engine: &dyn Engine, host: &HostParts) -> Arc<InterruptChips> {
+    if let (Some(apics), Some(bootstrap)) = (engine.local_apics(), slots.first()) {
+        return InterruptChips::before(Arc::new(KernelApics { apics, bootstrap: Arc::clone(&bootstrap.signal) }));
+    }
     let lapics = slots.iter().enumerate().map(|(index, slot)| {
         let config = LapicConfig {
             x2apic: slot.cpuid.has(Feature::X2apic),
@@ -201,6 +218,10 @@ fn processors(
         })?;
         if index == 0 {
             vcpu.load(entry)?;
+            if let Some(mut state) = vcpu.save_kernel_state() {
+                set_virtual_wire(&mut state);
+                vcpu.load_kernel_state(&state)?;
+            }
         }
         let paravirt = spoken.vcpu(index as u32);
         Ok(Processor {
@@ -211,6 +232,7 @@ fn processors(
             ledger: Arc::clone(&slot.ledger),
             control: Arc::clone(&shared.control),
             profiled: plan.profile,
+            waits_in_engine: engine.local_apics().is_some(),
         })
     };
     slots.iter().enumerate().map(make).collect()

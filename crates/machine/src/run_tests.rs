@@ -120,7 +120,7 @@ fn bench(name: &str, change: impl FnOnce(&mut Plan), scripts: Vec<Vec<Step>>) ->
     let serial = SerialEnds { output: Box::new(screen.clone()), input: None };
     let ends = Attachments { serial, ports: Vec::new(), events: Some(sender) };
     let engine = ScriptedEngine(Mutex::new(scripts.into_iter().map(VecDeque::from).collect()));
-    let machine = Machine::on(&plan, ends, |_| Box::new(engine)).unwrap();
+    let machine = Machine::on(&plan, ends, |_| Ok(Box::new(engine))).unwrap();
     Bench { machine, screen, events, _kernel: kernel }
 }
 
@@ -273,7 +273,7 @@ fn the_dialect_is_spoken_only_when_asked_for() {
     }
     for kvm in [true, false] {
         let plan = Plan { dialects: Dialects { kvm, ..Dialects::NONE }, ..Plan::new("vmlinuz") };
-        let cpuid = &slots(&plan, &HostClock).unwrap()[0].cpuid;
+        let cpuid = &slots(&plan, &ScriptedEngine(Mutex::default()), &HostClock).unwrap()[0].cpuid;
         assert_eq!((cpuid.get(0x4000_0000, 0).is_some(), cpuid.has(Feature::Hypervisor)), (kvm, kvm));
     }
 }
@@ -369,7 +369,7 @@ fn a_vcpu_that_waits_for_ever_ends_with_the_machine() {
 fn dialects_and_features_are_shown_as_asked() {
     let shown = |dialects| {
         let plan = Plan { dialects, ..Plan::new("vmlinuz") };
-        let cpuid = Arc::clone(&slots(&plan, &HostClock).unwrap()[0].cpuid);
+        let cpuid = Arc::clone(&slots(&plan, &ScriptedEngine(Mutex::default()), &HostClock).unwrap()[0].cpuid);
         let eax = |leaf| cpuid.get(leaf, 0).map(|leaf| leaf.eax);
         let native = cpuid.get(0x4000_0101, 0).map(|leaf| u64::from(leaf.ecx) << 32 | u64::from(leaf.ebx));
         (eax(0x4000_0001), native, cpuid.has(Feature::Hypervisor), cpuid.has(Feature::Invtsc))
@@ -397,7 +397,7 @@ fn a_triple_fault_a_difference_and_a_dying_thread_end_the_run() {
     });
     let report = bench("differs", |_| {}, vec![vec![differs], vec![]]).machine.run().unwrap();
     assert_eq!(report.outcome, Outcome::EngineDifference { vcpu: 0, rip: 0x5678 });
-    assert_eq!(report.difference.as_deref(), Some("as this test says"));
+    assert_eq!(report.finding.as_deref(), Some("as this test says"));
     let dies = step(|_, _| panic!("as intended by this test"));
     let error = bench("dies", |_| {}, vec![vec![dies], vec![]]).machine.run().err().unwrap();
     assert!(matches!(error, Error::Vcpu { index: 0 }));

@@ -1,9 +1,17 @@
 //! Which CPU engine runs the guest, and why.
 
-use serde::Serialize;
+use std::sync::OnceLock;
 
-use crate::Error;
-use crate::plan::EngineChoice;
+use engine::Engine;
+use kvm::Kvm;
+use memory::GuestRam;
+use serde::Serialize;
+use translator::Translator;
+
+use crate::plan::{EngineCheck, EngineChoice};
+use crate::{Error, Plan};
+
+pub use kvm::probe::{Report as KvmReport, Step as KvmStep};
 
 /// The engine a plan gets, and why.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -14,36 +22,88 @@ pub struct SelectedEngine {
     pub reason: String,
 }
 
-/// Says which engine `choice` means on this host.
+const TRANSLATE: &str = "translate";
+const KVM: &str = "kvm";
+
+/// Whether guests run on this host's KVM, found out by running one: once a process, a few milliseconds.
+pub fn probe_kvm() -> &'static KvmReport {
+    static REPORT: OnceLock<KvmReport> = OnceLock::new();
+    REPORT.get_or_init(kvm::probe::run)
+}
+
+/// Says which engine `choice` means on this host, with what the translating engine is to check of itself.
 ///
 /// # Errors
 /// [`Error::Engine`] where the engine asked for does not work here.
-pub fn select_engine(choice: EngineChoice) -> Result<SelectedEngine, Error> {
-    let reason = match choice {
-        EngineChoice::Translate => "as asked".into(),
-        EngineChoice::Auto => match kvm::probe() {
-            Ok(()) => "the host has KVM, but the kvm engine is not part of this version yet".into(),
-            Err(engine::Error::Unusable { reason, .. }) => reason,
-            Err(error) => error.to_string(),
+pub fn select_engine(choice: EngineChoice, check: EngineCheck) -> Result<SelectedEngine, Error> {
+    decide(choice, check, || probe_kvm().verdict())
+}
+
+fn decide(
+    choice: EngineChoice,
+    check: EngineCheck,
+    kvm: impl FnOnce() -> Result<(), engine::Error>,
+) -> Result<SelectedEngine, Error> {
+    let selected = |name, reason: String| Ok(SelectedEngine { name, reason });
+    match choice {
+        EngineChoice::Translate => selected(TRANSLATE, "as asked".into()),
+        EngineChoice::Auto if check != EngineCheck::Off => selected(TRANSLATE, "it is to be checked".into()),
+        EngineChoice::Auto => match kvm() {
+            Ok(()) => selected(KVM, "a probe guest ran".into()),
+            Err(engine::Error::Unusable { reason, .. }) => selected(TRANSLATE, format!("no kvm: {reason}")),
+            Err(error) => selected(TRANSLATE, error.to_string()),
         },
         EngineChoice::Kvm => {
-            kvm::probe()?;
-            let reason = "it is not part of this version yet; use --engine translate".into();
-            return Err(Error::Engine(engine::Error::Unusable { engine: "kvm", reason }));
+            kvm()?;
+            selected(KVM, "as asked; a probe guest ran".into())
         }
-    };
-    Ok(SelectedEngine { name: "translate", reason })
+        EngineChoice::KvmUnprobed => selected(KVM, "as asked, whatever a probe guest would say".into()),
+    }
+}
+
+impl SelectedEngine {
+    /// Makes the engine.
+    pub(crate) fn make(&self, plan: &Plan, ram: GuestRam) -> Result<Box<dyn Engine>, Error> {
+        if self.name == KVM {
+            return Ok(Box::new(Kvm::new(ram, kvm::Config::default())?));
+        }
+        Ok(Box::new(Translator::new(ram, plan.translator())))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn unusable() -> Result<(), engine::Error> {
+        Err(engine::Error::Unusable { engine: "kvm", reason: "SSE: no such instruction".into() })
+    }
+
     #[test]
-    fn kvm_is_refused_and_everything_else_translates() {
-        assert!(select_engine(EngineChoice::Kvm).unwrap_err().to_string().starts_with("the kvm engine is not usable"));
-        assert_eq!(select_engine(EngineChoice::Translate).unwrap().name, "translate");
-        let auto = select_engine(EngineChoice::Auto).unwrap();
-        assert!(auto.name == "translate" && !auto.reason.is_empty());
+    fn auto_takes_kvm_where_a_guest_ran_and_says_why_not_elsewhere() {
+        let auto = |kvm: fn() -> Result<(), engine::Error>| decide(EngineChoice::Auto, EngineCheck::Off, kvm).unwrap();
+        assert_eq!((auto(|| Ok(())).name, auto(|| Ok(())).reason.as_str()), ("kvm", "a probe guest ran"));
+        let fallen_back = auto(unusable);
+        assert_eq!((fallen_back.name, fallen_back.reason.as_str()), ("translate", "no kvm: SSE: no such instruction"));
+    }
+
+    #[test]
+    fn kvm_asked_for_fails_with_the_reason_and_the_other_looks_at_nothing() {
+        let error = decide(EngineChoice::Kvm, EngineCheck::Off, unusable).unwrap_err().to_string();
+        assert_eq!(error, "the kvm engine is not usable here: SSE: no such instruction");
+        assert_eq!(decide(EngineChoice::Kvm, EngineCheck::Off, || Ok(())).unwrap().name, "kvm");
+        let unprobed = decide(EngineChoice::KvmUnprobed, EngineCheck::Off, || panic!("not asked for")).unwrap();
+        assert_eq!(unprobed.name, "kvm");
+        for (choice, check) in
+            [(EngineChoice::Translate, EngineCheck::Off), (EngineChoice::Auto, EngineCheck::Lockstep)]
+        {
+            assert_eq!(decide(choice, check, || panic!("not asked for")).unwrap().name, "translate");
+        }
+    }
+
+    #[test]
+    fn this_host_gets_an_engine() {
+        let selected = select_engine(EngineChoice::Auto, EngineCheck::Off).unwrap();
+        assert_eq!(selected.name == KVM, probe_kvm().verdict().is_ok(), "{selected:?}");
     }
 }

@@ -95,6 +95,11 @@ pub fn take_on(cpu: usize) -> Option<u64> {
     (exit.vector != crate::cpu::vector::DONE).then_some(exit.vector)
 }
 
+/// Sleeps in HLT until an interrupt comes, on the first processor: its vector, in service now.
+pub fn take_halted() -> u64 {
+    crate::run::run(&crate::code!("sti", "hlt", "cli").kernel()).vector
+}
+
 /// Waits a bounded while for `done`. Says whether it came true.
 pub fn wait_for(done: impl Fn() -> bool) -> bool {
     (0..20_000_000u32).any(|_| {

@@ -2,7 +2,7 @@
 //!
 //! Boots by Multiboot 1 or PVH, prints TAP on COM1, and ends the machine through the debug-exit port: code 0 (process
 //! status 1) if every test passed, 1 (status 3) if not. Words on the command line after the program's name select groups
-//! of tests; none selects all. Where the manuals leave a result open, no test looks at it; where they do not, the comment
+//! of tests, or single ones as `group:test`; none selects all. Where the manuals leave a result open, no test looks at it; where they do not, the comment
 //! beside the expectation says which section decides.
 //!
 //! ```text
@@ -37,9 +37,10 @@ extern "C" fn cpu_start(index: u32) -> ! {
     }
     setup::reset_cpu();
     let words = command_line();
-    let selected = |group: &str| {
+    let selected = |group: &str, test: &str| {
         let mut words = words.split_ascii_whitespace().peekable();
-        words.peek().is_none() || words.any(|word| word == group)
+        let names = |word: &str| word == group || word.split_once(':') == Some((group, test));
+        words.peek().is_none() || words.any(names)
     };
     let failed = tap::run_groups(tests::GROUPS, selected);
     println!("# {failed} failed");
@@ -66,5 +67,6 @@ fn command_line() -> &'static str {
     // SAFETY: both protocols end the string with a NUL, and nobody writes there.
     let text = unsafe { CStr::from_ptr(text as *const i8) }.to_str().unwrap_or("").trim();
     let (first, rest) = text.split_once(' ').unwrap_or((text, ""));
-    if multiboot || !tests::GROUPS.iter().any(|group| group.name == first) { rest } else { text }
+    let first_group = first.split_once(':').map_or(first, |(group, _)| group);
+    if multiboot || !tests::GROUPS.iter().any(|group| group.name == first_group) { rest } else { text }
 }

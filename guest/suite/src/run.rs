@@ -76,6 +76,8 @@ static mut SNIPPET_STACKS: [Stack; MAX_CPUS] = [const { Stack::new() }; MAX_CPUS
 
 unsafe extern "C" {
     static interrupt_stubs: u8;
+    static snippets_start: u8;
+    static snippets_end: u8;
     fn enter_snippet(state: *mut State);
 }
 
@@ -259,7 +261,29 @@ pub fn run_on(cpu: usize, regs: &Regs) -> Exit {
         let state = &raw mut STATES[cpu];
         (*state).exit.regs = *regs;
         enter_snippet(state);
-        (*state).exit
+        let mut exit = (*state).exit;
+        if cfg!(integer_only) {
+            recognise_closing(&mut exit);
+        }
+        exit
+    }
+}
+
+/// In images for integers only, a 64-bit snippet ends with UD2 and this behind it, which stands for `int 0xF0`.
+const CLOSING: u16 = 0xF0F0;
+
+/// Turns the closing #UD into what `int 0xF0` leaves.
+fn recognise_closing(exit: &mut Exit) {
+    let address = exit.regs.rip;
+    let address = if address & !0x3FFF_FFFF == USER_ALIAS { address - USER_ALIAS } else { address };
+    let snippets = (&raw const snippets_start as u64)..=(&raw const snippets_end as u64 - 4);
+    if exit.vector == crate::cpu::vector::UD && snippets.contains(&address) {
+        // SAFETY: within the snippets, which are mapped one to one, and four bytes from their end at the latest.
+        let code = unsafe { (address as *const [u16; 2]).read_unaligned() };
+        if code == [u16::from_le_bytes([0x0F, 0x0B]), CLOSING] {
+            exit.vector = crate::cpu::vector::DONE;
+            exit.regs.rflags &= !flag::RF; // faults set it in what they save, INT does not
+        }
     }
 }
 
@@ -321,11 +345,31 @@ impl Regs {
     }
 }
 
+/// What ends a snippet of so many bits. Built for integers only (`--cfg integer_only`), 64-bit ones end with #UD: KVM's
+/// instruction emulator does not know INT in protected mode.
+#[cfg(not(integer_only))]
+#[macro_export]
+macro_rules! closing {
+    ($bits:tt) => {
+        "int 0xF0"
+    };
+}
+#[cfg(integer_only)]
+#[macro_export]
+macro_rules! closing {
+    ("64") => {
+        "ud2\n.short 0xF0F0"
+    };
+    ($bits:tt) => {
+        "int 0xF0"
+    };
+}
+
 /// Assembles a snippet: `code!("before" ; "in question" ; "after")`. One part alone is the instruction in question.
 /// A closing `int 0xF0` is added. `code!(32: ...)` and `code!(16: ...)` assemble for the smaller code segments.
 #[macro_export]
 macro_rules! code {
-    (@ $bits:literal [$($before:literal)*] [$($mark:literal)*] [$($after:literal)*]) => {{
+    (@ $bits:tt [$($before:literal)*] [$($mark:literal)*] [$($after:literal)*]) => {{
         let (start, mark, next): (u64, u64, u64);
         // SAFETY: this only defines code and takes its addresses.
         unsafe {
@@ -338,7 +382,7 @@ macro_rules! code {
                 $($mark,)*
                 "773:",
                 $($after,)*
-                "int 0xF0",
+                $crate::closing!($bits),
                 ".code64",
                 ".popsection",
                 "lea {}, [rip + 771b]", "lea {}, [rip + 772b]", "lea {}, [rip + 773b]",

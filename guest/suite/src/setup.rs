@@ -8,8 +8,17 @@ use core::arch::asm;
 pub const CR0: u64 = cr0::PG | cr0::WP | cr0::NE | cr0::ET | cr0::MP | cr0::PE;
 /// CR4 outside of a test; OSXSAVE is added where the processor has it.
 pub const CR4: u64 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT;
-/// MXCSR and the x87 control word after reset by software: every exception masked.
-const MXCSR: u32 = 0x1F80;
+/// x87 and SSE registers as FXRSTOR takes them (SDM volume 1, 10.5.1).
+#[repr(C, align(16))]
+struct Fxsave([u32; 128]);
+
+/// After reset by software: every exception masked (FCW 37Fh, MXCSR 1F80h), all registers zero.
+static FXSAVE: Fxsave = {
+    let mut words = [0; 128];
+    words[0] = 0x037F;
+    words[6] = 0x1F80;
+    Fxsave(words)
+};
 
 /// Puts the executing processor, number 0, back into its initial state.
 pub fn reset_cpu() {
@@ -30,7 +39,7 @@ pub fn reset_cpu() {
         xsetbv(if Feature::AVX.present() { 7 } else { 3 });
     }
     // SAFETY: the register state Rust code expects.
-    unsafe { asm!("fninit", "ldmxcsr [{}]", in(reg) &MXCSR) };
+    unsafe { asm!("fxrstor64 [{}]", in(reg) &FXSAVE) };
 }
 
 /// Control registers and EFER as tests find them.

@@ -223,14 +223,14 @@ extern "C" fn call_body(t: *mut u8) {
     unsafe { BODY(&mut *t.cast()) }
 }
 
-/// Runs the groups `selected` accepts. Returns the number of failed tests.
-pub fn run_groups(groups: &[Group], selected: impl Fn(&str) -> bool) -> u32 {
-    let total: usize = groups.iter().filter(|g| selected(g.name)).map(|g| g.tests.len()).sum();
+/// Runs the tests whose group and name `selected` accepts. Returns the number of failed tests.
+pub fn run_groups(groups: &[Group], selected: impl Fn(&str, &str) -> bool) -> u32 {
+    let total: usize = groups.iter().map(|g| g.tests.iter().filter(|test| selected(g.name, test.name)).count()).sum();
     println!("TAP version 13");
     println!("1..{total}");
     let (mut number, mut failed) = (0, 0);
-    for group in groups.iter().filter(|g| selected(g.name)) {
-        for test in group.tests {
+    for group in groups {
+        for test in group.tests.iter().filter(|test| selected(group.name, test.name)) {
             number += 1;
             let mut t = T::default();
             setup::reset_cpu();

@@ -38,7 +38,8 @@ pub fn run(arguments: &RunArguments) -> Result<u8, Failure> {
         return Ok(0);
     }
     let options = Options::read(&settings)?;
-    let engine = machine::select_engine(options.engine).map_err(|error| Failure::other(error.to_string()))?;
+    let engine = machine::select_engine(options.engine, options.engine_check)
+        .map_err(|error| Failure::other(format!("{error}; `cordial doctor` shows each step")))?;
     let quiet = options.quiet || arguments.json.is_some() || arguments.dry_run;
     let mut progress = Progress::new(quiet, options.events.as_deref())?;
     progress.line(&format!("engine: {} ({})", engine.name, engine.reason));
@@ -89,8 +90,8 @@ fn explain(prepared: &Prepared, ended: &supervise::Ended) {
             tail.iter().for_each(|line| eprintln!("  | {line}"));
         }
     }
-    if let Some(difference) = ended.report.as_ref().and_then(|report| report.difference.as_ref()) {
-        eprint!("{difference}");
+    if let Some(finding) = ended.report.as_ref().and_then(|report| report.finding.as_ref()) {
+        eprintln!("{}", finding.trim_end());
     }
     if let Some(complaint) = ended.verdict.complaint() {
         eprintln!("cordial: {complaint}");

@@ -26,6 +26,13 @@ pub enum Verdict {
         /// Where.
         rip: u64,
     },
+    /// The engine could not go on.
+    EngineFailure {
+        /// On which vCPU.
+        vcpu: u32,
+        /// Its RIP.
+        rip: u64,
+    },
     /// The engine's check of itself failed.
     EngineDifference {
         /// On which vCPU.
@@ -71,6 +78,7 @@ impl Verdict {
         match (outcome, &evidence.exit) {
             // Whatever the guest has said: it may not be true.
             (Outcome::EngineDifference { vcpu, rip }, _) => Self::EngineDifference { vcpu, rip },
+            (Outcome::EngineFailure { vcpu, rip }, None) => Self::EngineFailure { vcpu, rip },
             (_, Some((status, error))) => Self::Exited { status: *status, error: error.clone() },
             (Outcome::TestExit { status }, None) => Self::TestExit(status),
             (Outcome::Shutdown { vcpu, rip }, None) => Self::TripleFault { vcpu, rip },
@@ -99,7 +107,7 @@ impl Verdict {
             Self::Timeout => status::TIMEOUT,
             // Not ours to choose: what a shell shows for a process that a signal ended.
             Self::Interrupted(number) => 128_u8.saturating_add(*number as u8),
-            Self::EngineDifference { .. } | Self::Failed(_) => status::SETUP,
+            Self::EngineDifference { .. } | Self::EngineFailure { .. } | Self::Failed(_) => status::SETUP,
         }
     }
 
@@ -110,7 +118,7 @@ impl Verdict {
             Self::Panic(_) | Self::TripleFault { .. } => "panic",
             Self::Timeout => "timeout",
             Self::Interrupted(_) => "interrupted",
-            Self::EngineDifference { .. } | Self::Failed(_) => "vmm_error",
+            Self::EngineDifference { .. } | Self::EngineFailure { .. } | Self::Failed(_) => "vmm_error",
         }
     }
 
@@ -136,6 +144,10 @@ impl Verdict {
                 "the engine's translation of the code at {rip:#x} on vCPU {vcpu} does not do what its interpreter does; \
                  please report this with the lines above"
             )),
+            Self::EngineFailure { vcpu, rip } => Some(format!(
+                "the kvm engine could not go on with vCPU {vcpu} at RIP {rip:#x}: the lines above say why; \
+                 --engine translate runs the guest without the host's KVM"
+            )),
             Self::Timeout => Some("the machine was stopped: --timeout ran out".into()),
             Self::Interrupted(0) => Some("ended by the user".into()),
             Self::Interrupted(number) => Some(format!("ended by signal {number}")),
@@ -145,7 +157,10 @@ impl Verdict {
 
     /// True where the guest's console is worth showing.
     pub const fn wants_console(&self) -> bool {
-        matches!(self, Self::Panic(_) | Self::TripleFault { .. } | Self::Timeout | Self::Failed(_))
+        matches!(
+            self,
+            Self::Panic(_) | Self::TripleFault { .. } | Self::EngineFailure { .. } | Self::Timeout | Self::Failed(_)
+        )
     }
 }
 
@@ -167,6 +182,7 @@ mod tests {
         assert_eq!(status(Outcome::EngineDifference { vcpu: 0, rip: 1 }, none()), 125);
         let exited = Evidence { exit: Some((0, None)), ..none() };
         assert_eq!(status(Outcome::EngineDifference { vcpu: 0, rip: 1 }, exited), 125);
+        assert_eq!(status(Outcome::EngineFailure { vcpu: 0, rip: 1 }, none()), 125);
         assert_eq!(status(Outcome::TestExit { status: 33 }, none()), 33);
         let stopped = |stop| Evidence { stopped: Some(stop), ..none() };
         assert_eq!(status(Outcome::Stopped, stopped(Stop::Timeout)), 124);

@@ -12,7 +12,7 @@ use super::ioapic::{self, IoApic};
 use super::lapic::{Lapic, Taken};
 use super::message::{DeliveryMode, Destination, Effect, Message, Shorthand};
 use super::pic::{Half, Pic};
-use super::{InterruptSink, Refused};
+use super::{ExternalApics, InterruptSink, Refused};
 use crate::bus::{self, Bus, BytePortDevice, MmioDevice};
 
 /// The processor whose LINT0 the PIC is wired to.
@@ -22,7 +22,9 @@ const TIMER_PIN: usize = 2;
 
 /// The machine's PIC, I/O APIC and local APICs, wired together. Local APIC `n` has id `n`.
 pub struct InterruptChips {
+    /// Empty where the local APICs are `external`.
     lapics: Vec<Arc<Lapic>>,
+    external: Option<Arc<dyn ExternalApics>>,
     ioapic: Mutex<IoApic>,
     pic: Mutex<Pic>,
     /// Where the search for a lowest-priority destination starts, so that equals take turns.
@@ -32,7 +34,17 @@ pub struct InterruptChips {
 impl InterruptChips {
     /// Wires the local APICs, one a vCPU in the order of their ids, to a new I/O APIC and PIC.
     pub fn new(lapics: Vec<Arc<Lapic>>) -> Arc<Self> {
-        Arc::new(Self { lapics, ioapic: Mutex::default(), pic: Mutex::default(), turn: AtomicUsize::new(0) })
+        Self::wired(lapics, None)
+    }
+
+    /// A new I/O APIC and PIC before local APICs that somebody else keeps.
+    pub fn before(external: Arc<dyn ExternalApics>) -> Arc<Self> {
+        Self::wired(Vec::new(), Some(external))
+    }
+
+    fn wired(lapics: Vec<Arc<Lapic>>, external: Option<Arc<dyn ExternalApics>>) -> Arc<Self> {
+        let turn = AtomicUsize::new(0);
+        Arc::new(Self { lapics, external, ioapic: Mutex::default(), pic: Mutex::default(), turn })
     }
 
     /// Places the I/O APIC's window and the PIC's ports. The xAPIC page is each vCPU's own and on no bus: the machine
@@ -49,12 +61,9 @@ impl InterruptChips {
         Ok(())
     }
 
-    /// The local APIC of a vCPU.
-    ///
-    /// # Panics
-    /// Where the machine has no such vCPU.
-    pub fn lapic(&self, vcpu: usize) -> &Arc<Lapic> {
-        &self.lapics[vcpu]
+    /// The local APIC of a vCPU; `None` where it is kept elsewhere.
+    pub fn lapic(&self, vcpu: usize) -> Option<&Arc<Lapic>> {
+        self.lapics.get(vcpu)
     }
 
     /// RESET of every chip. Lines keep the levels their devices drive.
@@ -64,9 +73,12 @@ impl InterruptChips {
         self.with_pic(Pic::reset);
     }
 
-    /// What firmware leaves behind: the bootstrap processor in virtual wire mode.
+    /// What firmware leaves behind: the bootstrap processor in virtual wire mode. Where its local APIC is kept elsewhere,
+    /// whoever keeps it does that.
     pub fn virtual_wire(&self) {
-        self.lapics[BOOTSTRAP].virtual_wire();
+        if let Some(lapic) = self.lapic(BOOTSTRAP) {
+            lapic.virtual_wire();
+        }
     }
 
     /// Level of the machine's NMI line, wired to LINT1 of every processor.
@@ -76,21 +88,25 @@ impl InterruptChips {
 
     /// Stores to a vCPU's xAPIC page; see [`Lapic::write_mmio`].
     pub fn write_mmio(&self, vcpu: usize, offset: u64, data: &[u8]) {
-        let effect = self.lapics[vcpu].write_mmio(offset, data);
-        self.carry_out(vcpu, effect);
+        if let Some(lapic) = self.lapic(vcpu) {
+            self.carry_out(vcpu, lapic.write_mmio(offset, data));
+        }
     }
 
     /// Loads from a vCPU's xAPIC page; see [`Lapic::read_mmio`].
     pub fn read_mmio(&self, vcpu: usize, offset: u64, data: &mut [u8]) {
-        self.lapics[vcpu].read_mmio(offset, data);
+        match self.lapic(vcpu) {
+            Some(lapic) => lapic.read_mmio(offset, data),
+            None => data.fill(0xff),
+        }
     }
 
     /// WRMSR by a vCPU of a register in [`lapic::msr`](super::lapic::msr).
     ///
     /// # Errors
-    /// [`Refused`] is #GP(0); see [`Lapic::msr_write`].
+    /// [`Refused`] is #GP(0); see [`Lapic::msr_write`]. Always where the local APIC is kept elsewhere.
     pub fn msr_write(&self, vcpu: usize, index: u32, value: u64) -> Result<(), Refused> {
-        let effect = self.lapics[vcpu].msr_write(index, value)?;
+        let effect = self.lapic(vcpu).ok_or(Refused)?.msr_write(index, value)?;
         self.carry_out(vcpu, effect);
         Ok(())
     }
@@ -98,26 +114,41 @@ impl InterruptChips {
     /// RDMSR by a vCPU of a register in [`lapic::msr`](super::lapic::msr).
     ///
     /// # Errors
-    /// [`Refused`] is #GP(0); see [`Lapic::msr_read`].
+    /// [`Refused`] is #GP(0); see [`Lapic::msr_read`]. Always where the local APIC is kept elsewhere.
     pub fn msr_read(&self, vcpu: usize, index: u32) -> Result<u64, Refused> {
-        self.lapics[vcpu].msr_read(index)
+        self.lapic(vcpu).ok_or(Refused)?.msr_read(index)
     }
 
-    /// The vector a vCPU is to deliver now, from its local APIC or through it from the PIC.
+    /// The vector a vCPU is to deliver now, from its local APIC or through it from the PIC. Where the local APIC is kept
+    /// elsewhere, the PIC's alone: whether LINT0 lets it through is for whoever asks to know.
     pub fn take_interrupt(&self, vcpu: usize) -> Option<u8> {
-        match self.lapics[vcpu].take_interrupt()? {
-            Taken::Vector(vector) => Some(vector),
-            Taken::ExtInt => Some(self.with_pic(Pic::acknowledge)),
+        match self.lapic(vcpu) {
+            Some(lapic) => match lapic.take_interrupt()? {
+                Taken::Vector(vector) => Some(vector),
+                Taken::ExtInt => Some(self.with_pic(Pic::acknowledge)),
+            },
+            None => self.with_pic(|pic| (vcpu == BOOTSTRAP && pic.output()).then(|| pic.acknowledge())),
         }
     }
 
     /// True where [`InterruptChips::take_interrupt`] would return a vector.
     pub fn interrupt_pending(&self, vcpu: usize) -> bool {
-        self.lapics[vcpu].interrupt_pending()
+        match self.lapic(vcpu) {
+            Some(lapic) => lapic.interrupt_pending(),
+            None => vcpu == BOOTSTRAP && self.with_pic(|pic| pic.output()),
+        }
+    }
+
+    /// A local APIC that is kept elsewhere tells the end of a level-triggered interrupt.
+    pub fn end_of_interrupt(&self, vector: u8) {
+        self.ioapic().end_of_interrupt(vector, &mut |message| self.deliver(message));
     }
 
     /// Hands a message to the local APICs it names. True where one accepted it.
     pub fn deliver(&self, message: &Message) -> bool {
+        if let Some(external) = &self.external {
+            return message.to_msi().is_some_and(|(address, data)| external.message(address, data));
+        }
         let destination = message.destination;
         let eight_bit_broadcast = self.lapics.len() <= 0xff;
         let everyone = if destination.wide { 0xffff_ffff } else { 0xff };
@@ -146,9 +177,7 @@ impl InterruptChips {
     fn carry_out(&self, sender: usize, effect: Effect) {
         match effect {
             Effect::None => {}
-            Effect::EndOfInterrupt(vector) => {
-                self.ioapic().end_of_interrupt(vector, &mut |message| self.deliver(message));
-            }
+            Effect::EndOfInterrupt(vector) => self.end_of_interrupt(vector),
             Effect::Send(Shorthand::Destination, message) => {
                 self.deliver(&message);
             }
@@ -183,16 +212,34 @@ impl InterruptChips {
         self.ioapic.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A store to the I/O APIC's window.
+    fn write_ioapic(&self, offset: u64, data: &[u8]) {
+        let mut ioapic = self.ioapic();
+        match &self.external {
+            None => ioapic.write(offset, data, &mut |message| self.deliver(message)),
+            // They hear of the vectors whose ends they are to tell before any of those is sent.
+            Some(external) => {
+                ioapic.write(offset, data, &mut |_| false);
+                for (pin, message) in ioapic.level_messages().into_iter().enumerate() {
+                    external.route(pin, message.and_then(Message::to_msi));
+                }
+                ioapic.send_waiting(&mut |message| self.deliver(message));
+            }
+        }
+    }
+
     /// Changes the PIC and brings its output to LINT0 before anyone else changes it.
     fn with_pic<R>(&self, f: impl FnOnce(&mut Pic) -> R) -> R {
         let mut pic = self.pic.lock().unwrap_or_else(PoisonError::into_inner);
         let before = pic.output();
         let result = f(&mut pic);
         let after = pic.output();
-        if before != after
-            && let Some(lapic) = self.lapics.get(BOOTSTRAP)
-        {
-            lapic.set_lint(0, after);
+        if before != after {
+            match (&self.external, self.lapic(BOOTSTRAP)) {
+                (Some(external), _) if after => external.pic_pending(),
+                (_, Some(lapic)) => lapic.set_lint(0, after),
+                _ => {}
+            }
         }
         result
     }
@@ -208,6 +255,10 @@ impl InterruptSink for InterruptChips {
     }
 
     fn message(&self, address: u64, data: u32) {
+        if let Some(external) = &self.external {
+            external.message(address, data);
+            return;
+        }
         match Message::from_msi(address, data) {
             Some(message) => {
                 self.deliver(&message);
@@ -226,7 +277,7 @@ impl MmioDevice for IoApicWindow {
     }
 
     fn mmio_write(&mut self, offset: u64, data: &[u8]) {
-        self.0.ioapic().write(offset, data, &mut |message| self.0.deliver(message));
+        self.0.write_ioapic(offset, data);
     }
 }
 
@@ -427,7 +478,7 @@ mod tests {
     #[test]
     fn lowest_priority_goes_to_the_least_busy_and_takes_turns() {
         let bench = Bench::new(3, false);
-        bench.chips.lapic(1).set_task_priority(5);
+        bench.chips.lapic(1).unwrap().set_task_priority(5);
         let mut counts = [0; 3];
         for _ in 0..30 {
             bench.chips.message(0xfee0_0000 | 0xff << 12, 0x141);
@@ -452,5 +503,70 @@ mod tests {
         bench.chips.message(0x1000, 0x43);
         bench.chips.set_line(1000, true);
         assert!(bench.taken().iter().all(Option::is_none));
+    }
+
+    #[derive(Default)]
+    struct Elsewhere {
+        messages: Mutex<Vec<(u64, u32)>>,
+        routes: Mutex<Vec<(usize, u32)>>,
+        pic: AtomicUsize,
+    }
+
+    impl ExternalApics for Elsewhere {
+        fn message(&self, address: u64, data: u32) -> bool {
+            self.messages.lock().unwrap().push((address, data));
+            true
+        }
+        fn route(&self, pin: usize, message: Option<(u64, u32)>) {
+            if let Some((_, data)) = message {
+                assert!(
+                    !self.messages.lock().unwrap().iter().any(|(_, sent)| *sent == data),
+                    "sent before it is known"
+                );
+                self.routes.lock().unwrap().push((pin, data));
+            }
+        }
+        fn pic_pending(&self) {
+            self.pic.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn local_apics_elsewhere_get_messages_routes_and_the_pics_interrupts() {
+        let elsewhere = Arc::new(Elsewhere::default());
+        let (chips, bus) = (InterruptChips::before(elsewhere.clone()), Bus::default());
+        chips.place(&bus).unwrap();
+        chips.virtual_wire();
+        let ioapic = |register: u8, value: u32| {
+            bus.mmio_write(Gpa(ioapic::BASE), &[register, 0, 0, 0]);
+            bus.mmio_write(Gpa(ioapic::BASE + 0x10), &value.to_le_bytes());
+        };
+        // Pin 17: level, vector 61h, to APIC 2; asserted before it is unmasked.
+        chips.set_line(17, true);
+        ioapic(0x10 + 35, 2 << 24);
+        ioapic(0x10 + 34, 0x8061);
+        assert_eq!(elsewhere.messages.lock().unwrap().drain(..).collect::<Vec<_>>(), [(0xfee0_2000, 0xc061)]);
+        assert_eq!(*elsewhere.routes.lock().unwrap(), [(17, 0xc061)]);
+        chips.end_of_interrupt(0x61);
+        assert_eq!(elsewhere.messages.lock().unwrap().len(), 1, "still asserted: once more");
+        chips.set_line(17, false);
+        chips.end_of_interrupt(0x61);
+        assert_eq!(elsewhere.messages.lock().unwrap().len(), 1);
+        chips.message(0xfee0_1000, 0x44);
+        assert_eq!(elsewhere.messages.lock().unwrap().last(), Some(&(0xfee0_1000, 0x44)));
+
+        // The PIC: vector base 30h, IRQ 0 unmasked.
+        for (port, value) in [(0x20, 0x11), (0x21, 0x30), (0x21, 4), (0x21, 1), (0x21, 0xfe)] {
+            bus.port_write(port, &[value]);
+        }
+        assert!(!chips.interrupt_pending(0) && chips.take_interrupt(0).is_none());
+        chips.set_line(0, true);
+        assert_eq!(elsewhere.pic.load(Ordering::Relaxed), 1);
+        assert!(chips.interrupt_pending(0) && !chips.interrupt_pending(1));
+        assert_eq!(
+            (chips.take_interrupt(1), chips.take_interrupt(0), chips.take_interrupt(0)),
+            (None, Some(0x30), None)
+        );
+        assert_eq!((chips.msr_read(0, 0x802), chips.msr_write(0, 0x1b, 0)), (Err(Refused), Err(Refused)));
     }
 }

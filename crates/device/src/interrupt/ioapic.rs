@@ -117,6 +117,17 @@ impl IoApic {
         }
     }
 
+    /// Sends every level interrupt that is asserted and waits for nothing: one that nobody accepted.
+    pub fn send_waiting(&mut self, deliver: &mut dyn FnMut(&Message) -> bool) {
+        (0..PINS).for_each(|pin| self.service_level(pin, deliver));
+    }
+
+    /// What each pin sends, where it is level-triggered: masked or not, since the end of one that is in service comes all
+    /// the same.
+    pub fn level_messages(&self) -> [Option<Message>; PINS] {
+        self.entries.map(|entry| entry.has(entry::LEVEL).then(|| entry.message()))
+    }
+
     /// A load from the window. IOWIN answers 32-bit loads only; elsewhere zero.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         let value = match offset {

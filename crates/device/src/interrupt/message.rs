@@ -35,6 +35,11 @@ impl DeliveryMode {
             _ => Self::ExtInt,
         }
     }
+
+    /// The same bits.
+    pub const fn to_register(self) -> u32 {
+        (self as u32) << 8 // the variants are in the order of their encodings
+    }
 }
 
 /// Whom a message names.
@@ -80,6 +85,20 @@ impl Message {
     }
 }
 
+impl Message {
+    /// The same as a message-signalled interrupt; `None` where its destination does not fit into one.
+    pub const fn to_msi(self) -> Option<(u64, u32)> {
+        let Destination { logical, id, wide } = self.destination;
+        if wide || id > 0x7fff {
+            return None;
+        }
+        let id = ((id & 0xff) as u64) << 12 | ((id >> 8) as u64) << 5;
+        let (mode, level) = (self.mode.to_register(), self.level as u32);
+        // Bit 14 asserts, which levels must say and edges do.
+        Some((MSI_BASE | id | (logical as u64) << 2, self.vector as u32 | mode | 1 << 14 | level << 15))
+    }
+}
+
 /// The destination shorthand field of the interrupt command register (SDM 11.6.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shorthand {
@@ -108,6 +127,20 @@ pub enum Effect {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_message_that_fits_comes_back_from_an_msi() {
+        for mode in (0..8).map(|bits| DeliveryMode::from_register(bits << 8)) {
+            for (id, logical, level) in [(0, false, true), (0xff, true, false), (0x7fff, false, false)] {
+                let message =
+                    Message { vector: 0x31, mode, level, destination: Destination { logical, id, wide: false } };
+                let (address, data) = message.to_msi().unwrap();
+                assert_eq!(Message::from_msi(address, data), Some(message));
+            }
+        }
+        let destination = Destination { logical: false, id: 1, wide: true };
+        assert_eq!(Message { vector: 0x31, mode: DeliveryMode::Fixed, level: false, destination }.to_msi(), None);
+    }
 
     #[test]
     fn msi_addresses_and_data_decode_as_the_manual_lays_them_out() {

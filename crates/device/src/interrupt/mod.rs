@@ -6,6 +6,8 @@
 //!   MSI ──────────────────────┴── Message ────┘        └─ IPI, EOI: carried by InterruptChips
 //! ```
 //!
+//! On an engine that has local APICs of its own, they take the place of the last two: [`ExternalApics`].
+//!
 //! [`InterruptChips`] composes them. Lock order: PIC, then I/O APIC, then one local APIC; none is held on the way back.
 
 use std::sync::Arc;
@@ -34,6 +36,17 @@ pub trait InterruptSink: Send + Sync {
     fn set_line(&self, gsi: u32, level: bool);
     /// A message-signalled interrupt: a 32-bit write of `data` to `address` (Intel SDM vol. 3A, 11.11).
     fn message(&self, address: u64, data: u32);
+}
+
+/// Local APICs that are not [`Lapic`]s: an engine's own, in the host's kernel. Implemented by the machine.
+pub trait ExternalApics: Send + Sync {
+    /// Delivers a message-signalled interrupt. True where a local APIC accepted it.
+    fn message(&self, address: u64, data: u32) -> bool;
+    /// What pin `pin` of the I/O APIC sends, as address and data, while it is level-triggered: the ends of such interrupts
+    /// are to come back by [`InterruptChips::end_of_interrupt`].
+    fn route(&self, pin: usize, message: Option<(u64, u32)>);
+    /// The PIC has an interrupt for LINT0 of the bootstrap processor, to be taken by [`InterruptChips::take_interrupt`].
+    fn pic_pending(&self);
 }
 
 /// One device's interrupt line.

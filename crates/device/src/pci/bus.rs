@@ -116,6 +116,13 @@ impl Mapping {
         (config.command() & decode != 0 && address != 0).then_some(address)
     }
 
+    /// Tells the function where a memory BAR of its own is now.
+    fn tell(&self) {
+        if let (BarAccess::Function(function, bar), true) = (&*lock(&self.access), self.bar.kind != BarKind::Ports) {
+            lock(function).bar_moved(*bar, self.mapped.map(Gpa));
+        }
+    }
+
     fn unmap(&mut self, bus: &Bus) {
         match self.mapped.take() {
             Some(address) if self.bar.kind == BarKind::Ports => bus.remove_ports(address as u16),
@@ -351,15 +358,16 @@ impl PciBus {
             for mapping in &mut occupant.mappings {
                 if mapping.mapped.is_some() && mapping.mapped != mapping.wanted(&occupant.config) {
                     mapping.unmap(&self.0.bus);
+                    mapping.tell();
                 }
             }
         }
         for (slot, occupant) in &mut state.slots {
             for mapping in occupant.mappings.iter_mut().filter(|mapping| mapping.mapped.is_none()) {
                 let Some(address) = mapping.wanted(&occupant.config) else { continue };
-                if !mapping.map(&self.0.bus, address)
-                    && let Some(times) = self.0.refused_maps.pass()
-                {
+                if mapping.map(&self.0.bus, address) {
+                    mapping.tell();
+                } else if let Some(times) = self.0.refused_maps.pass() {
                     let bar = mapping.bar.index;
                     tracing::debug!(
                         "PCI slot {slot}: BAR {bar} at {address:#x} is taken or impossible (seen {times} times)"

@@ -14,6 +14,8 @@
 //! Specification: PCI Local Bus 3.0, and PCI Express Base 7.2.2 for the enhanced configuration window. Deliberately
 //! absent: bridges, expansion ROMs, power management, MSI (MSI-X only), and functions beyond 0.
 
+use memory::Gpa;
+
 mod bus;
 mod config;
 mod interrupt;
@@ -51,6 +53,9 @@ pub trait PciFunction: Send {
 
     /// A store of 1..=64 bytes to a BAR.
     fn bar_write(&mut self, bar: u8, offset: u64, data: &[u8]);
+
+    /// A memory BAR answers at this address from now on, or nowhere.
+    fn bar_moved(&mut self, _bar: u8, _at: Option<Gpa>) {}
 
     /// The guest is about to read `length` bytes of configuration space at `offset`: bytes that change by themselves
     /// are put in place here.

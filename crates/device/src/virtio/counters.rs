@@ -31,8 +31,8 @@ pub struct CounterValues {
 }
 
 impl Counters {
-    pub(super) fn kick(&self) {
-        self.kicks.fetch_add(1, Ordering::Relaxed);
+    pub(super) fn kicks(&self, count: u64) {
+        self.kicks.fetch_add(count, Ordering::Relaxed);
     }
 
     pub(super) fn interrupt(&self) {

@@ -18,6 +18,10 @@
 //! Neighbours: [`crate::pci`] below; the machine makes devices and reads their [`Handle`]s. Deliberately absent: the
 //! legacy and transitional interface, packed rings, MMIO (comes with the Firecracker persona).
 
+use std::os::fd::BorrowedFd;
+
+use memory::Gpa;
+
 pub mod block;
 mod chain;
 pub mod console;
@@ -45,6 +49,14 @@ pub mod feature {
     pub const VERSION_1: u64 = 1 << 32;
     /// VIRTIO_F_RING_RESET: queues can be reset one at a time.
     pub const RING_RESET: u64 = 1 << 40;
+}
+
+/// An engine's way of counting stores without telling of them; the machine brings it.
+pub trait Doorbells: Send + Sync {
+    /// From now on, a store to `gpa` adds one to the eventfd `counter` and is told nobody. False where that is refused.
+    fn attach(&self, gpa: Gpa, counter: BorrowedFd) -> bool;
+    /// Takes that back.
+    fn detach(&self, gpa: Gpa, counter: BorrowedFd);
 }
 
 /// What a virtio device is, apart from how it is reached.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use memory::{Gpa, GuestRam};
 
-use super::{Handle, VirtioDevice, VirtioPci, feature};
+use super::{Doorbells, Handle, VirtioDevice, VirtioPci, feature};
 use crate::bus::{Bus, MmioDevice};
 use crate::interrupt::fixture::Recorder;
 use crate::pci::{Ecam, PciBus, PciFunction, Windows};
@@ -50,8 +50,12 @@ pub(super) struct Driver {
 
 impl Driver {
     pub(super) fn new(device: Box<dyn VirtioDevice>) -> Self {
+        Self::with_doorbells(device, None)
+    }
+
+    pub(super) fn with_doorbells(device: Box<dyn VirtioDevice>, doorbells: Option<Arc<dyn Doorbells>>) -> Self {
         let ram = GuestRam::new(&[(Gpa(0), RAM)]).unwrap();
-        let function = VirtioPci::new("test", device, ram.clone()).unwrap();
+        let function = VirtioPci::new("test", device, ram.clone(), doorbells).unwrap();
         let handle = function.handle();
         let function = Arc::new(Mutex::new(function));
         let bus = Arc::new(Bus::default());

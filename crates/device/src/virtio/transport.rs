@@ -8,12 +8,12 @@
 use std::io;
 use std::sync::Arc;
 
-use memory::GuestRam;
+use memory::{Gpa, GuestRam};
 
 use super::lane::Lanes;
 use super::queue::{NO_VECTOR, QueueRegisters};
 use super::state::{DeviceState, Link, status};
-use super::{CounterValues, Queue, VirtioDevice, feature};
+use super::{CounterValues, Doorbells, Queue, VirtioDevice, feature};
 use crate::pci::{Bar, BarKind, Capability, ConfigSpace, Description, FunctionInterrupts, Identity, PciFunction};
 
 /// PCI vendor of virtio devices.
@@ -94,6 +94,9 @@ pub struct VirtioPci {
     state: Arc<DeviceState>,
     queues: Vec<Arc<Queue>>,
     lanes: Arc<Lanes>,
+    doorbells: Option<Arc<dyn Doorbells>>,
+    /// The notify addresses that are doorbells now, and their queues.
+    attached: Vec<(Gpa, usize)>,
     volatile: Volatile,
 }
 
@@ -128,17 +131,24 @@ impl Handle {
 }
 
 impl VirtioPci {
-    /// A function for `device`, with its threads started. `name` is for logs and counters.
+    /// A function for `device`, with its threads started. `name` is for logs and counters. Where there are `doorbells`, kicks
+    /// take that way.
     ///
     /// # Errors
-    /// What the host said where it refuses a thread.
-    pub fn new(name: &str, mut device: Box<dyn VirtioDevice>, ram: GuestRam) -> io::Result<Self> {
+    /// What the host said where it refuses a thread or an eventfd.
+    pub fn new(
+        name: &str,
+        mut device: Box<dyn VirtioDevice>,
+        ram: GuestRam,
+        doorbells: Option<Arc<dyn Doorbells>>,
+    ) -> io::Result<Self> {
         let state = Arc::new(DeviceState::new(name.to_owned()));
         let sizes = device.queue_sizes();
         let queues: Vec<_> = sizes.into_iter().map(|size| Arc::new(Queue::new(size, Arc::clone(&state)))).collect();
-        let lanes = Arc::new(Lanes::start(device.lanes(Link(Arc::clone(&state))), &queues, ram.backend())?);
+        let lanes = device.lanes(Link(Arc::clone(&state)));
+        let lanes = Arc::new(Lanes::start(lanes, &queues, ram.backend(), &state, doorbells.is_some())?);
         let volatile = Volatile::new(&queues);
-        Ok(Self { device, ram, state, queues, lanes, volatile })
+        Ok(Self { device, ram, state, queues, lanes, doorbells, attached: Vec::new(), volatile })
     }
 
     /// For the machine, before the function goes to the bus.
@@ -320,6 +330,24 @@ impl VirtioPci {
         }
     }
 
+    /// Has the engine count kicks where BAR 0 is now, and nowhere else.
+    fn move_doorbells(&mut self, bar: Option<Gpa>) {
+        let Some(doorbells) = &self.doorbells else { return };
+        for (gpa, queue) in self.attached.drain(..) {
+            if let Some(counter) = self.lanes.counter(queue) {
+                doorbells.detach(gpa, counter);
+            }
+        }
+        let Some(bar) = bar else { return };
+        for queue in 0..self.queues.len() {
+            let gpa = Gpa(bar.0 + NOTIFY_AT + NOTIFY_STRIDE * queue as u64);
+            // Where it is refused, the store comes to `bar_write`.
+            if self.lanes.counter(queue).is_some_and(|counter| doorbells.attach(gpa, counter)) {
+                self.attached.push((gpa, queue));
+            }
+        }
+    }
+
     /// The capability that gives access to BAR 0 through configuration space (virtio 1.2, 4.1.4.9).
     fn pci_access_window(config: &ConfigSpace) -> Option<usize> {
         config.capabilities().find(|&at| {
@@ -411,10 +439,16 @@ impl PciFunction for VirtioPci {
             COMMON_AT => self.write_common(within, data),
             DEVICE_AT => self.device.write_config(within, data),
             NOTIFY_AT => {
-                self.state.counters.kick();
+                self.state.counters.kicks(1);
                 self.lanes.kick(within / NOTIFY_STRIDE as usize);
             }
             _ => {}
+        }
+    }
+
+    fn bar_moved(&mut self, bar: u8, at: Option<Gpa>) {
+        if bar == 0 {
+            self.move_doorbells(at);
         }
     }
 

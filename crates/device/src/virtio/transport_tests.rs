@@ -1,10 +1,12 @@
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
 
 use memory::{Backend, Gpa};
 
 use crate::virtio::test_driver::{Driver, RAM, STATUS, wait_for};
-use crate::virtio::{Fault, Lane, LaneWork, Link, Queue, VirtioDevice, Waker, feature, read_structure};
+use crate::virtio::{Doorbells, Fault, Lane, LaneWork, Link, Queue, VirtioDevice, Waker, feature, read_structure};
 
 /// Two queues; writes "done" into each request. The second queue waits for the test before each run.
 struct Probe {
@@ -64,10 +66,14 @@ struct Fixture {
 }
 
 fn fixture() -> Fixture {
+    fixture_with(None)
+}
+
+fn fixture_with(doorbells: Option<Arc<dyn Doorbells>>) -> Fixture {
     let (link, links) = channel();
     let (reset, resets) = channel();
     let probe = Probe { link, config: vec![1, 2, 3, 4, 5, 6, 7, 8], resets: reset };
-    let driver = Driver::new(Box::new(probe));
+    let driver = Driver::with_doorbells(Box::new(probe), doorbells);
     Fixture { driver, link: links.recv().unwrap(), resets }
 }
 
@@ -332,4 +338,79 @@ fn shutdown_serves_what_is_there_first() {
     assert_eq!(driver.used_index(0), requests.len() as u16);
     driver.kick(0);
     driver.handle.shutdown();
+}
+
+/// A kernel's half of doorbells: who is to be told of which address.
+#[derive(Default)]
+struct Bells {
+    attached: Mutex<BTreeMap<u64, OwnedFd>>,
+    refuses: bool,
+}
+
+impl Bells {
+    fn places(&self) -> Vec<u64> {
+        self.attached.lock().unwrap().keys().copied().collect()
+    }
+
+    /// A store, as the kernel counts it.
+    fn ring(&self, gpa: u64) {
+        rustix::io::write(&self.attached.lock().unwrap()[&gpa], &1_u64.to_ne_bytes()).unwrap();
+    }
+}
+
+impl Doorbells for Bells {
+    fn attach(&self, gpa: Gpa, counter: BorrowedFd) -> bool {
+        if !self.refuses {
+            self.attached.lock().unwrap().insert(gpa.0, counter.try_clone_to_owned().unwrap());
+        }
+        !self.refuses
+    }
+    fn detach(&self, gpa: Gpa, _counter: BorrowedFd) {
+        self.attached.lock().unwrap().remove(&gpa.0).expect("it was attached");
+    }
+}
+
+#[test]
+fn kicks_that_the_kernel_counts_are_served_and_counted() {
+    let bells = Arc::new(Bells::default());
+    let mut driver = fixture_with(Some(bells.clone())).driver;
+    driver.start(0);
+    let bar = u64::from(driver.config_read(0x10) & !0xf);
+    assert_eq!(bells.places(), [bar + 0x3000, bar + 0x3004]);
+    for kicks in 1..4 {
+        let prepared = driver.prepare(1, &[b"ask"], &[4]);
+        bells.ring(bar + 0x3004);
+        assert_eq!(driver.finish(1, prepared), (b"done".to_vec(), 4));
+        wait_for(|| (driver.handle.counters().kicks == kicks).then_some(()));
+    }
+    // Wake-ups of other kinds take the same way and are no kicks; so do kicks that are told after all.
+    let prepared = driver.prepare(1, &[b"ask"], &[4]);
+    driver.kick(1);
+    driver.finish(1, prepared);
+    assert_eq!(driver.handle.counters().kicks, 4);
+    driver.handle.shutdown();
+}
+
+#[test]
+fn doorbells_follow_their_bar() {
+    let bells = Arc::new(Bells::default());
+    let mut driver = fixture_with(Some(bells.clone())).driver;
+    let bar = u64::from(driver.config_read(0x10) & !0xf);
+    driver.config_write(0x10, 0xc800_0000);
+    assert_eq!(bells.places(), [0xc800_3000, 0xc800_3004]);
+    driver.config_write(0x04, 0); // no memory decoding
+    assert!(bells.places().is_empty());
+    driver.config_write(0x10, bar as u32);
+    driver.config_write(0x04, 2);
+    assert_eq!(bells.places(), [bar + 0x3000, bar + 0x3004]);
+}
+
+#[test]
+fn without_room_for_doorbells_kicks_are_told_as_ever() {
+    let bells = Arc::new(Bells { refuses: true, ..Bells::default() });
+    let mut driver = fixture_with(Some(bells)).driver;
+    driver.start(0);
+    let request = driver.request(0, b"ask", &[4]);
+    assert_eq!(driver.finish(0, request), (b"done".to_vec(), 4));
+    assert_eq!(driver.handle.counters().kicks, 1);
 }

@@ -4,7 +4,7 @@
 //! have (2, 4, 0x15, 0x16) are absent: their readers look at the vendor first, and guests learn the TSC's rate from
 //! the paravirtual clock or by calibration.
 
-use super::{Cpuid, CpuidTable, Feature, Model};
+use super::{Cpuid, CpuidTable, Feature, HostCpu, Model};
 
 /// Highest basic and extended leaf.
 const MAX_BASIC: u32 = 0xd;
@@ -83,8 +83,8 @@ const L1_TLB_1G: Tlb = Tlb { data_ways: FULLY_CODE, instruction_ways: FULLY_CODE
 const L2_TLB_1G: Tlb = Tlb { data: 64, data_ways: FULLY_CODE, instruction: 0, instruction_ways: 0 };
 
 /// Adds everything else to a table that holds a model's feature bits.
-pub(super) fn complete(table: &mut CpuidTable, model: &Model, vcpu: u32, vcpus: u32) {
-    identity(table, model);
+pub(super) fn complete(table: &mut CpuidTable, model: &Model, host: &HostCpu, vcpu: u32, vcpus: u32) {
+    identity(table, model, host);
     caches(table, vcpus);
     topology(table, vcpu, vcpus);
     if table.has(Feature::Xsave) {
@@ -94,13 +94,14 @@ pub(super) fn complete(table: &mut CpuidTable, model: &Model, vcpu: u32, vcpus: 
     table.update(0x8000_0001, 0, |r| r.edx |= repeated);
 }
 
-fn identity(table: &mut CpuidTable, model: &Model) {
+fn identity(table: &mut CpuidTable, model: &Model, host: &HostCpu) {
     let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| model.vendor[at + i]));
-    let vendor = Cpuid { eax: 0, ebx: word(0), edx: word(4), ecx: word(8) };
+    let own = Cpuid { eax: 0, ebx: word(0), edx: word(4), ecx: word(8) };
+    let (vendor, signature) =
+        host.identity().unwrap_or_else(|| (own, signature(model.family, model.model, model.stepping)));
     table.set(0, 0, Cpuid { eax: MAX_BASIC, ..vendor });
     table.set(0x8000_0000, 0, Cpuid { eax: MAX_EXTENDED, ..vendor });
 
-    let signature = signature(model.family, model.model, model.stepping);
     table.update(1, 0, |r| r.eax = signature);
     table.update(0x8000_0001, 0, |r| r.eax = signature);
 
@@ -110,7 +111,8 @@ fn identity(table: &mut CpuidTable, model: &Model) {
         let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| chunk[at + i]));
         table.set(leaf, 0, Cpuid { eax: word(0), ebx: word(4), ecx: word(8), edx: word(12) });
     }
-    table.update(0x8000_0008, 0, |r| r.eax = PHYSICAL_BITS | LINEAR_BITS << 8);
+    let physical = PHYSICAL_BITS.min(host.physical_bits());
+    table.update(0x8000_0008, 0, |r| r.eax = physical | LINEAR_BITS << 8);
     // Leaf 1 EBX 15:8: CLFLUSH line in units of 8 bytes.
     table.update(1, 0, |r| r.ebx |= (LINE / 8) << 8);
 }

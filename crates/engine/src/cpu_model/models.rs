@@ -78,6 +78,13 @@ const BEYOND: &[Feature] = {
 /// Facts about the host that change no instruction's result.
 const HOST_FACTS: &[Feature] = &[Feature::Invtsc, Feature::Xsaveerptr];
 
+/// True where a guest that runs on the processor itself has what that has, whatever the model: how vulnerable it is, what
+/// only its kernel uses, and what only AMD's processors tell. Programs rely on the rest.
+fn is_the_hosts(feature: Feature) -> bool {
+    let system = SYSTEM.contains(&feature) && feature != Feature::LahfLm; // which psABI level 2 has
+    system || NOT_VULNERABLE.contains(&feature) || feature == Feature::Mmxext
+}
+
 /// A processor with a name.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Model {
@@ -170,22 +177,26 @@ impl Model {
     /// [`MissingFeatures`] where the host's processor lacks part of the model.
     pub fn table(&self, host: &HostCpu, vcpu: u32, vcpus: u32) -> Result<CpuidTable, MissingFeatures> {
         let required = || self.requires.iter().copied().flatten().copied();
-        let features: Vec<_> = required().filter(|&feature| !host.can(feature)).map(Feature::name).collect();
+        let spared = |feature| host.is_hardware() && (self.name == DEFAULT || is_the_hosts(feature));
+        let missing = required().filter(|&feature| !host.can(feature) && !spared(feature));
+        let features: Vec<_> = missing.map(Feature::name).collect();
         if !features.is_empty() {
             return Err(MissingFeatures { model: self.name, features });
         }
         let mut table = CpuidTable::default();
-        let offered = self.offers.iter().copied().flatten().copied().filter(|&feature| host.can(feature));
-        for feature in required().chain(offered) {
+        let offered = required().chain(self.offers.iter().copied().flatten().copied());
+        for feature in offered.filter(|&feature| host.can(feature)) {
             table.set_feature(feature, true);
         }
-        leaves::complete(&mut table, self, vcpu, vcpus);
+        host.show_speculation(&mut table);
+        leaves::complete(&mut table, self, host, vcpu, vcpus);
         Ok(table)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::Cpuid;
     use super::*;
     use std::collections::BTreeSet;
 
@@ -231,6 +242,41 @@ mod tests {
         assert!(table.has(Feature::Smap));
         assert!(!table.has(Feature::Avx2));
         assert!(lookup("max").unwrap().table(&HostCpu::read(), 0, 1).is_ok());
+    }
+
+    /// A processor as KVM may show it: an Intel one of 39 bits, with less than any model asks for.
+    fn hardware(features: impl IntoIterator<Item = Feature>) -> HostCpu {
+        let mut table = CpuidTable::default();
+        table.set(0, 0, Cpuid { eax: 0x1f, ebx: 0x756e_6547, ecx: 0x6c65_746e, edx: 0x4965_6e69 });
+        table.set(1, 0, Cpuid { eax: 0x000a_0655, ..Cpuid::default() });
+        table.set(0x8000_0008, 0, Cpuid { eax: 0x3027, ..Cpuid::default() });
+        features.into_iter().for_each(|feature| table.set_feature(feature, true));
+        HostCpu::hardware(table)
+    }
+
+    #[test]
+    fn on_hardware_the_default_follows_the_host_in_everything() {
+        let host = hardware(BASELINE.iter().copied().chain([Feature::Sse42, Feature::Smep]));
+        let table = lookup("max").unwrap().table(&host, 0, 1).unwrap();
+        assert!(table.has(Feature::Sse42) && table.has(Feature::Smep));
+        assert!(!table.has(Feature::Smap) && !table.has(Feature::SrsoNo) && !table.has(Feature::Pcid));
+        assert_eq!((table.answer(0, 0).ebx, table.answer(1, 0).eax), (0x756e_6547, 0x000a_0655));
+        assert_eq!(table.answer(0x8000_0000, 0).ecx, 0x6c65_746e);
+        assert_eq!(table.physical_bits(), 39);
+    }
+
+    #[test]
+    fn on_hardware_a_named_model_is_whole_and_no_less_vulnerable_than_the_host() {
+        let v1 = BASELINE.iter().copied().filter(|feature| *feature != Feature::Mmxext);
+        let v2 = v1.clone().chain(LEVEL_2.iter().copied()).chain([Feature::LahfLm, Feature::SsbNo, Feature::Pcid]);
+        let table = lookup("x86-64-v2").unwrap().table(&hardware(v2.clone()), 0, 1).unwrap();
+        assert!(table.has(Feature::SsbNo) && !table.has(Feature::BtcNo));
+        assert!(table.has(Feature::Pcid) && !table.has(Feature::Topoext) && !table.has(Feature::Mmxext));
+        for lost in [Feature::Sse42, Feature::LahfLm, Feature::Nx] {
+            let host = hardware(v2.clone().filter(|feature| *feature != lost));
+            let error = lookup("x86-64-v2").unwrap().table(&host, 0, 1).unwrap_err();
+            assert_eq!(error.features, [lost.name()]);
+        }
     }
 
     #[test]

@@ -18,7 +18,8 @@ pub struct Cpuid {
 }
 
 impl Cpuid {
-    fn register(&mut self, register: Register) -> &mut u32 {
+    /// One of the registers.
+    pub(super) fn register(&mut self, register: Register) -> &mut u32 {
         match register {
             Register::Eax => &mut self.eax,
             Register::Ebx => &mut self.ebx,
@@ -62,9 +63,14 @@ impl CpuidTable {
         self.leaves.get(&(leaf, subleaf)).copied()
     }
 
+    /// True where `leaf` answers by subleaf.
+    pub fn has_subleaves(leaf: u32) -> bool {
+        WITH_SUBLEAVES.contains(&leaf)
+    }
+
     /// What the instruction returns for EAX = `leaf` and ECX = `subleaf`. Leaves nobody set are all zero, as on AMD.
     pub fn answer(&self, leaf: u32, subleaf: u32) -> Cpuid {
-        let stored = if WITH_SUBLEAVES.contains(&leaf) { subleaf } else { 0 };
+        let stored = if Self::has_subleaves(leaf) { subleaf } else { 0 };
         match self.get(leaf, stored) {
             Some(value) => value,
             // Intel SDM vol. 2A, CPUID, leaf 0Bh: ECX[7:0] and EDX are valid past the last level too.

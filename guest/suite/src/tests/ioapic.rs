@@ -1,6 +1,6 @@
 //! The I/O APIC: registers, edge and level, masks, remote IRR (82093AA datasheet; ICH9 datasheet 13.5); needs the test device.
 
-use crate::apic::{self, bit, enable, io, reg, take};
+use crate::apic::{self, bit, enable, io, reg, take, take_halted};
 use crate::cpu::{cpuid, inb, outb};
 use crate::tap::*;
 use crate::tests;
@@ -8,6 +8,7 @@ use crate::tests;
 tests![
     registers, edge, edge_while_masked_line, level, level_while_masked, remote_irr, level_again_after_eoi, two_levels, level_lowered_before_eoi,
     trigger_mode_switch, tmr, polarity, destination_logical, pic_mask_registers,
+    halted_by_edge, halted_by_level, halted_by_pic,
 ];
 
 /// An input nothing else of a PC drives, and another.
@@ -254,4 +255,64 @@ fn pic_mask_registers(t: &mut T) {
         outb(command, 0x0B); // OCW3: read the in-service register
         t.eq("nothing in service", inb(command), 0);
     }
+}
+
+/// An edge ends HLT, each time.
+fn halted_by_edge(t: &mut T) {
+    prepare();
+    io::set_entry(INPUT, ours() | 0x50);
+    for _ in 0..3 {
+        io::line(INPUT, true);
+        t.same("rise", take_halted(), 0x50);
+        t.is("not level", !bit(reg::TMR, 0x50));
+        end_of_interrupt();
+        io::line(INPUT, false);
+    }
+    prepare();
+}
+
+/// So does a level, once more after each EOI while it is high, and remote IRR falls with the EOI of a low one.
+fn halted_by_level(t: &mut T) {
+    prepare();
+    io::set_entry(INPUT, ours() | io::LEVEL | 0x51);
+    io::line(INPUT, true);
+    for round in 0..3 {
+        t.same("high", take_halted(), 0x51);
+        t.is("level", bit(reg::TMR, 0x51));
+        t.is("remote IRR", io::entry(INPUT) & io::REMOTE_IRR != 0);
+        io::line(INPUT, round < 2);
+        end_of_interrupt();
+    }
+    t.is("ended", io::entry(INPUT) & io::REMOTE_IRR == 0);
+    // Another vector, another input, both at once: the higher first.
+    io::set_entry(INPUT, ours() | io::LEVEL | 0x61);
+    io::set_entry(OTHER, ours() | io::LEVEL | 0x71);
+    io::line(INPUT, true);
+    io::line(OTHER, true);
+    for (input, vector) in [(OTHER, 0x71), (INPUT, 0x61)] {
+        t.same("in order", take_halted(), vector);
+        io::line(input, false);
+        end_of_interrupt();
+    }
+    prepare();
+}
+
+/// The PIC's interrupts come through LINT0 where that is ExtINT, and are ended at the PIC.
+fn halted_by_pic(t: &mut T) {
+    const IRQ: u32 = 5;
+    prepare();
+    io::line(IRQ, false);
+    for (port, value) in [(0x20, 0x11), (0x21, 0x30), (0x21, 4), (0x21, 1), (0x21, !(1 << IRQ))] {
+        outb(port, value);
+    }
+    apic::write(reg::LVT_LINT0, 0x700);
+    for _ in 0..3 {
+        io::line(IRQ, true);
+        t.same("rise", take_halted(), u64::from(0x30 + IRQ));
+        t.is("not in the local APIC", !bit(reg::ISR, 0x30 + IRQ));
+        outb(0x20, 0x20); // OCW2: end of interrupt
+        io::line(IRQ, false);
+    }
+    outb(0x21, 0xFF);
+    prepare();
 }
