@@ -42,7 +42,7 @@ fn flags_and_values() {
     refused(&["--code-cache", "1K"], SETUP, "code-cache \"1K\" (command line): not between 64 KiB and 1 GiB");
     refused(&["--code-cache", "some"], SETUP, "not a size");
     refused(&["--engine-check", "on"], SETUP, "not one of off, interpret, lockstep");
-    refused(&["--dialect", "cordial"], SETUP, "not part of this version");
+    refused(&["--pv", "-wate"], SETUP, "did you mean \"wait\"?");
     refused(&["--console", "vga"], SETUP, "not one of");
     refused(&["--timeout", "0"], SETUP, "not a duration");
     let done = Cordial::new(&["image", "push"]).done();

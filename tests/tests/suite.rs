@@ -75,15 +75,15 @@ fn parse(text: &str) -> Tap {
 
 /// Runs groups on `cpus` processors and checks that every planned test passed, and that the machine said so too.
 fn conforms(image: &Path, cpus: &str, groups: &str) -> Tap {
-    checked(image, cpus, groups, &["--engine", "translate"])
+    run(image, cpus, groups, &["--engine", "translate"])
 }
 
-/// The same with an engine, or a check of it.
-fn checked(image: &Path, cpus: &str, groups: &str, engine: &[&str]) -> Tap {
+/// The same with more words for the program.
+fn run(image: &Path, cpus: &str, groups: &str, more: &[&str]) -> Tap {
     let image = image.to_str().expect("a path in UTF-8");
     let mut words = vec!["run", "--kernel", image, "--test-devices", "-q", "-c", cpus, "-m", "128M"];
     words.extend(["--timeout", "300", "-a", groups]);
-    words.extend(engine);
+    words.extend(more);
     let done = Cordial::new(&words).done();
     let tap = parse(&done.text());
     let unexpected: String = tap
@@ -135,7 +135,7 @@ groups! {
 #[test]
 fn the_engine_agrees_with_itself() {
     for (cpus, group) in [("1", "integer"), ("1", "vector"), ("1", "exceptions"), ("1", "paging"), ("2", "smp")] {
-        checked(guest(), cpus, group, &["--engine-check", "lockstep"]);
+        run(guest(), cpus, group, &["--engine-check", "lockstep"]);
     }
 }
 
@@ -199,7 +199,7 @@ fn both_engines_pass_what_an_emulated_kvm_can_run() {
     for (group, cpus, tests) in ON_AN_EMULATED_KVM {
         let words: Vec<_> = tests.split_whitespace().map(|test| format!("{group}:{test}")).collect();
         let [kvm, translate] = ["kvm-unprobed", "translate"]
-            .map(|engine| checked(guest_for_integers(), cpus, &words.join(" "), &["--engine", engine]));
+            .map(|engine| run(guest_for_integers(), cpus, &words.join(" "), &["--engine", engine]));
         assert_eq!(kvm.planned, words.len(), "{group}: each name is a test");
         assert_eq!((kvm.planned, kvm.passed), (translate.planned, translate.passed), "{group}");
     }
@@ -210,6 +210,38 @@ fn both_engines_pass_what_an_emulated_kvm_can_run() {
 fn four_processors() {
     let tap = conforms(guest(), "4", "smp");
     assert_eq!(tap.skipped, 0, "all of them were started");
+}
+
+/// The native dialect, which is not offered unless asked for: on one, two and four processors, alone and beside the kvm
+/// dialect, with the hypervisor-present bit hidden, translated and interpreted.
+#[test]
+fn the_native_dialect_conforms() {
+    for (cpus, dialect, more) in [
+        ("1", "kvm,cordial", &[][..]),
+        ("2", "cordial", &["--pv", "-hypervisor-bit"]),
+        ("4", "cordial", &[]),
+        ("2", "kvm,cordial", &["--engine-check", "interpret"]),
+    ] {
+        let tap = run(guest(), cpus, "cordial", &[&["--dialect", dialect], more].concat());
+        assert_eq!(tap.skipped, if cpus == "1" { 6 } else { 0 }, "what takes several processors alone is skipped");
+    }
+    let tap = conforms(guest(), "1", "cordial");
+    assert_eq!(tap.skipped, tap.planned, "nothing of it is there where it is not asked for");
+}
+
+/// A feature that is taken out of the offer is refused, and the others work without it.
+#[test]
+fn each_feature_of_the_native_dialect_can_be_left_out() {
+    for (left_out, skipped) in [("-wait", 6), ("-timer,-multicall", 6), ("-clock", 9), ("-interrupts,-generation", 2)] {
+        let tap = run(guest(), "2", "cordial", &["--dialect", "cordial", "--pv", left_out]);
+        assert_eq!(tap.skipped, skipped, "without {left_out}");
+    }
+}
+
+/// Both dialects at once: each answers its own.
+#[test]
+fn the_kvm_dialect_conforms_beside_the_native_one() {
+    run(guest(), "1", "kvm", &["--dialect", "kvm,cordial"]);
 }
 
 /// The same image by either boot protocol: with the other one's header made unrecognisable.

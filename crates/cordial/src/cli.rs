@@ -121,9 +121,12 @@ pub struct RunArguments {
     /// CPU model the guest sees.
     #[arg(long, value_name = "MODEL")]
     cpu: Option<String>,
-    /// Paravirtual dialects offered to the guest: kvm or none.
+    /// Paravirtual dialects offered to the guest: kvm, cordial, both with a comma between them, or none.
     #[arg(long)]
     dialect: Option<String>,
+    /// A paravirtual feature not to offer: -NAME; a name that is none lists them. May be repeated.
+    #[arg(long, value_name = "-NAME", allow_hyphen_values = true)]
+    pv: Vec<String>,
     /// Kernel: a path, host, debian or debian=VERSION.
     #[arg(long)]
     kernel: Option<String>,
@@ -217,7 +220,7 @@ impl RunArguments {
         ];
         let mut layer: Layer = texts.iter().filter_map(|(key, text)| Some((*key, vec![(*text).clone()?]))).collect();
         layer.extend(switches.iter().filter(|(_, on)| *on).map(|(key, _)| (*key, vec!["true".to_owned()])));
-        let lists = [("disk", &self.disk), ("copy", &self.copy)];
+        let lists = [("disk", &self.disk), ("copy", &self.copy), ("pv", &self.pv)];
         layer.extend(lists.iter().filter(|(_, list)| !list.is_empty()).map(|(key, list)| (*key, (*list).clone())));
         debug_assert!(layer.keys().all(|name| KEYS.iter().any(|key| key.name == *name)));
         layer

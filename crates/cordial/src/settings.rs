@@ -31,7 +31,7 @@ const fn key(name: &'static str, default: Option<&'static str>, help: &'static s
 }
 
 /// Everything that can be set, in the order `--print-config` shows it.
-pub const KEYS: [Key; 23] = [
+pub const KEYS: [Key; 24] = [
     key("cpus", None, "virtual CPUs; default: the host's, at most 2"),
     key("mem", Some("1G"), "memory; K, M, G or T; a plain number is MiB"),
     key("engine", Some("auto"), "auto, translate, kvm or kvm-unprobed"),
@@ -42,7 +42,8 @@ pub const KEYS: [Key; 23] = [
         "off, interpret (nothing is translated) or lockstep (translator and interpreter are compared)",
     ),
     key("cpu", Some(engine::cpu_model::DEFAULT), "the CPU model the guest sees"),
-    key("dialect", Some("kvm"), "paravirtual dialects offered: kvm or none"),
+    key("dialect", Some("kvm"), "paravirtual dialects offered: kvm, cordial, both (kvm,cordial), or none"),
+    Key { name: "pv", default: None, list: true, help: "-NAME, a paravirtual feature not to offer; may be repeated" },
     key("kernel", None, "a path, host, debian or debian=VERSION; default: the first that is found"),
     key("modules", None, "directory of the kernel's modules; default: found by the kernel's release"),
     key("initrd", None, "an initial RAM disk instead of the generated one"),

@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 use crate::settings::{Setting, Settings};
-use machine::plan::{Dialects, DiskMode, DiskPlan, EngineCheck, EngineChoice};
+use machine::plan::{Dialects, DiskMode, DiskPlan, EngineCheck, EngineChoice, Without};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -143,25 +143,43 @@ pub fn engine_check(settings: &Settings) -> Result<EngineCheck, Failure> {
     Ok(read(settings, "engine-check", |text| one_of(text, &known))?.unwrap_or_default())
 }
 
-/// Which dialects.
+/// Which dialects, and what of them is left out.
 ///
 /// # Errors
-/// An unknown name, or one that this version does not speak.
+/// An unknown name.
 pub fn dialects(settings: &Settings) -> Result<Dialects, Failure> {
     let parse = |text: &str| {
         let mut dialects = Dialects::NONE;
         for word in text.split(',') {
             match word {
                 "kvm" => dialects.kvm = true,
+                "cordial" => dialects.cordial = true,
                 "none" if text == "none" => {}
                 "none" => return Err("none stands alone".into()),
-                "cordial" => return Err("the cordial dialect is not part of this version; use kvm or none".into()),
-                _ => return one_of(word, &[("kvm", dialects), ("none", dialects)]),
+                _ => return one_of(word, &[("kvm", dialects), ("cordial", dialects), ("none", dialects)]),
             }
         }
         Ok(dialects)
     };
-    Ok(read(settings, "dialect", parse)?.unwrap_or_default())
+    let without = left_out(settings)?;
+    Ok(Dialects { without, ..read(settings, "dialect", parse)?.unwrap_or_default() })
+}
+
+/// The features that `pv` takes away: -NAME, several with commas between them.
+fn left_out(settings: &Settings) -> Result<Without, Failure> {
+    let mut without = Without::NOTHING;
+    let setting = settings.get("pv");
+    for word in setting.values.iter().flat_map(|value| value.split(',')) {
+        let wrong = |why: String| Failure::usage(format!("pv \"{word}\" ({}): {why}", setting.origin));
+        let Some(name) = word.strip_prefix('-') else {
+            return Err(wrong(format!("features are offered unless they are taken away: write -{word}")));
+        };
+        if !without.leave_out(name) {
+            let known: Vec<(&str, ())> = Without::names().map(|name| (name, ())).collect();
+            return Err(wrong(one_of(name, &known).err().unwrap_or_default()));
+        }
+    }
+    Ok(without)
 }
 
 /// Where the console goes.
@@ -311,9 +329,18 @@ mod tests {
         assert_eq!(code_cache(&Settings::default()).unwrap(), 64 << 20);
         let wrong = message(engine_check(&settings("engine-check", "lock")).unwrap_err());
         assert!(wrong.contains("not one of off, interpret, lockstep"), "{wrong}");
-        let wrong = message(dialects(&settings("dialect", "cordial")).unwrap_err());
-        assert!(wrong.contains("not part of this version"), "{wrong}");
+        let wrong = message(dialects(&settings("dialect", "kvm,cordal")).unwrap_err());
+        assert!(wrong.ends_with("did you mean \"cordial\"?"), "{wrong}");
+        assert!(dialects(&settings("dialect", "kvm,none")).is_err());
         assert!(dialects(&settings("dialect", "none")).unwrap().is_none());
+        let both = dialects(&settings("dialect", "cordial,kvm")).unwrap();
+        assert_eq!(both, Dialects { kvm: true, cordial: true, without: Without::NOTHING });
+        let without = dialects(&settings("pv", "-wait,-hypervisor-bit")).unwrap().without;
+        assert_eq!(without, Without { cordial: 1 << 11, kvm: 0, hypervisor_bit: true });
+        let wrong = message(dialects(&settings("pv", "wait")).unwrap_err());
+        assert!(wrong.ends_with("features are offered unless they are taken away: write -wait"), "{wrong}");
+        let wrong = message(dialects(&settings("pv", "-timr")).unwrap_err());
+        assert!(wrong.ends_with("did you mean \"timer\"?"), "{wrong}");
         let wrong = message(disks(&settings("disk", "/:ro")).unwrap_err());
         assert!(wrong.contains("is a directory"), "{wrong}");
         assert!(message(disks(&settings("disk", "/nowhere/disk")).unwrap_err()).contains("No such file"));

@@ -5,6 +5,9 @@
 pub enum Exit {
     /// HLT: sleep until [`Signal`](crate::Signal) has an interrupt the guest accepts, an NMI, or something else pending.
     Halted,
+    /// A hypercall waits ([`Answer::Later`](crate::Answer::Later)): sleep until it is over, then hand its result to
+    /// [`Vcpu::answer`](crate::Vcpu::answer). No interrupt is delivered in between.
+    Waiting,
     /// The guest spins (PAUSE loop) or asked to be descheduled.
     Yielded,
     /// An INIT signal arrived: load the state after INIT and wait for a start-up IPI.

@@ -20,6 +20,16 @@ pub struct HypercallArgs {
     pub cpl: u8,
 }
 
+/// What the machine says to a hypercall.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The value for RAX.
+    Now(u64),
+    /// The vCPU sleeps first: the engine leaves with [`Exit::Waiting`](crate::Exit::Waiting) behind the instruction, and the
+    /// value for RAX comes with [`Vcpu::answer`](crate::Vcpu::answer).
+    Later,
+}
+
 /// What a vCPU asks its machine while running.
 pub trait CpuIo {
     /// IN: `data` is 1, 2 or 4 bytes. Nobody there reads as all ones.
@@ -43,8 +53,8 @@ pub trait CpuIo {
     /// The guest moved its time-stamp counter (IA32_TSC, IA32_TSC_ADJUST): whoever told it the time may have to correct
     /// that. Called after the counter has moved.
     fn tsc_moved(&mut self) {}
-    /// VMCALL / VMMCALL: the value for RAX.
-    fn hypercall(&mut self, call: HypercallArgs) -> u64;
+    /// VMCALL / VMMCALL.
+    fn hypercall(&mut self, call: HypercallArgs) -> Answer;
     /// The vector of the interrupt to deliver now, acknowledged (moved to in-service); `None` where none is
     /// deliverable. Called with interrupts enabled only. On an engine with local APICs of its own it is the PIC's.
     fn take_interrupt(&mut self) -> Option<u8>;

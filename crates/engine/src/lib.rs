@@ -3,7 +3,7 @@
 //! ```text
 //!                  ┌───────────────── CpuIo (port, mmio, msr, hypercall: answered, the vCPU carries on)
 //!   Vcpu::run ─────┤
-//!                  └──> Exit (halted, yielded, stopped, reset, shutdown: the scheduler decides)
+//!                  └──> Exit (halted, waiting, yielded, stopped, reset, shutdown: the scheduler decides)
 //!
 //!   Signal: how everyone else reaches a running or sleeping vCPU (interrupt, NMI, INIT, SIPI, stop)
 //! ```
@@ -23,7 +23,7 @@ mod tsc;
 
 pub use cpu_model::{Cpuid, CpuidTable, HostCpu};
 pub use exit::Exit;
-pub use io::{CpuIo, HypercallArgs, MsrRefused};
+pub use io::{Answer, CpuIo, HypercallArgs, MsrRefused};
 pub use kernel::{Doorbells, KernelState, LocalApics, PendingEvent};
 pub use ledger::{Cause, Ledger};
 pub use profile::{Phase, Profile};
@@ -113,6 +113,10 @@ pub trait Engine: Send + Sync {
 pub trait Vcpu: Send {
     /// Runs guest code until something that the caller must decide on.
     fn run(&mut self, io: &mut dyn CpuIo) -> Exit;
+
+    /// The value for RAX that a hypercall waited for. After [`Exit::Waiting`], before the next run; not where the state
+    /// has been loaded anew meanwhile.
+    fn answer(&mut self, value: u64);
 
     /// What [`Exit::Difference`] was about, for people; once.
     fn difference(&mut self) -> Option<String> {

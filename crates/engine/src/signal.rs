@@ -24,6 +24,10 @@ bitflags::bitflags! {
         const ENGINE = 1 << 5;
         /// Another non-maskable interrupt behind the one that [`Signals::NMI`] stands for; never without it.
         const NMI_AGAIN = 1 << 6;
+        /// What a hypercall waits for has happened.
+        const WAKE = 1 << 7;
+        /// Forget the translations of guest-virtual addresses, before the next instruction.
+        const FLUSH = 1 << 8;
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use engine::state::{cr0, efer, seg};
-use engine::{Cause, CpuIo, CpuState, Error, Exit, HypercallArgs, KernelState, Signals, Vcpu, VcpuConfig};
+use engine::{Answer, Cause, CpuIo, CpuState, Error, Exit, HypercallArgs, KernelState, Signals, Vcpu, VcpuConfig};
 use kvm_bindings::{
     CpuId, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
 };
@@ -239,7 +239,10 @@ impl Runner {
         let wide = sregs.efer & efer::LMA != 0 && sregs.cs.l != 0;
         let [number, args @ ..] = [regs.rax, regs.rbx, regs.rcx, regs.rdx, regs.rsi]
             .map(|value| if wide { value } else { u64::from(value as u32) });
-        let result = io.hypercall(HypercallArgs { number, args, cpl: sregs.ss.dpl });
+        let result = match io.hypercall(HypercallArgs { number, args, cpl: sregs.ss.dpl }) {
+            Answer::Now(result) => result,
+            Answer::Later => return Some(Exit::Waiting),
+        };
         // The registers again: the call may have taken a while, and it is RAX alone that changes.
         let set = self.fd.set_regs(&kvm_bindings::kvm_regs { rax: result, ..regs });
         set.err().map(|error| self.fail(format!("KVM refuses a hypercall's result: {error}")))
@@ -377,6 +380,13 @@ fn impossible(what: &'static str, error: &dyn std::fmt::Display) -> Error {
 }
 
 impl Vcpu for Runner {
+    fn answer(&mut self, value: u64) {
+        let set = self.fd.get_regs().and_then(|regs| self.fd.set_regs(&kvm_bindings::kvm_regs { rax: value, ..regs }));
+        if let Err(error) = set {
+            tracing::error!("KVM refuses a hypercall's result: {error}");
+        }
+    }
+
     fn run(&mut self, io: &mut dyn CpuIo) -> Exit {
         let exit = self.run_until_exit(io);
         self.count();

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use device::bus::Bus;
 use device::interrupt::{InterruptChips, Refused, lapic::msr};
-use engine::{Cause, CpuIo, HypercallArgs, Ledger, MsrRefused, Phase};
+use engine::{Answer, Cause, CpuIo, HypercallArgs, Ledger, MsrRefused, Phase};
 use memory::{Gpa, PAGE_SIZE};
 
 use crate::announce::Announcer;
@@ -27,7 +27,7 @@ pub(crate) struct GuestIo {
     chips: Arc<InterruptChips>,
     control: Arc<Control>,
     announcer: Arc<Announcer>,
-    paravirt: paravirt::Vcpu,
+    pub(crate) paravirt: paravirt::Vcpu,
     ledger: Arc<Ledger>,
     /// Where the vCPU's xAPIC page is; changes only by the vCPU's own doing.
     apic_page: Option<Gpa>,
@@ -78,8 +78,16 @@ impl GuestIo {
         let start = host::read_tsc();
         let result = access(self);
         self.ledger.record(cause, host::read_tsc().wrapping_sub(start));
+        if let Some(native) = self.paravirt.native() {
+            native.account(&self.ledger);
+        }
         self.ledger.profile.back(before);
         result
+    }
+
+    /// True where the guest has masked interrupts in memory.
+    fn masked(&mut self) -> bool {
+        self.paravirt.native().is_some_and(|native| native.masks_interrupts())
     }
 }
 
@@ -156,11 +164,19 @@ impl CpuIo for GuestIo {
         }
     }
 
-    fn hypercall(&mut self, call: HypercallArgs) -> u64 {
+    fn hypercall(&mut self, call: HypercallArgs) -> Answer {
         self.counted(Cause::Hypercall, |io| io.paravirt.hypercall(call))
     }
 
     fn take_interrupt(&mut self) -> Option<u8> {
+        if self.masked() {
+            if self.chips.interrupt_pending(self.vcpu)
+                && let Some(native) = self.paravirt.native()
+            {
+                native.note_interrupt();
+            }
+            return None;
+        }
         self.chips.take_interrupt(self.vcpu)
     }
 
@@ -169,7 +185,7 @@ impl CpuIo for GuestIo {
     }
 
     fn interrupt_pending(&mut self) -> bool {
-        self.chips.interrupt_pending(self.vcpu)
+        !self.masked() && self.chips.interrupt_pending(self.vcpu)
     }
 
     fn task_priority(&mut self) -> u8 {

@@ -14,6 +14,7 @@ mod announce;
 mod board;
 pub mod boot;
 mod control;
+mod dialects;
 mod error;
 mod firmware;
 mod guest_io;

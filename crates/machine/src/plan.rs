@@ -7,6 +7,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use contract::kvm::feature as kvm;
+use contract::native::feature;
 use serde::Serialize;
 use translator::{Check, Config};
 
@@ -48,18 +50,20 @@ pub enum EngineCheck {
     Lockstep,
 }
 
-/// Which paravirtual dialects the guest is offered.
+/// Which paravirtual dialects the guest is offered, and what of them is not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Dialects {
     /// What stock Linux knows: kvmclock and its siblings.
     pub kvm: bool,
     /// The native one.
     pub cordial: bool,
+    /// What is left out.
+    pub without: Without,
 }
 
 impl Dialects {
     /// An unaware guest: no leaves, no MSRs, no hypervisor-present bit.
-    pub const NONE: Self = Self { kvm: false, cordial: false };
+    pub const NONE: Self = Self { kvm: false, cordial: false, without: Without::NOTHING };
 
     /// True where no dialect is spoken.
     pub const fn is_none(self) -> bool {
@@ -69,7 +73,53 @@ impl Dialects {
 
 impl Default for Dialects {
     fn default() -> Self {
-        Self { kvm: true, cordial: false }
+        Self { kvm: true, ..Self::NONE }
+    }
+}
+
+/// Paravirtual features that are not offered although their dialect is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Without {
+    /// Feature bits of the kvm dialect.
+    pub kvm: u32,
+    /// Feature bits of the native dialect.
+    pub cordial: u64,
+    /// The hypervisor-present bit, CPUID leaf 1, ECX bit 31.
+    pub hypervisor_bit: bool,
+}
+
+impl Without {
+    /// Everything that is built is offered.
+    pub const NOTHING: Self = Self { kvm: 0, cordial: 0, hypervisor_bit: false };
+
+    /// Names of the kvm dialect's features, and what [`Without::leave_out`] takes besides the native dialect's.
+    const OTHERS: [(&str, Self); 5] = [
+        ("hypervisor-bit", Self { hypervisor_bit: true, ..Self::NOTHING }),
+        ("kvm-clocksource", Self { kvm: kvm::CLOCKSOURCE, ..Self::NOTHING }),
+        ("kvm-nop-io-delay", Self { kvm: kvm::NOP_IO_DELAY, ..Self::NOTHING }),
+        ("kvm-clocksource2", Self { kvm: kvm::CLOCKSOURCE2, ..Self::NOTHING }),
+        ("kvm-clocksource-stable", Self { kvm: kvm::CLOCKSOURCE_STABLE, ..Self::NOTHING }),
+    ];
+
+    /// Every name that [`Without::leave_out`] knows.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        let built = feature::NAMES.iter().filter(|(bit, _)| paravirt::native::BUILT & bit != 0).map(|(_, name)| *name);
+        built.chain(Self::OTHERS.iter().map(|(name, _)| *name))
+    }
+
+    /// Leaves out the feature of this name as well. False where there is none.
+    pub fn leave_out(&mut self, name: &str) -> bool {
+        if !Self::names().any(|known| known == name) {
+            return false;
+        }
+        for (bit, _) in feature::NAMES.iter().filter(|(_, known)| *known == name) {
+            self.cordial |= bit;
+        }
+        for (_, other) in Self::OTHERS.iter().filter(|(known, _)| *known == name) {
+            self.kvm |= other.kvm;
+            self.hypervisor_bit |= other.hypervisor_bit;
+        }
+        true
     }
 }
 
@@ -192,9 +242,6 @@ impl Plan {
         {
             return Err(Invalid::EngineCheck);
         }
-        if self.dialects.cordial {
-            return Err(Invalid::Dialect);
-        }
         for text in std::iter::once(&self.command_line).chain(self.modules.iter().map(|module| &module.command_line)) {
             if text.contains('\0') {
                 return Err(Invalid::CommandLine);
@@ -234,7 +281,7 @@ pub enum Invalid {
     #[error("--engine-check is for the translating engine: use --engine translate, or leave it out")]
     EngineCheck,
     /// Not built.
-    #[error("the cordial dialect is not part of this version yet: use --dialect kvm or --dialect none")]
+    #[error("the cordial dialect is not part of the kvm engine yet: use --engine translate, or --dialect kvm")]
     Dialect,
     /// A NUL ends a command line for the guest.
     #[error("a command line contains a NUL byte; the guest would see only what stands before it: remove it")]
@@ -263,6 +310,20 @@ mod tests {
     }
 
     #[test]
+    fn every_paravirtual_feature_can_be_left_out_by_name() {
+        for name in Without::names() {
+            let mut without = Without::NOTHING;
+            assert!(without.leave_out(name) && without != Without::NOTHING, "{name}");
+        }
+        let mut without = Without::NOTHING;
+        assert!(without.leave_out("wait") && without.leave_out("timer") && without.leave_out("kvm-clocksource"));
+        assert_eq!(without, Without { cordial: feature::WAIT | feature::TIMER, kvm: 1, hypervisor_bit: false });
+        for unknown in ["", "pressure", "clock ", "WAIT"] {
+            assert!(!without.leave_out(unknown), "{unknown}");
+        }
+    }
+
+    #[test]
     fn impossible_values_are_named() {
         let with = |change: fn(&mut Plan)| {
             let mut plan = Plan::new("vmlinuz");
@@ -280,7 +341,6 @@ mod tests {
             (plan.engine, plan.engine_check) = (EngineChoice::Kvm, EngineCheck::Interpret);
         };
         assert_eq!(with(checked_kvm), Invalid::EngineCheck);
-        assert_eq!(with(|plan| plan.dialects.cordial = true), Invalid::Dialect);
         assert_eq!(with(|plan| plan.command_line = "a\0b".into()), Invalid::CommandLine);
         let disk = |serial: &str| DiskPlan { path: "d".into(), mode: DiskMode::ReadOnly, serial: Some(serial.into()) };
         let mut plan = Plan::new("vmlinuz");

@@ -3,7 +3,7 @@
 //! ```text
 //!              ┌───────── start-up IPI ─────────┐
 //!   application processors                      ▼
-//!   start ──> Waiting <──── INIT ──────────  Running ──> Halted (asleep until something is for it) ──┐
+//!   start ──> Waiting <──── INIT ──────────  Running ──> Halted, in a call that waits (asleep) ──────┐
 //!                                            ▲     └──── power event, triple fault, stop ──> end     │
 //!                                            └───────────────────────────────────────────────────────┘
 //! ```
@@ -12,10 +12,12 @@
 //! about a vCPU is in [`Processor`], and [`Processor::turn`] is the only place that runs it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use engine::state::rflags;
-use engine::{Cause, CpuState, Exit, Ledger, Signal, Signals, Vcpu};
+use engine::{Cause, CpuIo, CpuState, Exit, Ledger, Signal, Signals, Vcpu};
 use host::{Clock as _, HostClock};
+use paravirt::native::Asleep;
 
 use crate::Outcome;
 use crate::control::Control;
@@ -77,9 +79,17 @@ impl Processor {
 
     /// Runs guest code once, until there is something to decide, and decides it.
     fn turn(&mut self) -> Stage {
-        match self.vcpu.run(&mut self.io) {
+        self.set_in_guest(true);
+        let exit = self.vcpu.run(&mut self.io);
+        self.set_in_guest(false);
+        match exit {
             Exit::Halted => self.halt(),
-            Exit::Yielded => std::thread::yield_now(),
+            Exit::Waiting => self.wait_call(),
+            Exit::Yielded => {
+                if !self.io.paravirt.native().is_some_and(|native| native.keeps_processor()) {
+                    std::thread::yield_now();
+                }
+            }
             Exit::Init => return self.init(),
             Exit::Stopped => {
                 // For the end of the run, which the caller sees; any other stop has been served by stopping.
@@ -117,8 +127,55 @@ impl Processor {
             wakes.set(Signals::INTERRUPT, state.rflags & rflags::IF != 0);
             wakes.set(Signals::NMI, !state.nmi_blocked);
         }
-        self.sleep(wakes);
+        self.set_halted(true);
+        self.sleep(wakes, None);
+        self.set_halted(false);
         self.ledger.record(Cause::Halt, host::read_tsc().wrapping_sub(start));
+    }
+
+    /// A hypercall waits: sleeps until it is over, and hands its result in.
+    fn wait_call(&mut self) {
+        if let Some(value) = self.io.paravirt.native().and_then(|native| native.finish_flush()) {
+            return self.vcpu.answer(value);
+        }
+        let state = self.vcpu.save();
+        let mut wakes = Signals::WAKE | Signals::INIT | Signals::STOP;
+        wakes.set(Signals::INTERRUPT, state.rflags & rflags::IF != 0);
+        wakes.set(Signals::NMI, !state.nmi_blocked);
+        let mut owed = Signals::empty();
+        let value = loop {
+            // Taken before the look at what they stand for, so that what comes behind the look raises them anew.
+            let raised = self.signal.take(Signals::WAKE | wakes & Signals::INTERRUPT);
+            owed |= raised & Signals::INTERRUPT;
+            let asked = self.signal.pending().intersects(wakes & !Signals::INTERRUPT);
+            let deliverable = wakes.contains(Signals::INTERRUPT) && self.io.interrupt_pending();
+            // No engine waits for a call that nobody could have made.
+            let Some(native) = self.io.paravirt.native() else { break 0 };
+            match native.asleep() {
+                Asleep::Over(value) => break value,
+                Asleep::For(_) if asked || deliverable => break native.interrupt_wait(),
+                Asleep::For(left) => self.sleep(wakes, left),
+            };
+        };
+        // A wake may have been seen by what it did before it was seen here, and means nothing to the engine.
+        self.signal.take(Signals::WAKE);
+        self.signal.raise(owed); // the engine has not seen it
+        self.vcpu.answer(value);
+    }
+
+    fn set_in_guest(&mut self, inside: bool) {
+        if let Some(native) = self.io.paravirt.native() {
+            if inside {
+                native.account(&self.ledger);
+            }
+            native.set_in_guest(inside);
+        }
+    }
+
+    fn set_halted(&mut self, halted: bool) {
+        if let Some(native) = self.io.paravirt.native() {
+            native.set_halted(halted);
+        }
     }
 
     /// INIT, from wherever the processor was.
@@ -135,7 +192,7 @@ impl Processor {
     }
 
     fn wait_for_startup(&mut self) -> Stage {
-        let pending = self.sleep(Signals::STARTUP | Signals::INIT | Signals::STOP);
+        let pending = self.sleep(Signals::STARTUP | Signals::INIT | Signals::STOP, None);
         if pending.contains(Signals::STOP) {
             return Stage::Ended;
         }
@@ -150,10 +207,10 @@ impl Processor {
         Stage::Waiting
     }
 
-    /// Sleeps until any of `signals` is raised. Returns what is pending then.
-    fn sleep(&self, signals: Signals) -> Signals {
+    /// Sleeps until any of `signals` is raised, or `timeout` has passed. Returns what is pending then.
+    fn sleep(&self, signals: Signals, timeout: Option<Duration>) -> Signals {
         let start = self.profiled.then(|| HostClock.monotonic_ns());
-        let pending = self.signal.wait(signals, None);
+        let pending = self.signal.wait(signals, timeout);
         if let Some(start) = start {
             self.ledger.profile.slept(HostClock.monotonic_ns() - start);
         }

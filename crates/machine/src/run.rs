@@ -7,17 +7,18 @@ use device::power::PowerSwitch;
 use device::virtio;
 use device::virtio::console::ConsoleSize;
 use engine::cpu_model::{self, Feature};
-use engine::{CpuState, Cpuid, CpuidTable, Engine, GuestTsc, Ledger, Signal, VcpuConfig, VcpuId};
+use engine::{CpuState, CpuidTable, Engine, GuestTsc, Ledger, Signal, VcpuConfig, VcpuId};
 use host::{Clock, HostClock, HostEntropy, HostTimers, Timers};
 use memory::GuestRam;
 
 use crate::announce::{Announcer, Events};
 use crate::board::{Board, HostParts, PowerButton};
 use crate::control::Control;
+use crate::dialects::{self, Spoken};
 use crate::guest_io::{GuestIo, SharedIo};
 use crate::kernel_parts::{KernelApics, KernelDoorbells, set_virtual_wire};
 use crate::pins::Pins;
-use crate::plan::Dialects;
+use crate::plan::Invalid;
 use crate::processor::Processor;
 use crate::select::select_engine;
 use crate::time::TscClock;
@@ -37,11 +38,11 @@ pub struct Machine {
 }
 
 /// What belongs to one vCPU beside its engine's part.
-struct Slot {
-    signal: Arc<Signal>,
-    ledger: Arc<Ledger>,
-    tsc: Arc<GuestTsc>,
-    cpuid: Arc<CpuidTable>,
+pub(crate) struct Slot {
+    pub(crate) signal: Arc<Signal>,
+    pub(crate) ledger: Arc<Ledger>,
+    pub(crate) tsc: Arc<GuestTsc>,
+    pub(crate) cpuid: Arc<CpuidTable>,
 }
 
 impl Machine {
@@ -88,13 +89,21 @@ impl Machine {
         let control = Arc::new(Control::new(slots.iter().map(|slot| Arc::clone(&slot.signal)).collect(), power));
         let announcer = Arc::new(Announcer::new(board.devices.clone(), events.clone()));
         let shared = SharedIo { bus: Arc::clone(&board.bus), chips, control: Arc::clone(&control), announcer };
-        let processors = processors(plan, &slots, &shared, &*engine, &host, &ram, &loaded.state)?;
+        if plan.dialects.cordial && engine.local_apics().is_some() {
+            return Err(Invalid::Dialect.into());
+        }
+        let spoken = Spoken::new(plan, &*engine, &slots, &shared.chips, &host, &ram);
+        if plan.test_devices {
+            spoken.place_test_ports(&board.bus)?;
+        }
+        let processors = processors(plan, &slots, &shared, &*engine, &spoken, &loaded.state)?;
         let handle = Handle {
             control,
             ledgers: slots.iter().map(|slot| Arc::clone(&slot.ledger)).collect(),
             devices: board.devices.clone(),
             console_size: board.console_size.clone(),
             power_button: board.power_button(),
+            contract: spoken.native,
         };
         let (engine, tsc_khz) = (engine.name(), host.clock.tsc_khz());
         Ok(Self { handle, processors, board, ram, events, engine, tsc_khz, timers: host.timers })
@@ -161,7 +170,7 @@ fn slots(plan: &Plan, engine: &dyn Engine, clock: &dyn Clock) -> Result<Vec<Slot
     (0..plan.cpus)
         .map(|index| {
             let mut cpuid = model.table(&host_cpu, index, plan.cpus)?;
-            speak(&mut cpuid, plan.dialects, engine.kvm_dialect(), khz);
+            dialects::speak(&mut cpuid, plan, engine.kvm_dialect(), khz);
             Ok(Slot {
                 signal: Arc::default(),
                 ledger: Arc::default(),
@@ -170,20 +179,6 @@ fn slots(plan: &Plan, engine: &dyn Engine, clock: &dyn Clock) -> Result<Vec<Slot
             })
         })
         .collect()
-}
-
-/// Shows the dialects in CPUID, or hides that there is anyone to speak them. Of the kvm dialect, what the engine `serves` by
-/// itself, or else what `paravirt` does.
-fn speak(cpuid: &mut CpuidTable, dialects: Dialects, serves: Option<u32>, tsc_khz: u64) {
-    if dialects.kvm {
-        let apic_khz = device::interrupt::lapic::FREQUENCY_HZ / 1000;
-        paravirt::offer(cpuid, paravirt::Features::ALL, paravirt::Rates { tsc_khz, apic_khz });
-        if let Some(eax) = serves {
-            cpuid.set(contract::kvm::leaf::FEATURES, 0, Cpuid { eax, ..Cpuid::default() });
-        }
-    } else {
-        paravirt::hide(cpuid);
-    }
 }
 
 /// The interrupt chips: all of them ours, or before the engine's local APICs.
@@ -210,16 +205,9 @@ fn processors(
     slots: &[Slot],
     shared: &SharedIo,
     engine: &dyn Engine,
-    host: &HostParts,
-    ram: &GuestRam,
+    spoken: &Spoken,
     entry: &CpuState,
 ) -> Result<Vec<Processor>, Error> {
-    // What the engine serves by itself and refuses is not to be had here.
-    let ours = plan.dialects.kvm && engine.kvm_dialect().is_none();
-    let features = if ours { paravirt::Features::ALL } else { paravirt::Features::NONE };
-    let tscs = slots.iter().map(|slot| Arc::clone(&slot.tsc));
-    let zero = slots.first().map_or(0, |slot| slot.tsc.host(0));
-    let clock = Arc::new(paravirt::Clock::new(Arc::clone(&host.clock), ram.clone(), zero, tscs));
     let make = |(index, slot): (usize, &Slot)| {
         let mut vcpu = engine.vcpu(VcpuConfig {
             id: VcpuId(index as u32),
@@ -235,7 +223,7 @@ fn processors(
                 vcpu.load_kernel_state(&state)?;
             }
         }
-        let paravirt = paravirt::Vcpu::new(index as u32, features, Arc::clone(&clock));
+        let paravirt = spoken.vcpu(index as u32);
         Ok(Processor {
             index: index as u32,
             vcpu,
@@ -263,9 +251,15 @@ pub struct Handle {
     devices: Vec<virtio::Handle>,
     console_size: Option<ConsoleSize>,
     power_button: PowerButton,
+    contract: Option<Arc<paravirt::native::Vm>>,
 }
 
 impl Handle {
+    /// The native dialect's host half, where it is spoken: what the guest has accepted, and the host's say in it.
+    pub fn contract(&self) -> Option<&Arc<paravirt::native::Vm>> {
+        self.contract.as_ref()
+    }
+
     /// Ends the run with [`Outcome::Stopped`](crate::Outcome::Stopped), unless it has ended otherwise.
     pub fn stop(&self) {
         self.control.end(crate::Outcome::Stopped);

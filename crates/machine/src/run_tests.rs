@@ -6,12 +6,13 @@ use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, PoisonError};
 
+use contract::native::{call, feature, waited};
 use engine::state::{rflags, seg};
-use engine::{Cause, CpuIo, Exit, HypercallArgs, MsrRefused, Signals, Vcpu};
+use engine::{Answer, Cause, CpuIo, Exit, HypercallArgs, MsrRefused, Signals, Vcpu};
 use memory::Gpa;
 
 use super::*;
-use crate::plan::{DiskMode, DiskPlan};
+use crate::plan::{Dialects, DiskMode, DiskPlan, Without};
 use crate::{Outcome, SerialEnds};
 
 /// One stretch of a vCPU's run.
@@ -36,6 +37,10 @@ impl Vcpu for ScriptedVcpu {
             Some(mut step) => step(io, self),
             None => Exit::Halted,
         }
+    }
+
+    fn answer(&mut self, value: u64) {
+        self.state.gpr[0] = value;
     }
 
     fn difference(&mut self) -> Option<String> {
@@ -256,7 +261,7 @@ fn the_dialect_is_spoken_only_when_asked_for() {
     for spoken in [true, false] {
         let talk = step(move |io, _| {
             let call = HypercallArgs { number: 1, args: [0; 4], cpl: 0 };
-            assert_eq!(io.hypercall(call), if spoken { 0 } else { -1000_i64 as u64 });
+            assert_eq!(io.hypercall(call), Answer::Now(if spoken { 0 } else { -1000_i64 as u64 }));
             assert_eq!(io.msr_write(0x4b56_4d01, 0x1001).is_ok(), spoken);
             assert_eq!(io.msr_read(0x4b56_4d02), Err(MsrRefused));
             io.port_write(0xcf9, &[6]);
@@ -267,10 +272,115 @@ fn the_dialect_is_spoken_only_when_asked_for() {
         assert_eq!((report.ledgers[0].count(Cause::Hypercall), report.ledgers[0].count(Cause::MsrRead)), (1, 1));
     }
     for kvm in [true, false] {
-        let plan = Plan { dialects: Dialects { kvm, cordial: false }, ..Plan::new("vmlinuz") };
+        let plan = Plan { dialects: Dialects { kvm, ..Dialects::NONE }, ..Plan::new("vmlinuz") };
         let cpuid = &slots(&plan, &ScriptedEngine(Mutex::default()), &HostClock).unwrap()[0].cpuid;
         assert_eq!((cpuid.get(0x4000_0000, 0).is_some(), cpuid.has(Feature::Hypervisor)), (kvm, kvm));
     }
+}
+
+/// What the native dialect says to a call; `None` where the vCPU is to sleep.
+fn native(io: &mut dyn CpuIo, number: u64, args: [u64; 4]) -> Option<i64> {
+    match io.hypercall(HypercallArgs { number: call::BASE + number, args, cpl: 0 }) {
+        Answer::Now(value) => Some(value as i64),
+        Answer::Later => None,
+    }
+}
+
+/// Begins to wait for a word that is zero.
+fn wait_for_zero(timeout: u64) -> Step {
+    step(move |io, _| {
+        assert_eq!(native(io, call::WAIT, [0x5000, 0, timeout, 0]), None);
+        Exit::Waiting
+    })
+}
+
+#[test]
+fn a_waiting_vcpu_sleeps_and_is_woken() {
+    let begin = step(|io, _| {
+        io.mmio_write(Gpa(0xfee0_0310), &(1_u32 << 24).to_le_bytes());
+        io.mmio_write(Gpa(0xfee0_0300), &0x4500_u32.to_le_bytes()); // INIT
+        io.mmio_write(Gpa(0xfee0_0300), &0x469f_u32.to_le_bytes()); // start-up
+        assert_eq!(native(io, call::ACCEPT, [feature::WAIT, 0, 0, 0]), Some(1));
+        Exit::Yielded
+    });
+    let woken = step(|_, vcpu| {
+        assert_eq!((vcpu.state.gpr[0], vcpu.signal.pending()), (waited::WOKEN, Signals::empty()));
+        Exit::Yielded
+    });
+    let timed_out = step(|io, vcpu| {
+        assert_eq!(vcpu.state.gpr[0], waited::TIMED_OUT);
+        io.msr_write(0x1b, 0xfee0_0d00).unwrap(); // x2APIC mode
+        io.msr_write(0x80f, 0x1ff).unwrap(); // software enable
+        io.msr_write(0x832, 0x50).unwrap(); // timer: one-shot, vector 50h
+        io.msr_write(0x83e, 0xb).unwrap(); // divide by 1
+        io.msr_write(0x838, 1_000_000).unwrap(); // a millisecond
+        vcpu.state.rflags |= rflags::IF;
+        Exit::Yielded
+    });
+    let interrupted = step(|io, vcpu| {
+        assert_eq!((vcpu.state.gpr[0], vcpu.signal.pending()), (waited::INTERRUPTED, Signals::INTERRUPT));
+        assert_eq!(io.take_interrupt(), Some(0x50));
+        vcpu.signal.take(Signals::INTERRUPT);
+        io.port_write(0xcf9, &[6]);
+        Exit::Device
+    });
+    let waker = step(|io, _| {
+        while native(io, call::WAKE, [0x5000, 1, 0, 0]) != Some(1) {
+            std::thread::yield_now(); // not asleep yet
+        }
+        Exit::Halted
+    });
+    let (forever, a_while) = (u64::MAX, 1_000_000);
+    let first = vec![
+        begin,
+        wait_for_zero(forever),
+        woken,
+        wait_for_zero(a_while),
+        timed_out,
+        wait_for_zero(forever),
+        interrupted,
+    ];
+    let change = |plan: &mut Plan| plan.dialects = Dialects { cordial: true, ..Dialects::NONE };
+    let report = bench("waits", change, vec![first, vec![waker]]).machine.run().unwrap();
+    assert_eq!((report.outcome, report.ledgers[0].count(Cause::Hypercall)), (Outcome::Reset, 4));
+}
+
+#[test]
+fn a_vcpu_that_waits_for_ever_ends_with_the_machine() {
+    let accept = step(|io, _| {
+        assert_eq!(native(io, call::ACCEPT, [feature::WAIT, 0, 0, 0]), Some(1));
+        Exit::Yielded
+    });
+    let change = |plan: &mut Plan| plan.dialects = Dialects { cordial: true, ..Dialects::NONE };
+    let bench = bench("waits-for-ever", change, vec![vec![accept, wait_for_zero(u64::MAX)]]);
+    let (handle, ledger) = (bench.machine.handle(), Arc::clone(&bench.machine.handle().ledgers()[0]));
+    let stopper = std::thread::spawn(move || {
+        while ledger.count(Cause::Hypercall) < 2 {
+            std::thread::yield_now();
+        }
+        assert_eq!(handle.contract().unwrap().terms().accepted, feature::WAIT);
+        handle.stop();
+    });
+    assert_eq!(bench.machine.run().unwrap().outcome, Outcome::Stopped);
+    stopper.join().unwrap();
+}
+
+#[test]
+fn dialects_and_features_are_shown_as_asked() {
+    let shown = |dialects| {
+        let plan = Plan { dialects, ..Plan::new("vmlinuz") };
+        let cpuid = Arc::clone(&slots(&plan, &ScriptedEngine(Mutex::default()), &HostClock).unwrap()[0].cpuid);
+        let eax = |leaf| cpuid.get(leaf, 0).map(|leaf| leaf.eax);
+        let native = cpuid.get(0x4000_0101, 0).map(|leaf| u64::from(leaf.ecx) << 32 | u64::from(leaf.ebx));
+        (eax(0x4000_0001), native, cpuid.has(Feature::Hypervisor), cpuid.has(Feature::Invtsc))
+    };
+    let both = Dialects { kvm: true, cordial: true, without: Without::NOTHING };
+    let built = paravirt::native::BUILT;
+    assert_eq!(shown(both), (Some(0x0100_000b), Some(built), true, false));
+    assert_eq!(shown(Dialects { kvm: false, ..both }), (None, Some(built), true, false));
+    let without = Without { kvm: 1 << 3, cordial: feature::WAIT, hypervisor_bit: true };
+    assert_eq!(shown(Dialects { without, ..both }), (Some(0x0100_0003), Some(built & !feature::WAIT), false, false));
+    assert_eq!(shown(Dialects::NONE).0, None);
 }
 
 #[test]

@@ -282,6 +282,15 @@ impl GuestRam {
         Ok(value)
     }
 
+    /// Loads an aligned 32-bit word, in one piece and in one order with all others' accesses of that kind.
+    ///
+    /// # Errors
+    /// [`Error::NotRam`] where it lies outside or is not aligned.
+    pub fn load_word(&self, gpa: Gpa) -> Result<u32, Error> {
+        let refused = |_| Error::NotRam { start: gpa, bytes: 4 };
+        self.backend.load(GuestAddress(gpa.0), Ordering::SeqCst).map_err(refused)
+    }
+
     /// Writes a value of plain old data.
     ///
     /// # Errors
@@ -338,6 +347,10 @@ mod tests {
         assert!(ram.write(Gpa(0xfffc), &[1; 8]).is_err());
         assert_eq!(ram.read_value::<u32>(Gpa(0xfffc)).unwrap(), 0, "a refused write changes nothing");
         assert!(ram.check(Gpa(u64::MAX), 2).is_err());
+        assert_eq!(ram.load_word(Gpa(0x100008)).unwrap(), 0x5566_7788);
+        for bad in [0x100009, 0x10000, 0xfffe, u64::MAX, u64::MAX - 3] {
+            assert!(ram.load_word(Gpa(bad)).is_err(), "{bad:#x}");
+        }
     }
 
     #[test]

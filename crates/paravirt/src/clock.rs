@@ -1,19 +1,22 @@
-//! kvmclock: the VM's time as a scale and an offset of the time-stamp counter, in a page the guest reads itself.
+//! The VM's clock: a scale and an offset of the time-stamp counter, in pages the guest reads itself.
 //!
 //! ```text
 //!   host TSC ── + offset (GuestTsc) ──> guest TSC ── * mul >> 32, << shift ──> ns since the VM started
 //!                                          └── what the guest reads ──┘└── what the page says ──┘
 //! ```
 //!
-//! All pages speak of one and the same moment, the start of the VM, so that clocks of different vCPUs agree to the
-//! nanosecond for as long as their TSC offsets are equal: then, and only then, the pages say "stable".
+//! Both dialects' pages tell one time. All pages speak of one and the same moment, the start of the VM or the last change
+//! of the scale, so that clocks of different vCPUs agree to the nanosecond for as long as their TSC offsets are equal:
+//! then, and only then, the pages say "stable".
 
-use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use contract::kvm::{TIME_INFO_STABLE, TimeInfo, WallClock};
 use engine::GuestTsc;
 use memory::{Gpa, GuestRam};
+use zerocopy::IntoBytes;
+
+use crate::seqlock::{self, Versioned};
 
 const NS_PER_S: u64 = 1_000_000_000;
 
@@ -36,26 +39,53 @@ impl TscScale {
 
     /// What the guest makes of `ticks`, to the nanosecond.
     pub fn nanoseconds(self, ticks: u64) -> u64 {
+        let ticks = u128::from(ticks);
         let shifted = if self.shift >= 0 { ticks << self.shift } else { ticks >> -self.shift };
-        ((u128::from(shifted) * u128::from(self.mul)) >> 32) as u64
+        ((shifted * u128::from(self.mul)) >> 32) as u64
     }
+}
+
+/// Whose page it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClockPage {
+    /// The kvm dialect's.
+    Kvm,
+    /// The native dialect's: the beginning of the vCPU page.
+    Native,
 }
 
 /// What is known of one vCPU's clock.
 struct VcpuClock {
     tsc: Arc<GuestTsc>,
-    /// Where its page is, while it wants one.
-    page: Option<Gpa>,
+    /// Where its pages are, by [`ClockPage`], while it wants them.
+    pages: [Option<Gpa>; 2],
+}
+
+/// From here on the VM's time is this many nanoseconds plus what the scale makes of the ticks since.
+#[derive(Clone, Copy)]
+struct Line {
+    /// The host's TSC.
+    tsc: u64,
+    ns: u64,
+    scale: TscScale,
+}
+
+impl Line {
+    fn ns_at(&self, tsc: u64) -> u64 {
+        self.ns.wrapping_add(self.scale.nanoseconds(tsc.wrapping_sub(self.tsc)))
+    }
+}
+
+struct State {
+    line: Line,
+    vcpus: Vec<VcpuClock>,
 }
 
 /// The clock of one VM.
 pub struct Clock {
     host: Arc<dyn host::Clock>,
     ram: GuestRam,
-    scale: TscScale,
-    /// The host's TSC when the VM's time was zero.
-    zero: u64,
-    vcpus: Mutex<Vec<VcpuClock>>,
+    state: Mutex<State>,
 }
 
 impl Clock {
@@ -66,29 +96,37 @@ impl Clock {
         zero: u64,
         tscs: impl IntoIterator<Item = Arc<GuestTsc>>,
     ) -> Self {
-        let vcpus = tscs.into_iter().map(|tsc| VcpuClock { tsc, page: None }).collect();
-        let scale = TscScale::new(host.tsc_khz());
-        Self { host, ram, scale, zero, vcpus: Mutex::new(vcpus) }
+        let vcpus = tscs.into_iter().map(|tsc| VcpuClock { tsc, pages: [None; 2] }).collect();
+        let line = Line { tsc: zero, ns: 0, scale: TscScale::new(host.tsc_khz()) };
+        Self { host, ram, state: Mutex::new(State { line, vcpus }) }
     }
 
     /// Nanoseconds since the VM started.
     pub fn now_ns(&self) -> u64 {
-        self.scale.nanoseconds(self.host.tsc().wrapping_sub(self.zero))
+        self.lock().line.ns_at(self.host.tsc())
+    }
+
+    /// What is to be added to the VM's time for the host's monotonic time, nanoseconds.
+    pub fn to_monotonic(&self) -> u64 {
+        self.host.monotonic_ns().wrapping_sub(self.now_ns())
     }
 
     /// Keeps vCPU `index`'s time in the page at `page` from now on; `None` leaves the last page as it is.
     ///
     /// # Errors
     /// [`memory::Error::NotRam`] where the page does not lie in RAM; nothing changes then.
-    pub fn set_page(&self, index: u32, page: Option<Gpa>) -> Result<(), memory::Error> {
+    pub fn set_page(&self, index: u32, whose: ClockPage, page: Option<Gpa>) -> Result<(), memory::Error> {
         if let Some(page) = page {
             self.ram.check(page, size_of::<TimeInfo>() as u64)?;
         }
-        let mut vcpus = self.lock();
-        let stable = all_equal(&vcpus);
-        if let Some(vcpu) = vcpus.get_mut(index as usize) {
-            vcpu.page = page;
-            self.publish(vcpu, stable)?;
+        let mut state = self.lock();
+        let stable = all_equal(&state.vcpus);
+        let line = state.line;
+        if let Some(vcpu) = state.vcpus.get_mut(index as usize) {
+            vcpu.pages[whose as usize] = page;
+            if let Some(page) = page {
+                self.write_versioned(page, &time_info(&line, &vcpu.tsc, stable));
+            }
         }
         Ok(())
     }
@@ -96,11 +134,33 @@ impl Clock {
     /// A vCPU's TSC has been moved (the guest wrote IA32_TSC or IA32_TSC_ADJUST): all pages are written anew, since the
     /// clocks may no longer, or once more, be one.
     pub fn tsc_moved(&self) {
-        let vcpus = self.lock();
-        let stable = all_equal(&vcpus);
-        for vcpu in vcpus.iter() {
-            // The page was RAM when it was registered, and RAM does not go away.
-            let _ = self.publish(vcpu, stable);
+        self.rewrite(&mut self.lock(), |_| {});
+    }
+
+    /// From now on the TSC counts at `khz`: time goes on where it is, at the new rate. No reader sees it go back: all pages
+    /// are marked as changing before the moment is chosen that both rates agree on.
+    pub fn rescale(&self, khz: u64) {
+        let scale = TscScale::new(khz);
+        self.rewrite(&mut self.lock(), |line| {
+            let tsc = self.host.tsc();
+            *line = Line { tsc, ns: line.ns_at(tsc), scale };
+        });
+    }
+
+    /// Writes all pages, after `change` and while readers wait.
+    fn rewrite(&self, state: &mut State, change: impl FnOnce(&mut Line)) {
+        let stable = all_equal(&state.vcpus);
+        let mut open = Vec::new();
+        for vcpu in &state.vcpus {
+            for &page in vcpu.pages.iter().flatten() {
+                let page = self.page(page);
+                open.push((seqlock::begin(&page), page, &vcpu.tsc));
+            }
+        }
+        change(&mut state.line);
+        for (odd, page, tsc) in open {
+            page.set_body(&time_info(&state.line, tsc, stable).as_bytes()[4..]);
+            seqlock::end(&page, odd);
         }
     }
 
@@ -110,48 +170,71 @@ impl Clock {
     /// [`memory::Error::NotRam`] where it does not lie in RAM; nothing changes then.
     pub fn write_wall_clock(&self, page: Gpa) -> Result<(), memory::Error> {
         self.ram.check(page, size_of::<WallClock>() as u64)?;
+        let started = self.started_ns();
         let _one_writer = self.lock();
-        let started = self.host.realtime_ns().saturating_sub(self.now_ns());
         let clock = WallClock { version: 0, sec: (started / NS_PER_S) as u32, nsec: (started % NS_PER_S) as u32 };
-        self.write_versioned(page, |version| WallClock { version, ..clock })
+        self.write_versioned(page, &clock);
+        Ok(())
     }
 
-    fn publish(&self, vcpu: &VcpuClock, stable: bool) -> Result<(), memory::Error> {
-        let Some(page) = vcpu.page else { return Ok(()) };
-        let info = TimeInfo {
-            tsc_timestamp: vcpu.tsc.guest(self.zero),
-            system_time: 0,
-            tsc_to_system_mul: self.scale.mul,
-            tsc_shift: self.scale.shift,
-            flags: if stable { TIME_INFO_STABLE } else { 0 },
-            ..TimeInfo::default()
-        };
-        self.write_versioned(page, |version| TimeInfo { version, ..info })
+    /// The time of day at which the VM's clock was zero, nanoseconds since 1970-01-01 UTC.
+    pub fn started_ns(&self) -> u64 {
+        self.host.realtime_ns().saturating_sub(self.now_ns())
     }
 
-    /// The seqlock: an odd version, then everything, then the next even one. Callers hold the lock: one writer a page.
-    fn write_versioned<T: zerocopy::IntoBytes + zerocopy::Immutable>(
-        &self,
-        page: Gpa,
-        value: impl Fn(u32) -> T,
-    ) -> Result<(), memory::Error> {
-        // Go on from what is there, so that a reader in between two registrations notices; made even where it is not.
-        let old = self.ram.read_value::<u32>(page)?;
-        let odd = old.wrapping_add(1) | 1;
-        self.ram.write_value(page, &odd)?;
-        fence(Ordering::SeqCst);
-        self.ram.write_value(page, &value(odd))?;
-        fence(Ordering::SeqCst);
-        self.ram.write_value(page, &odd.wrapping_add(1))
+    /// Writes what follows the version of `value`. Callers hold the lock: one writer a page.
+    fn write_versioned(&self, page: Gpa, value: &(impl IntoBytes + zerocopy::Immutable)) {
+        let page = self.page(page);
+        let odd = seqlock::begin(&page);
+        page.set_body(&value.as_bytes()[4..]);
+        seqlock::end(&page, odd);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<VcpuClock>> {
-        self.vcpus.lock().unwrap_or_else(PoisonError::into_inner)
+    fn page(&self, gpa: Gpa) -> RamPage<'_> {
+        RamPage { ram: &self.ram, gpa }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn time_info(line: &Line, tsc: &GuestTsc, stable: bool) -> TimeInfo {
+    TimeInfo {
+        tsc_timestamp: tsc.guest(line.tsc),
+        system_time: line.ns,
+        tsc_to_system_mul: line.scale.mul,
+        tsc_shift: line.scale.shift,
+        flags: if stable { TIME_INFO_STABLE } else { 0 },
+        ..TimeInfo::default()
     }
 }
 
 fn all_equal(vcpus: &[VcpuClock]) -> bool {
     vcpus.windows(2).all(|pair| pair[0].tsc.offset() == pair[1].tsc.offset())
+}
+
+/// A versioned structure in guest RAM. That it is RAM was checked when it was registered, and RAM does not go away.
+pub(crate) struct RamPage<'a> {
+    pub(crate) ram: &'a GuestRam,
+    pub(crate) gpa: Gpa,
+}
+
+impl RamPage<'_> {
+    /// Replaces what follows the version.
+    pub(crate) fn set_body(&self, body: &[u8]) {
+        let _ = self.ram.write(Gpa(self.gpa.0 + 4), body);
+    }
+}
+
+impl Versioned for RamPage<'_> {
+    fn version(&self) -> u32 {
+        self.ram.read_value(self.gpa).unwrap_or(0)
+    }
+
+    fn set_version(&self, version: u32) {
+        let _ = self.ram.write_value(self.gpa, &version);
+    }
 }
 
 #[cfg(test)]
@@ -190,6 +273,55 @@ mod tests {
         }
     }
 
+    const NS_IN_100_YEARS: u64 = 36_525 * 86_400 * NS_PER_S;
+
+    proptest! {
+        #[test]
+        fn the_scale_errs_by_less_than_a_nanosecond_a_second(khz in 100_000_u64..10_000_000, seconds in 1_u64..3_155_760_000) {
+            // Whole seconds, so that what is left is the scale's own error; the guest loses bits it shifts out: 2 ns at most.
+            let ticks = u128::from(khz) * 1000 * u128::from(seconds);
+            prop_assume!(ticks <= u128::from(u64::MAX));
+            let got = TscScale::new(khz).nanoseconds(ticks as u64);
+            let exact = seconds * NS_PER_S;
+            prop_assert!(got.abs_diff(exact) <= seconds + 2, "{got} {exact}");
+        }
+
+        #[test]
+        fn a_guest_reads_a_hundred_years_without_overflow(khz in 100_000_u64..5_000_000, ns in 0..NS_IN_100_YEARS) {
+            // The guest shifts and multiplies as pvclock does: 64 bits, then 128.
+            let scale = TscScale::new(khz);
+            let ticks = (u128::from(ns) * u128::from(khz) / 1_000_000) as u64;
+            let info = TimeInfo { tsc_to_system_mul: scale.mul, tsc_shift: scale.shift, ..TimeInfo::default() };
+            prop_assert_eq!(guest_ns(&info, ticks), scale.nanoseconds(ticks));
+            prop_assert!(guest_ns(&info, ticks).abs_diff(ns) <= ns / NS_PER_S + 12);
+        }
+
+        #[test]
+        fn time_goes_on_at_each_change_of_the_scale(
+            rates in prop::collection::vec((100_000_u64..10_000_000, 0_u64..1 << 40), 1..20),
+            offset: u64,
+        ) {
+            let (host, ram) = (FakeClock::new(), ram());
+            let tsc = Arc::new(GuestTsc::new(1_000_000, 0, offset));
+            let clock = Clock::new(Arc::new(host.clone()), ram.clone(), 0, [Arc::clone(&tsc)]);
+            clock.set_page(0, ClockPage::Kvm, Some(Gpa(0x100))).unwrap();
+            clock.set_page(0, ClockPage::Native, Some(Gpa(0x200))).unwrap();
+            let mut last = 0;
+            for (khz, ticks) in rates {
+                let now = |host: &FakeClock| tsc.guest(host::Clock::tsc(host));
+                let before = guest_ns(&page(&ram, 0x100), now(&host));
+                clock.rescale(khz);
+                let info = page(&ram, 0x100);
+                prop_assert_eq!((info, info.version % 2), (TimeInfo { version: info.version, ..page(&ram, 0x200) }, 0));
+                prop_assert_eq!(guest_ns(&info, now(&host)), before, "both rates agree on the moment of the change");
+                prop_assert!(before >= last);
+                last = before;
+                host.advance(ticks);
+                prop_assert_eq!(guest_ns(&info, now(&host)), clock.now_ns(), "guest and host read one clock");
+            }
+        }
+    }
+
     fn ram() -> GuestRam {
         GuestRam::new(&[(Gpa(0), 0x4000)]).unwrap()
     }
@@ -213,8 +345,8 @@ mod tests {
         let tscs = [0, 0].map(|start| Arc::new(GuestTsc::new(1_000_000, 5_000, start)));
         let clock = Clock::new(Arc::new(host.clone()), ram.clone(), 5_000, tscs.iter().cloned());
         host.advance(777);
-        clock.set_page(0, Some(Gpa(0x100))).unwrap();
-        clock.set_page(1, Some(Gpa(0x200))).unwrap();
+        clock.set_page(0, ClockPage::Kvm, Some(Gpa(0x100))).unwrap();
+        clock.set_page(1, ClockPage::Kvm, Some(Gpa(0x200))).unwrap();
         let (one, two) = (page(&ram, 0x100), page(&ram, 0x200));
         assert_eq!((one.version, one.flags, one), (2, TIME_INFO_STABLE, two));
         assert_eq!((guest_ns(&one, tscs[0].guest(5_777)), clock.now_ns()), (777, 777));
@@ -235,8 +367,8 @@ mod tests {
     fn a_page_taken_back_is_not_written_any_more() {
         let (host, ram) = (FakeClock::new(), ram());
         let clock = Clock::new(Arc::new(host), ram.clone(), 0, [Arc::new(GuestTsc::new(1_000_000, 0, 0))]);
-        clock.set_page(0, Some(Gpa(0))).unwrap();
-        clock.set_page(0, None).unwrap();
+        clock.set_page(0, ClockPage::Kvm, Some(Gpa(0))).unwrap();
+        clock.set_page(0, ClockPage::Kvm, None).unwrap();
         ram.write_value(Gpa(0), &TimeInfo::default()).unwrap();
         clock.tsc_moved();
         assert_eq!(page(&ram, 0), TimeInfo::default());

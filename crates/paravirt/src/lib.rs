@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   CPUID ──> negotiation: what is offered
-//!   MSRs  ──> Vcpu ──> Clock ──> one time page a vCPU, in guest RAM, read without an exit
-//!   VMCALL ─> Vcpu::hypercall
+//!   MSRs  ──> Vcpu ─┬──> Clock ──> one time page a vCPU and dialect, in guest RAM, read without an exit
+//!   VMCALL ─> Vcpu ─┴──> native: the native dialect, where it is spoken
 //! ```
 //!
 //! What is not offered is refused on use. An address a guest names is an allegation: checked before anything changes.
@@ -12,9 +12,12 @@
 //! know. Nothing here knows an engine or a device.
 
 mod clock;
+pub mod native;
 mod negotiation;
+mod seqlock;
+mod sync;
 mod vcpu;
 
-pub use clock::{Clock, TscScale};
-pub use negotiation::{Features, Rates, hide, offer};
+pub use clock::{Clock, ClockPage, TscScale};
+pub use negotiation::{Features, Rates, hide, offer, show};
 pub use vcpu::Vcpu;

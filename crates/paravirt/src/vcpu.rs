@@ -1,12 +1,12 @@
-//! One vCPU's side of the dialect: its MSRs and hypercalls.
+//! One vCPU's side of the kvm dialect, its MSRs and hypercalls; and the way to the native dialect, where it is spoken.
 
 use std::sync::Arc;
 
 use contract::kvm::{feature, hypercall, msr};
-use engine::{HypercallArgs, MsrRefused};
+use engine::{Answer, HypercallArgs, MsrRefused};
 use memory::Gpa;
 
-use crate::{Clock, Features};
+use crate::{Clock, ClockPage, Features, native};
 
 /// What one vCPU has agreed with the host.
 pub struct Vcpu {
@@ -16,26 +16,41 @@ pub struct Vcpu {
     /// What the guest last wrote to the MSRs, and reads back.
     system_time: u64,
     wall_clock: u64,
+    /// Absent where the dialect is not spoken.
+    native: Option<native::Vcpu>,
 }
 
 impl Vcpu {
-    /// vCPU `index` of a VM that offers `features`.
-    pub fn new(index: u32, features: Features, clock: Arc<Clock>) -> Self {
-        Self { index, features, clock, system_time: 0, wall_clock: 0 }
+    /// vCPU `index` of a VM that offers `features`, and the native dialect where there is `native`.
+    pub fn new(index: u32, features: Features, clock: Arc<Clock>, native: Option<native::Vcpu>) -> Self {
+        Self { index, features, clock, system_time: 0, wall_clock: 0, native }
+    }
+
+    /// The native dialect's side.
+    pub fn native(&mut self) -> Option<&mut native::Vcpu> {
+        self.native.as_mut()
     }
 
     /// Forgets what was agreed: the vCPU was reset or got INIT.
     pub fn reset(&mut self) {
         // Taking a page away cannot fail.
-        let _ = self.clock.set_page(self.index, None);
+        let _ = self.clock.set_page(self.index, ClockPage::Kvm, None);
         (self.system_time, self.wall_clock) = (0, 0);
+        if let Some(native) = &mut self.native {
+            native.reset();
+        }
     }
 
     /// RDMSR.
     ///
     /// # Errors
-    /// [`MsrRefused`] for every MSR that is not the dialect's or not offered.
+    /// [`MsrRefused`] for every MSR that is not a dialect's or not offered.
     pub fn msr_read(&self, index: u32) -> Result<u64, MsrRefused> {
+        if let Some(native) = &self.native
+            && native::Vcpu::is_msr(index)
+        {
+            return native.msr_read(index);
+        }
         self.require(index)?;
         match index {
             msr::SYSTEM_TIME | msr::SYSTEM_TIME_OLD => Ok(self.system_time),
@@ -47,15 +62,20 @@ impl Vcpu {
     /// WRMSR.
     ///
     /// # Errors
-    /// [`MsrRefused`] for every MSR that is not the dialect's or not offered, and for an address that is not aligned or
+    /// [`MsrRefused`] for every MSR that is not a dialect's or not offered, and for an address that is not aligned or
     /// not RAM; nothing changes then.
     pub fn msr_write(&mut self, index: u32, value: u64) -> Result<(), MsrRefused> {
+        if let Some(native) = &mut self.native
+            && native::Vcpu::is_msr(index)
+        {
+            return native.msr_write(index, value);
+        }
         self.require(index)?;
         match index {
             msr::SYSTEM_TIME | msr::SYSTEM_TIME_OLD => {
                 let page = aligned(value & !msr::SYSTEM_TIME_ENABLE)?;
                 let page = (value & msr::SYSTEM_TIME_ENABLE != 0).then_some(page);
-                self.clock.set_page(self.index, page).map_err(|_| MsrRefused)?;
+                self.clock.set_page(self.index, ClockPage::Kvm, page).map_err(|_| MsrRefused)?;
                 self.system_time = value;
             }
             msr::WALL_CLOCK | msr::WALL_CLOCK_OLD => {
@@ -67,14 +87,19 @@ impl Vcpu {
         Ok(())
     }
 
-    /// VMCALL or VMMCALL: the value for RAX.
-    pub fn hypercall(&self, call: HypercallArgs) -> u64 {
+    /// VMCALL or VMMCALL.
+    pub fn hypercall(&mut self, call: HypercallArgs) -> Answer {
+        if let Some(native) = &mut self.native
+            && (native::Vcpu::is_call(call.number) || self.features == Features::NONE)
+        {
+            return native.hypercall(call);
+        }
         let result = match call.number {
             _ if call.cpl != 0 => hypercall::EPERM,
             hypercall::VAPIC_POLL_IRQ if self.features != Features::NONE => 0,
             _ => hypercall::ENOSYS,
         };
-        result as u64
+        Answer::Now(result as u64)
     }
 
     /// The clock's pages are to be written anew: a TSC was moved.
@@ -107,7 +132,7 @@ mod tests {
     fn vcpu(features: Features) -> (Vcpu, GuestRam) {
         let ram = GuestRam::new(&[(Gpa(0), 0x2000)]).unwrap();
         let clock = Clock::new(Arc::new(FakeClock::new()), ram.clone(), 0, [Arc::new(GuestTsc::new(1_000_000, 0, 0))]);
-        (Vcpu::new(0, features, Arc::new(clock)), ram)
+        (Vcpu::new(0, features, Arc::new(clock), None), ram)
     }
 
     const MSRS: [u32; 4] = [msr::WALL_CLOCK_OLD, msr::SYSTEM_TIME_OLD, msr::WALL_CLOCK, msr::SYSTEM_TIME];
@@ -154,8 +179,11 @@ mod tests {
 
     #[test]
     fn hypercalls_are_answered() {
-        let (vcpu, _) = vcpu(Features::ALL);
-        let call = |number, cpl| vcpu.hypercall(HypercallArgs { number, args: [1, 2, 3, 4], cpl }) as i64;
+        let (mut vcpu, _) = vcpu(Features::ALL);
+        let mut call = |number, cpl| match vcpu.hypercall(HypercallArgs { number, args: [1, 2, 3, 4], cpl }) {
+            Answer::Now(value) => value as i64,
+            Answer::Later => panic!("no call of this dialect sleeps"),
+        };
         assert_eq!((call(1, 0), call(1, 3), call(5, 0), call(u64::MAX, 0)), (0, -1, -1000, -1000));
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use engine::cpu_model::{DEFAULT, HostCpu, lookup};
 use engine::state::{Segment, cr0, cr4, efer, seg};
-use engine::{CpuIo, CpuState, Exit, HypercallArgs, Ledger, MsrRefused, Vcpu, VcpuConfig, VcpuId};
+use engine::{Answer, CpuIo, CpuState, Exit, HypercallArgs, Ledger, MsrRefused, Vcpu, VcpuConfig, VcpuId};
 use memory::{Gpa, GuestRam};
 
 use crate::config::Config;
@@ -122,8 +122,8 @@ impl CpuIo for Nothing {
     fn msr_write(&mut self, _index: u32, _value: u64) -> Result<(), MsrRefused> {
         Err(MsrRefused)
     }
-    fn hypercall(&mut self, _call: HypercallArgs) -> u64 {
-        0
+    fn hypercall(&mut self, _call: HypercallArgs) -> Answer {
+        Answer::Now(0)
     }
     fn take_interrupt(&mut self) -> Option<u8> {
         None

@@ -4,7 +4,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use engine::state::{cr0, cr4, efer, rflags, seg};
-use engine::{CpuIo, CpuState, Error, Phase, VcpuConfig};
+use engine::{CpuIo, CpuState, Error, Exit, Phase, VcpuConfig};
 use memory::Gpa;
 
 use crate::config::Check;
@@ -112,8 +112,8 @@ pub(crate) struct Cpu {
     pub pending_debug: u64,
     /// The instruction that STI's shadow covers; elsewhere [`CpuState::shadow`] has passed, where it is STI's.
     pub sti_shadow_at: u64,
-    /// The guest spins: give the processor to somebody else for a while.
-    pub yielding: bool,
+    /// What to leave with before the next instruction: the guest spins, or a hypercall waits.
+    pub leaving: Option<Exit>,
     /// RFLAGS.RF is not to be cleared after this instruction: it loaded it itself (IRET), or is not done yet (REP).
     pub flags_loaded: bool,
     /// No single-step trap after this instruction, although RFLAGS.TF was set before it (INT n, task switches).
@@ -157,7 +157,7 @@ impl Cpu {
             recheck: false,
             pending_debug: 0,
             sti_shadow_at: 0,
-            yielding: false,
+            leaving: None,
             flags_loaded: false,
             no_step: false,
             watch: false,

@@ -105,6 +105,10 @@ impl Runner {
         if pending.contains(Signals::ENGINE) {
             cpu.config.signal.take(Signals::ENGINE);
         }
+        if pending.contains(Signals::FLUSH) {
+            cpu.config.signal.take(Signals::FLUSH);
+            cpu.tlb.flush_all();
+        }
         cpu.answer_others();
         if self.jit.is_none() {
             cpu.stale.clear(); // decoded blocks carry versions of their own
@@ -120,8 +124,8 @@ impl Runner {
             cpu.config.ledger.record(Cause::Startup, 0);
             return Err(Exit::Init);
         }
-        if std::mem::take(&mut cpu.yielding) {
-            return Err(Exit::Yielded);
+        if let Some(exit) = cpu.leaving.take() {
+            return Err(exit);
         }
         let shadow = cpu.state.shadow;
         if cpu.pending_debug != 0 && shadow != Shadow::MovSs {
@@ -318,6 +322,11 @@ impl Vcpu for Runner {
         exit
     }
 
+    fn answer(&mut self, value: u64) {
+        let size = if self.cpu.mode.is_64() { 3 } else { 2 };
+        self.cpu.set_gpr(0, size, value);
+    }
+
     fn difference(&mut self) -> Option<String> {
         self.difference.take()
     }
@@ -333,6 +342,7 @@ impl Vcpu for Runner {
         self.cpu.tlb.flush_all();
         self.cpu.tlb.select(0);
         self.cpu.pending_debug = 0;
+        self.cpu.leaving = None;
         self.cpu.sti_shadow_at = state.rip;
         self.cpu.state.hot_mut().waits = 1; // or not: looking costs nothing
         self.cpu.refresh();

@@ -11,7 +11,8 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 use engine::{
-    CpuIo, Engine, Error, Exit, GuestTsc, HypercallArgs, Ledger, MsrRefused, Signal, Signals, VcpuConfig, VcpuId,
+    Answer, CpuIo, Engine, Error, Exit, GuestTsc, HypercallArgs, Ledger, MsrRefused, Signal, Signals, VcpuConfig,
+    VcpuId,
 };
 use host::{Clock, HostClock};
 use memory::{Gpa, GuestRam};
@@ -216,8 +217,8 @@ impl CpuIo for ProbeIo {
     fn msr_write(&mut self, _index: u32, _value: u64) -> Result<(), MsrRefused> {
         Err(MsrRefused)
     }
-    fn hypercall(&mut self, _call: HypercallArgs) -> u64 {
-        u64::MAX
+    fn hypercall(&mut self, _call: HypercallArgs) -> Answer {
+        Answer::Now(u64::MAX)
     }
     fn take_interrupt(&mut self) -> Option<u8> {
         None

@@ -9,8 +9,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use engine::{
-    CpuIo, CpuState, CpuidTable, Engine, Exit, GuestTsc, HypercallArgs, Ledger, MsrRefused, Signal, Vcpu, VcpuConfig,
-    VcpuId,
+    Answer, CpuIo, CpuState, CpuidTable, Engine, Exit, GuestTsc, HypercallArgs, Ledger, MsrRefused, Signal, Vcpu,
+    VcpuConfig, VcpuId,
 };
 use host::{Clock, HostClock};
 use memory::{Gpa, GuestRam};
@@ -107,9 +107,9 @@ impl CpuIo for Io {
         self.events.push(Event::Msr(index, value));
         if index == MSR || index == PAT { Ok(()) } else { Err(MsrRefused) }
     }
-    fn hypercall(&mut self, call: HypercallArgs) -> u64 {
+    fn hypercall(&mut self, call: HypercallArgs) -> Answer {
         self.events.push(Event::Hypercall(call));
-        0x5a5a_0000_0000_a5a5
+        Answer::Now(0x5a5a_0000_0000_a5a5)
     }
     fn take_interrupt(&mut self) -> Option<u8> {
         self.pic.pop_front()

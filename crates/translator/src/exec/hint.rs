@@ -2,9 +2,9 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use engine::Cause;
 use engine::cpu_model::Feature;
 use engine::state::rflags::{CF, DF, OF, STATUS};
+use engine::{Cause, Exit};
 use iced_x86::{Instruction, Mnemonic};
 
 use super::{by_width, offered, operand_bytes};
@@ -109,7 +109,7 @@ fn nop(_cpu: &mut Cpu, _op: &Op) -> Done {
 fn pause(cpu: &mut Cpu, _op: &Op) -> Done {
     cpu.config.ledger.record(Cause::Pause, 0);
     if cpu.config.ledger.count(Cause::Pause).is_multiple_of(PAUSES_PER_YIELD) {
-        cpu.yielding = true;
+        cpu.leaving = Some(Exit::Yielded);
         cpu.recheck = true;
     }
     Ok(())

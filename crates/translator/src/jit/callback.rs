@@ -216,8 +216,10 @@ fn at_rip(cpu: &mut Cpu) -> u64 {
 /// True where the loop's look between two instructions would find nothing, and translated code is good for the mode.
 fn nothing_to_look_at(cpu: &Cpu) -> bool {
     let (state, hot) = (&*cpu.state, cpu.state.hot());
-    let quiet =
-        cpu.config.signal.pending().is_empty() && cpu.stale.is_empty() && !cpu.yielding && cpu.pending_debug == 0;
+    let quiet = cpu.config.signal.pending().is_empty()
+        && cpu.stale.is_empty()
+        && cpu.leaving.is_none()
+        && cpu.pending_debug == 0;
     let uninterrupted = hot.waits == 0 || state.rflags & IF == 0;
     // Where nothing waits, STI has nothing to hold back.
     let shadow = state.shadow == Shadow::MovSs || state.shadow == Shadow::Sti && hot.waits != 0;

@@ -1,7 +1,7 @@
 //! Control and debug registers, the interrupt flag, HLT, and TLB and cache maintenance (Intel SDM vol. 2; vol. 3A, 2.5).
 
-use engine::HypercallArgs;
 use engine::state::{Shadow, cr0, cr4, efer, rflags, seg};
+use engine::{Answer, Exit, HypercallArgs};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::segment::store_16;
@@ -320,8 +320,10 @@ fn hypercall(cpu: &mut Cpu, op: &Op) -> Done {
         args: [register(cpu, 3), register(cpu, 1), register(cpu, 2), register(cpu, 6)],
         cpl: cpu.mode.cpl,
     };
-    let result = cpu.io().hypercall(call);
-    cpu.set_gpr(0, size, result);
+    match cpu.io().hypercall(call) {
+        Answer::Now(result) => cpu.set_gpr(0, size, result),
+        Answer::Later => cpu.leaving = Some(Exit::Waiting),
+    }
     cpu.state.rip = op.next;
     cpu.recheck = true;
     Ok(())

@@ -76,7 +76,7 @@ impl Features {
             rdtscp: has(Feature::Rdtscp),
             rdpid: has(Feature::Rdpid),
             sysenter: has(Feature::Sep),
-            hypercalls: cpuid.get(0x4000_0000, 0).is_some(),
+            hypercalls: cpuid.iter().any(|((leaf, _), _)| leaf >> 16 == 0x4000),
             physical_bits: cpuid.physical_bits(),
             cr4_bits: bits(&cr4_by_feature) | cr4::PCE,
             efer_bits: bits(&efer_by_feature),

@@ -1,0 +1,151 @@
+//! The paravirtual dialects of a machine: what its guest finds in CPUID, and who answers it.
+
+use std::sync::{Arc, Mutex};
+
+use device::bus::{Bus, PortDevice};
+use device::interrupt::lapic::{FREQUENCY_HZ, msr};
+use device::interrupt::{InterruptChips, InterruptSink, Refused};
+use engine::{Cpuid, CpuidTable, Engine, GuestTsc};
+use memory::GuestRam;
+use paravirt::native::{self, Calling, Interrupts, Parts, Place, Policy};
+use paravirt::{Clock, Features, Rates};
+
+use crate::board::HostParts;
+use crate::run::Slot;
+use crate::{Error, Plan};
+
+/// Where message-signalled interrupts go; the destination's APIC id is in bits 19:12 (Intel SDM vol. 3A, 11.11.1).
+const MESSAGES: u64 = 0xfee0_0000;
+/// Offset of the end-of-interrupt register in the xAPIC page (Intel SDM vol. 3A, table 11-1).
+const XAPIC_EOI: u64 = 0xb0;
+/// The end-of-interrupt register in x2APIC mode.
+const X2APIC_EOI: u32 = msr::X2APIC_FIRST + 0xb;
+
+/// The dialects of one machine.
+pub(crate) struct Spoken {
+    features: Features,
+    clock: Arc<Clock>,
+    pub(crate) native: Option<Arc<native::Vm>>,
+}
+
+/// Shows the dialects in CPUID, or hides that there is anyone to speak them. Of the kvm dialect, what the engine `serves` by
+/// itself, or else what `paravirt` does.
+pub(crate) fn speak(cpuid: &mut CpuidTable, plan: &Plan, serves: Option<u32>, tsc_khz: u64) {
+    let dialects = plan.dialects;
+    paravirt::hide(cpuid);
+    if dialects.is_none() {
+        return;
+    }
+    paravirt::show(cpuid, dialects.without.hypervisor_bit);
+    if dialects.kvm {
+        let apic_khz = FREQUENCY_HZ / 1000;
+        paravirt::offer(cpuid, kvm_features(plan), Rates { tsc_khz, apic_khz });
+        if let Some(eax) = serves {
+            let eax = eax & !dialects.without.kvm;
+            cpuid.set(contract::kvm::leaf::FEATURES, 0, Cpuid { eax, ..Cpuid::default() });
+        }
+    }
+    if dialects.cordial {
+        let way = calling(cpuid);
+        native::offer(cpuid, native_features(plan), way, &Policy::default(), tsc_khz, plan.cpus);
+    }
+}
+
+fn kvm_features(plan: &Plan) -> Features {
+    if plan.dialects.kvm { Features::ALL.without(plan.dialects.without.kvm) } else { Features::NONE }
+}
+
+fn native_features(plan: &Plan) -> u64 {
+    native::BUILT & !plan.dialects.without.cordial
+}
+
+/// The instruction that suits the processor the guest sees. The engine knows both.
+fn calling(cpuid: &CpuidTable) -> Calling {
+    let vendor = cpuid.answer(0, 0).ebx.to_le_bytes();
+    if [*b"Auth", *b"Hygo"].contains(&vendor) { Calling::Vmmcall } else { Calling::Vmcall }
+}
+
+impl Spoken {
+    pub(crate) fn new(
+        plan: &Plan,
+        engine: &dyn Engine,
+        slots: &[Slot],
+        chips: &Arc<InterruptChips>,
+        host: &HostParts,
+        ram: &GuestRam,
+    ) -> Self {
+        let tscs: Vec<Arc<GuestTsc>> = slots.iter().map(|slot| Arc::clone(&slot.tsc)).collect();
+        let zero = tscs.first().map_or(0, |tsc| tsc.host(0));
+        let clock = Arc::new(Clock::new(Arc::clone(&host.clock), ram.clone(), zero, tscs));
+        let native = plan.dialects.cordial.then(|| {
+            native::Vm::new(Parts {
+                offered: native_features(plan),
+                calling: slots.first().map_or(Calling::Vmcall, |slot| calling(&slot.cpuid)),
+                policy: Policy::default(),
+                ram: ram.clone(),
+                clock: Arc::clone(&clock),
+                host: Arc::clone(&host.clock),
+                timers: Arc::clone(&host.timers),
+                entropy: Arc::clone(&host.entropy),
+                interrupts: Arc::new(ToChips(Arc::clone(chips))),
+                places: slots.iter().map(|slot| Place::new(Arc::clone(&slot.signal))).collect(),
+            })
+        });
+        // What the engine serves by itself and refuses is not to be had here.
+        let features = if engine.kvm_dialect().is_none() { kvm_features(plan) } else { Features::NONE };
+        Self { features, clock, native }
+    }
+
+    /// One vCPU's side.
+    pub(crate) fn vcpu(&self, index: u32) -> paravirt::Vcpu {
+        let native = self.native.as_ref().map(|vm| native::Vcpu::new(Arc::clone(vm), index));
+        paravirt::Vcpu::new(index, self.features, Arc::clone(&self.clock), native)
+    }
+
+    /// The host's say in the contract, for a test guest to have.
+    pub(crate) fn place_test_ports(&self, bus: &Bus) -> Result<(), Error> {
+        if let Some(vm) = &self.native {
+            bus.add_ports(TEST_PORTS, 12, Arc::new(Mutex::new(TestPorts(Arc::clone(vm)))))?;
+        }
+        Ok(())
+    }
+}
+
+/// Vectors to local APICs.
+struct ToChips(Arc<InterruptChips>);
+
+impl Interrupts for ToChips {
+    fn raise(&self, vcpu: u32, vector: u8) {
+        self.0.message(MESSAGES | u64::from(vcpu) << 12, vector.into());
+    }
+
+    fn end(&self, vcpu: u32) {
+        let vcpu = vcpu as usize;
+        if let Err(Refused) = self.0.msr_write(vcpu, X2APIC_EOI, 0) {
+            self.0.write_mmio(vcpu, XAPIC_EOI, &[0; 4]); // not in x2APIC mode
+        }
+    }
+}
+
+/// First port of [`TestPorts`].
+const TEST_PORTS: u16 = 0x2100;
+
+/// What the host does of its own accord, at the wish of a test guest. 32-bit writes: at offset 0 features to revoke, at
+/// offset 4 the rate in kHz that the TSC counts at from now on, at offset 8 a new generation id.
+struct TestPorts(Arc<native::Vm>);
+
+impl PortDevice for TestPorts {
+    fn port_read(&mut self, _offset: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+
+    fn port_write(&mut self, offset: u16, data: &[u8]) {
+        let Ok(value) = data.try_into().map(u32::from_le_bytes) else { return };
+        match offset {
+            0 => drop(self.0.revoke(value.into())),
+            4 => self.0.rescale(value.into()),
+            8 => self.0.regenerate(),
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! A VM without an engine, whose time the tests move.
+
+use std::sync::{Arc, Mutex};
+
+use contract::native::{call, msr};
+use engine::{Answer, GuestTsc, HypercallArgs, Signal};
+use host::fake::{FakeClock, FakeEntropy, FakeTimers};
+use memory::{Gpa, GuestRam};
+
+use super::{BUILT, Calling, Interrupts, Parts, Place, Policy, Vcpu, Vm};
+use crate::Clock;
+
+/// RAM is 0 to here, and 16 pages above 1 MiB.
+pub(super) const LOW_RAM: u64 = 0x1_0000;
+pub(super) const HIGH_RAM: u64 = 0x10_0000;
+
+/// What reached local APICs.
+#[derive(Default)]
+pub(super) struct Record {
+    pub(super) raised: Mutex<Vec<(u32, u8)>>,
+    pub(super) ended: Mutex<Vec<u32>>,
+}
+
+impl Interrupts for Record {
+    fn raise(&self, vcpu: u32, vector: u8) {
+        self.raised.lock().unwrap().push((vcpu, vector));
+    }
+
+    fn end(&self, vcpu: u32) {
+        self.ended.lock().unwrap().push(vcpu);
+    }
+}
+
+pub(super) struct Bench {
+    pub(super) vm: Arc<Vm>,
+    pub(super) vcpus: Vec<Vcpu>,
+    pub(super) signals: Vec<Arc<Signal>>,
+    pub(super) ram: GuestRam,
+    pub(super) clock: FakeClock,
+    pub(super) timers: FakeTimers,
+    pub(super) record: Arc<Record>,
+}
+
+impl Bench {
+    /// A VM that offers everything, and has accepted `accepted`.
+    pub(super) fn new(vcpus: usize, accepted: u64) -> Self {
+        let bench = Self::with(vcpus, BUILT, Policy::default());
+        assert_eq!(bench.vm.accept(accepted), Ok(1));
+        bench
+    }
+
+    /// A VM that offers `offered` and has accepted nothing.
+    pub(super) fn with(vcpus: usize, offered: u64, policy: Policy) -> Self {
+        let ram = GuestRam::new(&[(Gpa(0), LOW_RAM), (Gpa(HIGH_RAM), 0x1_0000)]).unwrap();
+        let clock = FakeClock::new();
+        let timers = FakeTimers::new(clock.clone());
+        let tscs = (0..vcpus).map(|_| Arc::new(GuestTsc::new(1_000_000, 0, 0)));
+        let vm_clock = Arc::new(Clock::new(Arc::new(clock.clone()), ram.clone(), 0, tscs));
+        let signals: Vec<Arc<Signal>> = (0..vcpus).map(|_| Arc::default()).collect();
+        let record = Arc::<Record>::default();
+        let vm = Vm::new(Parts {
+            offered,
+            calling: Calling::Vmcall,
+            policy,
+            ram: ram.clone(),
+            clock: vm_clock,
+            host: Arc::new(clock.clone()),
+            timers: Arc::new(timers.clone()),
+            entropy: Arc::new(FakeEntropy::default()),
+            interrupts: Arc::clone(&record) as _,
+            places: signals.iter().map(|signal| Place::new(Arc::clone(signal))).collect(),
+        });
+        let vcpus = (0..vcpus).map(|index| Vcpu::new(Arc::clone(&vm), index as u32)).collect();
+        Self { vm, vcpus, signals, ram, clock, timers, record }
+    }
+
+    /// A call; `None` where it sleeps.
+    pub(super) fn call(&mut self, vcpu: usize, number: u64, args: [u64; 4]) -> Option<i64> {
+        let call = HypercallArgs { number: call::BASE.wrapping_add(number), args, cpl: 0 };
+        match self.vcpus[vcpu].hypercall(call) {
+            Answer::Now(value) => Some(value as i64),
+            Answer::Later => self.vcpus[vcpu].finish_flush().map(|value| value as i64),
+        }
+    }
+
+    pub(super) fn write_msr(&mut self, vcpu: usize, register: u32, value: u64) -> bool {
+        self.vcpus[vcpu].msr_write(msr::BASE + register, value).is_ok()
+    }
+
+    pub(super) fn raised(&self) -> Vec<(u32, u8)> {
+        std::mem::take(&mut self.record.raised.lock().unwrap())
+    }
+
+    /// A value in guest RAM.
+    pub(super) fn read<T: zerocopy::FromBytes + zerocopy::IntoBytes>(&self, gpa: u64) -> T {
+        self.ram.read_value(Gpa(gpa)).unwrap()
+    }
+}
