@@ -32,7 +32,8 @@ impl<T> Mutex<T> {
     /// Takes the lock where it is free.
     pub fn try_lock<'a, W: Waiting>(&'a self, waiting: &'a W) -> Option<Guard<'a, T, W>> {
         let taken = self.state.compare_exchange(FREE, TAKEN, Ordering::Acquire, Ordering::Relaxed);
-        taken.is_ok().then_some(Guard { mutex: self, waiting })
+        // Only then may there be a guard: it would free the lock again.
+        taken.is_ok().then(|| Guard { mutex: self, waiting })
     }
 
     /// A look that takes no cache line from the holder.

@@ -98,7 +98,9 @@ fn what_nobody_contends_for_makes_no_call() {
     }
     assert_eq!(host.calls.load(Ordering::SeqCst), 0);
     let held = mutex.lock(&host);
-    assert!(mutex.try_lock(&host).is_none());
+    for _ in 0..2 {
+        assert!(mutex.try_lock(&host).is_none(), "a try that fails leaves the lock to who has it");
+    }
     drop(held);
     assert!(mutex.try_lock(&host).is_some());
 }
