@@ -65,6 +65,10 @@ impl Cpu {
                 found = Found { moved: found.moved + 1, inside: found.inside + 1, outside: found.outside - 1 };
             }
         }
+        if self.window.is_torn() {
+            self.tlb.leave_window();
+            self.window.give_up();
+        }
         found
     }
 

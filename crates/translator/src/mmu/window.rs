@@ -67,6 +67,7 @@ pub(crate) struct Window {
     chunks: HashMap<u64, Option<Chunk>>,
     mappings: usize,
     most: usize,
+    torn: bool,
     /// Address spaces that have been seen at work, by the address of their page tables.
     spaces: HashMap<u64, Space>,
     /// The current one.
@@ -88,6 +89,7 @@ impl Window {
             chunks: HashMap::new(),
             mappings: 0,
             most: MOST_MAPPINGS,
+            torn: false,
             spaces: HashMap::new(),
             space: 0,
             sampled_ns: 0,
@@ -104,7 +106,7 @@ impl Window {
 
     /// Says how many vCPUs share the process's mappings.
     pub(crate) fn share(&mut self, vcpus: usize) {
-        self.most = MOST_MAPPINGS / vcpus.max(1);
+        self.most = self.most.min(MOST_MAPPINGS / vcpus.max(1));
     }
 
     /// The address space with page tables at `root` is the current one. `fresh`: it may be another than was there before.
@@ -191,6 +193,7 @@ impl Window {
         let at = address.wrapping_add(self.distance) as *mut u8;
         // SAFETY: inside a chunk that has been reserved.
         if unsafe { ram.map_pages(gpa, (pages as u64) * PAGE_SIZE, at) }.is_err() {
+            self.torn = true;
             return false;
         }
         self.mappings += 1;
@@ -210,6 +213,7 @@ impl Window {
             self.mappings += 1;
             owners[place(address)] = 0;
         }
+        self.torn |= done.is_err();
         done.is_ok()
     }
 
@@ -220,6 +224,19 @@ impl Window {
     /// True where there has been no room for more mappings for a while.
     pub(crate) fn is_worn(&self) -> bool {
         self.is_full() && self.patience == MOST_PATIENCE
+    }
+
+    /// True where the host has refused to replace a mapping: what was there may be gone, and anything may come there.
+    pub(crate) fn is_torn(&self) -> bool {
+        self.torn
+    }
+
+    /// Leaves all that is mapped where it is, and maps nothing any more: what is in its place may be the host's.
+    pub(crate) fn give_up(&mut self) {
+        self.chunks.clear();
+        self.spaces.clear();
+        (self.torn, self.near, self.most) = (false, false, 0);
+        tracing::debug!("the host refuses a mapping; programs find their pages as before");
     }
 
     /// Takes away all that is mapped.
@@ -322,6 +339,17 @@ mod tests {
         assert!(window.map(&ram, next - 0x1000, Gpa(0), 1));
         assert!(!window.map(&ram, 0, Gpa(0), 1), "page 0 has none");
         assert!(!window.map(&ram, next + 0x1000, Gpa(0xff000), 2), "beyond RAM");
+    }
+
+    #[test]
+    fn a_window_that_is_given_up_maps_nothing_more() {
+        let ram = GuestRam::new(&[(Gpa(0), 1 << 20)]).unwrap();
+        let mut window = Window::new(11);
+        assert!(!window.map(&ram, HEAP + 0x1000, Gpa(1 << 20), 1) && window.is_torn(), "beyond RAM");
+        window.give_up();
+        assert!(!window.is_torn() && !window.map(&ram, HEAP + 0x1000, Gpa(0), 1));
+        window.share(1);
+        assert!(!window.map(&ram, HEAP + 0x1000, Gpa(0), 1));
     }
 
     #[test]
