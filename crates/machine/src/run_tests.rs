@@ -236,14 +236,19 @@ fn a_halted_processor_wakes_for_its_interrupt_and_only_if_it_takes_it() {
     stopper.join().unwrap();
 }
 
+/// Has the local APIC's timer interrupt with vector 50h in a millisecond.
+fn start_timer(io: &mut dyn CpuIo) {
+    io.msr_write(0x1b, 0xfee0_0d00).unwrap(); // x2APIC mode
+    io.msr_write(0x80f, 0x1ff).unwrap(); // software enable
+    io.msr_write(0x832, 0x50).unwrap(); // timer: one-shot, vector 50h
+    io.msr_write(0x83e, 0xb).unwrap(); // divide by 1
+    io.msr_write(0x838, 1_000_000).unwrap(); // a millisecond
+}
+
 #[test]
 fn timers_run_while_the_machine_does() {
     let arm = step(|io, vcpu| {
-        io.msr_write(0x1b, 0xfee0_0d00).unwrap(); // x2APIC mode
-        io.msr_write(0x80f, 0x1ff).unwrap(); // software enable
-        io.msr_write(0x832, 0x50).unwrap(); // timer: one-shot, vector 50h
-        io.msr_write(0x83e, 0xb).unwrap(); // divide by 1
-        io.msr_write(0x838, 1_000_000).unwrap(); // a millisecond
+        start_timer(io);
         vcpu.state.rflags |= rflags::IF;
         Exit::Halted
     });
@@ -309,11 +314,7 @@ fn a_waiting_vcpu_sleeps_and_is_woken() {
     });
     let timed_out = step(|io, vcpu| {
         assert_eq!(vcpu.state.gpr[0], waited::TIMED_OUT);
-        io.msr_write(0x1b, 0xfee0_0d00).unwrap(); // x2APIC mode
-        io.msr_write(0x80f, 0x1ff).unwrap(); // software enable
-        io.msr_write(0x832, 0x50).unwrap(); // timer: one-shot, vector 50h
-        io.msr_write(0x83e, 0xb).unwrap(); // divide by 1
-        io.msr_write(0x838, 1_000_000).unwrap(); // a millisecond
+        start_timer(io);
         vcpu.state.rflags |= rflags::IF;
         Exit::Yielded
     });

@@ -70,13 +70,7 @@ pub(crate) struct Asm {
 impl Asm {
     /// Code that will run at `base`.
     pub(crate) fn new(base: u64) -> Self {
-        Self {
-            bytes: Vec::with_capacity(2048),
-            base,
-            labels: Vec::with_capacity(128),
-            fixups: Vec::with_capacity(128),
-            broken: false,
-        }
+        Self { bytes: Vec::new(), base, labels: Vec::new(), fixups: Vec::new(), broken: false }
     }
 
     /// Begins anew, with code that will run at `base`.

@@ -84,7 +84,7 @@ pub(super) enum Address {
     Constant(i32),
 }
 
-/// What emitting takes memory for: it serves one block after the other.
+/// What emitting takes memory for: it serves one block after the other. A new one takes none yet.
 pub(super) struct Room {
     pub asm: Asm,
     pub colds: Vec<Cold>,
@@ -94,7 +94,7 @@ pub(super) struct Room {
 
 impl Default for Room {
     fn default() -> Self {
-        Self { asm: Asm::new(0), colds: Vec::with_capacity(64), marks: Vec::with_capacity(32) }
+        Self { asm: Asm::new(0), colds: Vec::new(), marks: Vec::new() }
     }
 }
 
