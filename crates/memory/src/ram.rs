@@ -221,7 +221,7 @@ impl GuestRam {
     /// # Safety
     /// `bytes` bytes at `at`, a multiple of 4096, are a mapping of the caller's that nothing else uses. They are good as
     /// long as this `GuestRam` lives.
-    pub unsafe fn map_pages(&self, gpa: Gpa, bytes: u64, at: *mut u8) -> std::io::Result<()> {
+    pub unsafe fn map_pages(&self, gpa: Gpa, bytes: u64, at: *mut u8, writable: bool) -> std::io::Result<()> {
         let found = self.regions.iter().zip(self.backend.iter()).find(|(region, _)| region.contains(gpa));
         let Some((region, file)) = found.and_then(|(region, mapped)| Some((region, mapped.file_offset()?))) else {
             return Err(std::io::ErrorKind::NotFound.into());
@@ -230,8 +230,8 @@ impl GuestRam {
         if bytes > region.bytes - offset {
             return Err(std::io::ErrorKind::InvalidInput.into());
         }
-        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
-        let flags = flags | MapFlags::FIXED | MapFlags::POPULATE;
+        let protection = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED | MapFlags::POPULATE;
         // SAFETY: in place of what the caller gives away.
         unsafe { mmap(at.cast(), bytes as usize, protection, flags, file.file(), file.start() + offset) }?;
         Ok(())

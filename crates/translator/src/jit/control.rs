@@ -27,7 +27,7 @@ impl Emit<'_> {
 
     /// Room for a push, which [`Emit::pushed`] completes: unless in a group, T2 is the new RSP. Returns where to write.
     pub(super) fn push_room(&mut self, source: &Source<'_>, again: Label) -> At {
-        if source.part.member {
+        if source.part.of.is_some() {
             return self.in_group(-8);
         }
         self.asm.lea(T2, At::Base(STACK, -8));
@@ -36,7 +36,7 @@ impl Emit<'_> {
 
     /// RSP becomes what [`Emit::push_room`] has made room for.
     pub(super) fn pushed(&mut self, source: &Source<'_>) {
-        if source.part.member {
+        if source.part.of.is_some() {
             self.asm.lea(STACK, At::Base(STACK, -8));
         } else {
             self.asm.mov(STACK, T2);
@@ -45,7 +45,7 @@ impl Emit<'_> {
 
     /// Where a pop, or a return, reads.
     fn top(&mut self, source: &Source<'_>, again: Label) -> At {
-        if source.part.member {
+        if source.part.of.is_some() {
             return self.in_group(0);
         }
         self.check(Address::In(STACK), Self::stack_access(false, source.live), again)
@@ -54,7 +54,7 @@ impl Emit<'_> {
     pub(super) fn push_register(&mut self, source: &Source<'_>) -> Option<()> {
         let again = self.asm.bound();
         let at = self.push_room(source, again);
-        let temporary = if source.part.member { T2 } else { T3 };
+        let temporary = if source.part.inside.is_some() { T2 } else { T3 };
         let value = self.value(source.instruction.op0_register().number(), temporary);
         self.asm.store(at, value);
         self.pushed(source);
@@ -77,7 +77,7 @@ impl Emit<'_> {
         let again = self.asm.bound();
         let from = self.memory(source, again)?;
         // T3 outlives the second check: that is an aligned one, whose cold code does not use it.
-        let value = if source.part.member { T1 } else { T3 };
+        let value = if source.part.inside.is_some() { T1 } else { T3 };
         self.asm.load(value, from);
         self.between();
         let room = self.push_room(source, again);
@@ -121,7 +121,7 @@ impl Emit<'_> {
                 self.asm.store_constant(at, short);
                 self.pushed(source);
             }
-            _ if source.part.member => {
+            _ if source.part.of.is_some() => {
                 self.linear(T2, next);
                 self.asm.store(at, T2);
                 self.pushed(source);

@@ -1,4 +1,4 @@
-//! Stack accesses with one check for several.
+//! Accesses with one check for several.
 //!
 //! ```text
 //!   check [rsp - 40, rsp + 24)  ─ page has no entry, or ends in between ─> the same code, translated without groups
@@ -7,33 +7,64 @@
 //!   mov rax, [rsp + 32]            mov rax, [r8 + r10 + 32]
 //! ```
 //!
-//! A block's accesses at known distances from where RSP was form a group: pushes, pops, operands at RSP, the CALL or RET
-//! at its end. Before the first, one check makes sure that all of them are in one page, which may be written if any of
-//! them writes, and leaves the page's addend in T3 for all. What could fault does so in code that was translated without
-//! groups, at the instruction that it belongs to.
+//! A block's accesses at known distances from where a register was form a group. Before the first, one check makes sure of
+//! all of them. What could fault does so in code that was translated without groups, at the instruction that it belongs to.
+//!
+//! * Of the **stack** there is one group at a time: pushes, pops, operands at RSP, the CALL or RET at its end. All are in
+//!   one page, which may be written if any of them writes; its addend is in T3.
+//! * Of **pages in the window** there are several, at whatever sum of registers: nothing has to be kept for them. Reads are
+//!   apart from writes, and the check is that of the last byte (see [`super::near`]), so they may lie across two pages.
 
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
 use super::asm::At;
 use super::emit::{Emit, READ, READ_BIAS, STACK, T1, T2, T3, WRITE};
-use super::same::{Source, writes_stack_pointer};
+use super::near::is_locked;
+use super::same::{Source, high_register, writes_stack_pointer};
 use super::template::Kind;
 
-/// Fewest accesses that are worth a group.
-const FEWEST: usize = 3;
+/// Fewest accesses that are worth a group: of the stack, of pages in the window.
+const FEWEST: [usize; 2] = [3, 2];
 /// Most bytes from the first to the last.
 const MOST_BYTES: i64 = 2048;
-/// Farthest from RSP: where the stack moves on, displacements must still be what 32 bits can say.
+/// Farthest from the registers: where those move on, displacements must still be what 32 bits can say.
 const FARTHEST: i64 = 1 << 20;
+/// Most groups in the window at a time.
+const MOST_OPEN: usize = 4;
+
+/// What an address is made of, but for its displacement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sum {
+    pub base: Register,
+    pub index: Register,
+    pub scale: u32,
+}
+
+impl Sum {
+    const STACK: Self = Self { base: Register::RSP, index: Register::None, scale: 1 };
+
+    pub(super) fn of(instruction: &Instruction) -> Self {
+        let scale = instruction.memory_index_scale();
+        Self { base: instruction.memory_base(), index: instruction.memory_index(), scale }
+    }
+}
 
 /// A group, at its first access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Group {
-    /// Where it starts, from RSP.
+    pub sum: Sum,
+    /// Where it starts, from the sum.
     start: i32,
     /// How long it is.
     bytes: i32,
     writes: bool,
+}
+
+impl Group {
+    /// Its last byte.
+    pub(super) fn last(&self) -> i32 {
+        self.start + self.bytes - 1
+    }
 }
 
 /// What groups mean to an instruction.
@@ -41,31 +72,35 @@ pub(super) struct Group {
 pub(super) struct Part {
     /// A group begins here.
     pub begins: Option<Group>,
-    /// The instruction's stack access belongs to one.
-    pub member: bool,
-    /// T3 is the addend of one that goes on.
-    pub inside: bool,
+    /// The instruction's access belongs to the group that begins at that position.
+    pub of: Option<usize>,
+    /// T3 is the addend of the group that begins there.
+    pub inside: Option<usize>,
+    /// Something relies on a check before.
+    pub covered: bool,
 }
 
-/// A stack access, from RSP as it is before the instruction.
+impl Part {
+    /// What is left where no check made up to a position counts any more.
+    pub(super) fn without(self, position: usize) -> Self {
+        let later = |begin: &usize| *begin > position;
+        Self { of: self.of.filter(later), inside: self.inside.filter(later), ..self }
+    }
+}
+
+/// An access, from its sum as it is before the instruction.
 struct Access {
+    sum: Sum,
     at: i64,
     bytes: i64,
     writes: bool,
 }
 
-/// What an instruction does with the stack.
-enum Effect {
-    /// RSP moves by so many bytes.
-    Known(Option<Access>, i64),
-    /// Nothing is known about RSP or T3 behind it.
-    Ends,
-}
-
 /// A group in the making.
 struct Open {
+    sum: Sum,
     members: Vec<usize>,
-    /// RSP, from where it was at the first access.
+    /// The sum, from where it was at the first access.
     moved: i64,
     start: i64,
     end: i64,
@@ -73,6 +108,11 @@ struct Open {
 }
 
 impl Open {
+    fn new(position: usize, access: &Access) -> Self {
+        let &Access { sum, at, bytes, writes } = access;
+        Self { sum, members: vec![position], moved: 0, start: at, end: at + bytes, writes }
+    }
+
     fn add(&mut self, position: usize, access: &Access) -> bool {
         let at = self.moved + access.at;
         let (start, end) = (self.start.min(at), self.end.max(at + access.bytes));
@@ -84,99 +124,159 @@ impl Open {
         fits
     }
 
-    fn close(self, parts: &mut [Part]) {
+    fn close(self, near: bool, parts: &mut [Part]) {
         let [first, .., last] = self.members[..] else { return };
-        if self.members.len() < FEWEST {
+        if self.members.len() < FEWEST[usize::from(near)] {
             return;
         }
-        parts[first].begins =
-            Some(Group { start: self.start as i32, bytes: (self.end - self.start) as i32, writes: self.writes });
+        let (start, bytes) = (self.start as i32, (self.end - self.start) as i32);
+        parts[first].begins = Some(Group { sum: self.sum, start, bytes, writes: self.writes });
         for part in &mut parts[first..=last] {
-            part.inside = true;
+            part.inside = (!near).then_some(first);
+        }
+        for part in &mut parts[first + 1..=last] {
+            part.covered = true;
         }
         for member in self.members {
-            parts[member].member = true;
+            parts[member].of = Some(first);
         }
     }
 }
 
-/// The groups of a block.
-pub(super) fn plan(sources: &[Source<'_>]) -> Vec<Part> {
-    let mut parts = vec![Part::default(); sources.len()];
-    let mut open: Option<Open> = None;
+/// Groups in the making.
+struct Plan {
+    near: bool,
+    open: Vec<Open>,
+    parts: Vec<Part>,
+    infos: InstructionInfoFactory,
+}
+
+/// The groups of a block; `near`: of a program that has most of its pages in the window.
+pub(super) fn plan(sources: &[Source<'_>], near: bool) -> Vec<Part> {
+    let parts = vec![Part::default(); sources.len()];
+    let mut plan = Plan { near, open: Vec::new(), parts, infos: InstructionInfoFactory::new() };
     for (position, source) in sources.iter().enumerate() {
-        if source.met
-            && let Some(open) = open.take()
-        {
-            open.close(&mut parts);
+        if source.met || !goes_through(source, near) {
+            plan.close_if(|_| true);
         }
-        let Effect::Known(access, moves) = effect(source) else {
-            if let Some(open) = open.take() {
-                open.close(&mut parts);
+        if let Some(access) = access(source, near) {
+            plan.take(position, source, &access);
+        }
+        plan.follow(source);
+    }
+    plan.close_if(|_| true);
+    plan.parts
+}
+
+impl Plan {
+    /// An access joins a group, or begins one.
+    fn take(&mut self, position: usize, source: &Source<'_>, access: &Access) {
+        let near = self.near;
+        let same = |open: &Open| !near || open.sum == access.sum && open.writes == access.writes;
+        if self.open.iter_mut().find(|open| same(open)).is_some_and(|open| open.add(position, access)) {
+            return;
+        }
+        self.close_if(same);
+        // The check takes the flags.
+        if source.live {
+            return;
+        }
+        if self.open.len() >= MOST_OPEN {
+            let oldest = self.open.remove(0);
+            oldest.close(near, &mut self.parts);
+        }
+        self.open.push(Open::new(position, access));
+    }
+
+    /// What an instruction does to the registers of the open groups.
+    fn follow(&mut self, source: &Source<'_>) {
+        if self.open.is_empty() {
+            return;
+        }
+        if source.template.kind == Kind::Call || !goes_through(source, self.near) {
+            return self.close_if(|_| true);
+        }
+        let used = if self.near { self.infos.info(&source.instruction).used_registers() } else { &[] };
+        let changed: Vec<Register> = used
+            .iter()
+            .filter(|used| !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess))
+            .map(|used| used.register().full_register())
+            .collect();
+        let moves = |open: &Open| {
+            if open.sum == Sum::STACK {
+                return moves_stack(source);
             }
-            continue;
+            let stays = [open.sum.base, open.sum.index].iter().all(|part| !changed.contains(part));
+            stays.then_some(0)
         };
-        if let Some(access) = access {
-            let added = open.as_mut().is_some_and(|open| open.add(position, &access));
-            if !added {
-                if let Some(open) = open.take() {
-                    open.close(&mut parts);
-                }
-                // The check takes the flags.
-                open = (!source.live).then(|| Open {
-                    members: vec![position],
-                    moved: 0,
-                    start: access.at,
-                    end: access.at + access.bytes,
-                    writes: access.writes,
-                });
+        for open in std::mem::take(&mut self.open) {
+            match moves(&open) {
+                Some(by) => self.open.push(Open { moved: open.moved + by, ..open }),
+                None => open.close(self.near, &mut self.parts),
             }
         }
-        if let Some(open) = &mut open {
-            open.moved += moves;
-        }
-        if source.template.kind == Kind::Call
-            && let Some(open) = open.take()
-        {
-            open.close(&mut parts);
+    }
+
+    fn close_if(&mut self, wanted: impl Fn(&Open) -> bool) {
+        let (closed, open): (Vec<Open>, Vec<Open>) = std::mem::take(&mut self.open).into_iter().partition(wanted);
+        self.open = open;
+        for open in closed {
+            open.close(self.near, &mut self.parts);
         }
     }
-    if let Some(open) = open {
-        open.close(&mut parts);
-    }
-    parts
 }
 
-fn effect(source: &Source<'_>) -> Effect {
-    let instruction = &source.instruction;
-    let read = |at, bytes| Some(Access { at, bytes, writes: false });
-    let push = Some(Access { at: -8, bytes: 8, writes: true });
+/// True where what has been checked before an instruction still holds at it, and behind it but for what it does to
+/// registers.
+fn goes_through(source: &Source<'_>, near: bool) -> bool {
     match source.template.kind {
-        Kind::PushRegister | Kind::PushConstant | Kind::PushMemory | Kind::Call => Effect::Known(push, -8),
-        Kind::PopRegister if instruction.op0_register() != Register::RSP => Effect::Known(read(0, 8), 8),
-        Kind::Return => Effect::Known(read(0, 8), 0), // nothing follows
-        Kind::Nothing | Kind::Copy | Kind::MovAbsolute | Kind::Jump | Kind::JumpIf => Effect::Known(None, 0),
-        Kind::MovConstant | Kind::Bswap if instruction.op0_register().full_register() != Register::RSP => {
-            Effect::Known(None, 0)
-        }
-        Kind::Same | Kind::Lea if !source.is_crowded() => {
-            match (writes_stack_pointer(source), displacement(instruction)) {
-                (false, _) => Effect::Known(operand(source), 0),
-                (true, Some(moves)) => Effect::Known(None, moves),
-                _ => Effect::Ends,
-            }
-        }
-        _ => Effect::Ends,
+        Kind::PushRegister | Kind::PushConstant | Kind::PushMemory | Kind::Call | Kind::Return => true,
+        Kind::Nothing | Kind::Copy | Kind::MovAbsolute | Kind::Jump | Kind::JumpIf => true,
+        Kind::PopRegister => near || source.instruction.op0_register() != Register::RSP,
+        Kind::MovConstant | Kind::Bswap => near || source.instruction.op0_register().full_register() != Register::RSP,
+        Kind::Same | Kind::Lea => near || !source.is_crowded() && moves_stack(source).is_some(),
+        _ => false,
     }
 }
 
-/// The memory operand, where it is at RSP.
-fn operand(source: &Source<'_>) -> Option<Access> {
+/// How far an instruction moves RSP. `None`: nobody knows.
+fn moves_stack(source: &Source<'_>) -> Option<i64> {
+    match source.template.kind {
+        Kind::PushRegister | Kind::PushConstant | Kind::PushMemory | Kind::Call => Some(-8),
+        Kind::PopRegister => (source.instruction.op0_register() != Register::RSP).then_some(8),
+        Kind::MovConstant | Kind::Bswap => {
+            (source.instruction.op0_register().full_register() != Register::RSP).then_some(0)
+        }
+        Kind::Same | Kind::Lea if writes_stack_pointer(source) => displacement(&source.instruction),
+        _ => Some(0),
+    }
+}
+
+/// The access that an instruction makes, where it can be one of a group.
+fn access(source: &Source<'_>, near: bool) -> Option<Access> {
+    let stack = |at, writes| Some(Access { sum: Sum::STACK, at, bytes: 8, writes });
+    match source.template.kind {
+        Kind::PushRegister | Kind::PushConstant | Kind::PushMemory | Kind::Call => stack(-8, true),
+        Kind::PopRegister if source.instruction.op0_register() != Register::RSP => stack(0, false),
+        Kind::Return => stack(0, false), // nothing follows
+        Kind::Same if near || !source.is_crowded() && !writes_stack_pointer(source) => operand(source, near),
+        _ => None,
+    }
+}
+
+/// The memory operand: without `near`, where it is at RSP.
+fn operand(source: &Source<'_>, near: bool) -> Option<Access> {
     let (instruction, template) = (&source.instruction, &source.template);
     let bytes = instruction.memory_size().size() as i64;
     let at = i64::from(instruction.memory_displacement64() as i32);
-    let near = at_stack(instruction) && at.abs() <= FARTHEST;
-    (near && bytes > 0 && (template.loads || template.stores)).then_some(Access { at, bytes, writes: template.stores })
+    let good = if near {
+        is_sum(instruction) && !high_register(instruction) && !is_locked(instruction)
+    } else {
+        at_stack(instruction)
+    };
+    let good = good && at.abs() <= FARTHEST && (1..=super::near::MOST_BYTES.into()).contains(&bytes);
+    let access = Access { sum: Sum::of(instruction), at, bytes, writes: template.stores };
+    (good && (template.loads || template.stores)).then_some(access)
 }
 
 /// True where the memory operand's address is RSP and a displacement.
@@ -184,6 +284,16 @@ pub(super) fn at_stack(instruction: &Instruction) -> bool {
     instruction.memory_base() == Register::RSP
         && instruction.memory_index() == Register::None
         && !matches!(instruction.memory_segment(), Register::FS | Register::GS)
+}
+
+/// True where it is a sum of whole registers and a displacement.
+pub(super) fn is_sum(instruction: &Instruction) -> bool {
+    let (base, index) = (instruction.memory_base(), instruction.memory_index());
+    let whole = |register: Register| register.is_gpr64() || register == Register::None;
+    !matches!(instruction.memory_segment(), Register::FS | Register::GS)
+        && whole(base)
+        && whole(index)
+        && (base, index) != (Register::None, Register::None)
 }
 
 /// How far an instruction moves RSP: ADD and SUB of a constant, LEA from itself.
@@ -217,8 +327,17 @@ impl Emit<'_> {
         self.compare_page_end(T1, T2, group.bytes as u32);
     }
 
+    /// "Not zero" where a group is not in the window.
+    pub(super) fn compare_group(&mut self, group: &Group, distance: i32) {
+        let last = self.sum(group.sum, group.last());
+        self.compare_entry(last, group.writes, distance);
+    }
+
     /// Memory at a distance from RSP that belongs to the current group.
     pub(super) fn in_group(&self, displacement: i32) -> At {
-        At::Index(STACK, T3, 0, displacement)
+        match self.window {
+            Some(distance) => At::Base(STACK, displacement + distance),
+            None => At::Index(STACK, T3, 0, displacement),
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Accesses to pages in the window ([`crate::mmu::Window`]): the operand moves by a constant.
 //!
 //! ```text
-//!   lea   rcx, [operand + size - 1]
+//!   lea   rcx, [operand + size - 1]                          (or the end of a group of operands)
 //!   bextr rcx, rcx, r15
 //!   cmp   qword [table + rcx * 8], distance ─ another ─> the check of any access, and the instruction again
 //!   op    [operand + distance]                                │
@@ -9,14 +9,14 @@
 //! ```
 //!
 //! The entry does not have to arrive before the access is made: the processor goes on as if the comparison came out equal.
-//! A read looks at the page of its last byte, for the table keeps a page from being there without the one before it; a
-//! write looks at the page of its first, and that it is aligned.
+//! It is the page of the last byte that is looked at, for the tables keep a page from being there without the one before it.
 
-use iced_x86::{Instruction, Register};
+use iced_x86::{Instruction, Mnemonic};
 
 use super::asm::{At, Label};
 use super::emit::{Address, Emit, READ, READ_BIAS, T1, T2, WRITE, condition};
 use super::encoding::Encoding;
+use super::group::{Sum, is_sum};
 use super::same::{Source, on_stack};
 
 /// Largest operand.
@@ -37,9 +37,15 @@ impl<'a> Emit<'a> {
     /// Emits an instruction with an operand in the window. False where it has none that could be.
     pub(super) fn near(&mut self, source: &Source<'a>, encoding: &Encoding, again: Label) -> bool {
         let Some(distance) = self.window else { return false };
+        if source.part.of.is_some() {
+            let displacement = source.instruction.memory_displacement64() as i32;
+            let at = self.sum(Sum::of(&source.instruction), displacement + distance);
+            self.operate(source, encoding, Some(at));
+            return true;
+        }
         let bytes = source.instruction.memory_size().size() as u32;
         let access = source.template.loads || source.template.stores;
-        if source.live || source.part.member || !access || !(1..=MOST_BYTES).contains(&bytes) {
+        if source.live || !access || !(1..=MOST_BYTES).contains(&bytes) {
             return false;
         }
         let before = self.cached;
@@ -65,12 +71,7 @@ impl<'a> Emit<'a> {
 
     /// A memory operand as one of the host's that has room for `distance`; T1 is not in it. `None`: there is none.
     fn whole_operand(&mut self, instruction: &Instruction, distance: i32) -> Option<At> {
-        let base = instruction.memory_base();
-        let plain = !matches!(instruction.memory_segment(), Register::FS | Register::GS)
-            && (base.is_gpr64() || base == Register::None)
-            && instruction.memory_index().is_gpr64() | (instruction.memory_index() == Register::None)
-            && (base, instruction.memory_index()) != (Register::None, Register::None);
-        if !plain {
+        if !is_sum(instruction) {
             return match self.address(instruction) {
                 Address::In(register) => Some(At::Base(register, 0)),
                 Address::Constant(_) => None,
@@ -78,49 +79,59 @@ impl<'a> Emit<'a> {
         }
         let displacement = instruction.memory_displacement64() as i32;
         displacement.checked_add(distance)?.checked_add(MOST_BYTES as i32)?;
-        let base = base.is_gpr().then(|| self.value(base.number(), T2));
-        let index = instruction.memory_index();
-        let index = index.is_gpr().then(|| self.value(index.number(), T1));
-        let scale = instruction.memory_index_scale().trailing_zeros() as u8;
+        Some(self.sum(Sum::of(instruction), displacement))
+    }
+
+    /// Memory at a distance from a sum of guest registers; T1 is not in it.
+    pub(super) fn sum(&mut self, sum: Sum, displacement: i32) -> At {
+        let base = sum.base.is_gpr().then(|| self.value(sum.base.number(), T2));
+        let index = sum.index.is_gpr().then(|| self.value(sum.index.number(), T1));
+        let scale = sum.scale.trailing_zeros() as u8;
         let at = match (base, index) {
-            (Some(base), None) => At::Base(base, displacement),
             (Some(base), Some(index)) => At::Index(base, index, scale, displacement),
             (None, Some(index)) => At::Scaled(index, scale, displacement),
-            (None, None) => return None,
+            (Some(base), None) => At::Base(base, displacement),
+            (None, None) => At::Absolute(displacement),
         };
         if index == Some(T1) {
             self.asm.lea(T2, at);
-            return Some(At::Base(T2, 0));
+            return At::Base(T2, 0);
         }
-        Some(at)
+        at
     }
 
     /// Goes to `far` where an operand is not in the window.
     fn compare_window(&mut self, source: &Source<'_>, operand: At, bytes: u32, distance: i32, far: Label) {
-        let stores = source.template.stores;
         let aligned = bytes == 1 || source.template.aligned || on_stack(&source.instruction, bytes);
-        let last = if aligned || stores { 0 } else { bytes as i32 - 1 };
-        let mut address = match moved(operand, last) {
+        if is_locked(&source.instruction) && !aligned {
+            // Across two pages it is the interpreter's, one vCPU after the other.
+            self.asm.lea(T1, operand);
+            self.asm.test_byte(T1, (bytes - 1) as u8);
+            self.asm.jcc(condition::NOT_ZERO, far);
+        }
+        let last = if aligned { operand } else { moved(operand, bytes as i32 - 1) };
+        self.compare_entry(last, source.template.stores, distance);
+        self.asm.jcc(condition::NOT_ZERO, far);
+    }
+
+    /// "Not zero" where a byte is not in the window.
+    pub(super) fn compare_entry(&mut self, byte: At, write: bool, distance: i32) {
+        let address = match byte {
             At::Base(register, 0) => register,
             at => {
                 self.asm.lea(T1, at);
                 T1
             }
         };
-        if stores && !aligned && bytes.is_power_of_two() && bytes <= 16 {
-            self.asm.test_byte(address, (bytes - 1) as u8);
-            self.asm.jcc(condition::NOT_ZERO, far);
-        } else if stores && !aligned {
-            self.compare_page_end(T1, address, bytes);
-            self.asm.jcc(condition::ABOVE, far);
-            self.asm.lea(T1, operand);
-            address = T1;
-        }
         self.asm.extract_bits(T1, address, READ);
-        let (table, bias) = if stores { (WRITE, 0) } else { (READ, READ_BIAS as i32) };
+        let (table, bias) = if write { (WRITE, 0) } else { (READ, READ_BIAS as i32) };
         self.asm.compare_at(At::Index(table, T1, 3, -bias), distance);
-        self.asm.jcc(condition::NOT_ZERO, far);
     }
+}
+
+/// True where an access is one step to other processors, at whatever address.
+pub(super) fn is_locked(instruction: &Instruction) -> bool {
+    instruction.has_lock_prefix() || instruction.mnemonic() == Mnemonic::Xchg
 }
 
 /// An operand so many bytes further on.
@@ -135,6 +146,7 @@ fn moved(at: At, by: i32) -> At {
 
 #[cfg(test)]
 mod tests {
+    use engine::ledger::Work;
     use engine::{CpuState, Exit, Vcpu as _};
     use memory::Gpa;
 
@@ -144,35 +156,51 @@ mod tests {
     /// Where the program has its data.
     const HERE: u64 = PROGRAM + DATA;
     const ELSEWHERE: u64 = DATA + 0x8000;
+    const ONES: u64 = 0x0101_0101_0101_0101;
 
-    /// A program that copies 8 bytes from RSI to RDI; HLT ends it.
+    /// A program that copies 8 bytes from RSI to RDI, and ends by an exception that nobody handles.
     struct Program {
         bare: Bare,
         state: Box<CpuState>,
+        /// It runs as one that has most of its pages in the window.
+        near: bool,
     }
 
     impl Program {
         fn new() -> Self {
-            // mov rax, [rsi]; mov [rdi], rax; hlt
-            let mut bare = Bare::new(&[0x48, 0x8b, 0x06, 0x48, 0x89, 0x07, 0xf4], Config::default());
+            Self::of(&[0x48, 0x8b, 0x06, 0x48, 0x89, 0x07]) // mov rax, [rsi]; mov [rdi], rax
+        }
+
+        /// Some code, with XOR ECX, ECX behind it, so that nobody needs the flags that a check takes, and UD2.
+        fn of(code: &[u8]) -> Self {
+            let code = &[code, &[0x31, 0xc9, 0x0f, 0x0b]].concat();
+            let mut bare = Bare::new(code, Config::default());
             let mut state = bare.vcpu.save();
             as_program(&mut state);
             for page in 0..16 {
                 bare.ram.fill(Gpa(DATA + page * 0x1000), page as u8 + 1, 0x1000).unwrap();
             }
-            Self { bare, state }
+            Self { bare, state, near: true }
         }
 
-        /// What it copies, with a look at what belongs into the window afterwards.
-        fn copies(&mut self, from: u64, to: u64) -> u64 {
+        /// Runs it with RSI and RDI, with a look at what belongs into the window afterwards.
+        fn run(&mut self, from: u64, to: u64) -> (Exit, Box<CpuState>) {
             (self.state.gpr[6], self.state.gpr[7]) = (from, to);
             let cpu = &mut self.bare.vcpu.cpu;
             *cpu.state = (*self.state).clone();
             cpu.refresh();
-            cpu.window.favour();
-            let (exit, state) = self.bare.run();
-            assert_eq!((exit, state.rip), (Exit::Shutdown, PROGRAM + CODE + 6));
+            if self.near {
+                cpu.window.favour();
+            }
+            let ended = self.bare.run();
             self.bare.vcpu.cpu.fill_window();
+            ended
+        }
+
+        /// What it copies.
+        fn copies(&mut self, from: u64, to: u64) -> u64 {
+            let (exit, state) = self.run(from, to);
+            assert_eq!((exit, state.rip), (Exit::Shutdown, PROGRAM + CODE + 8));
             state.gpr[0]
         }
 
@@ -205,6 +233,51 @@ mod tests {
         assert!(program.is_near(2), "read, not yet written");
         program.copies(HERE, HERE + 0x2008);
         assert_eq!(program.bare.ram.read_value::<u64>(Gpa(DATA + 0x2008)).unwrap(), 0x0101_0101_0101_0101);
+    }
+
+    #[test]
+    fn accesses_beside_each_other_have_one_check() {
+        // mov rax, [rsi]; mov rdx, [rsi or rdi + 8]
+        let bytes = |second: u8| {
+            let mut program = Program::of(&[0x48, 0x8b, 0x06, 0x48, 0x8b, second, 8]);
+            program.near = false;
+            program.run(HERE, HERE);
+            let before = program.bare.ledger.worked(Work::TranslateBytes);
+            program.near = true;
+            let (exit, state) = program.run(HERE, HERE);
+            assert_eq!((exit, state.gpr[0], state.gpr[2]), (Exit::Shutdown, ONES, ONES));
+            program.bare.ledger.worked(Work::TranslateBytes) - before
+        };
+        assert!(bytes(0x56) < bytes(0x57), "{} bytes of host code, {} with two checks", bytes(0x56), bytes(0x57));
+    }
+
+    #[test]
+    fn a_write_that_begins_in_a_page_that_is_only_read_there_reaches_both() {
+        let mut program = Program::new();
+        for _ in 0..3 {
+            program.copies(HERE + 0x4000, HERE + 0x5000);
+            assert!(program.is_near(4) && program.is_near(5));
+        }
+        for page in [1, 2, 3] {
+            program.copies(HERE + page * 0x1000, HERE + 0x4ffc);
+            let written = program.bare.ram.read_value::<u64>(Gpa(DATA + 0x4ffc)).unwrap();
+            assert_eq!(written, (page + 1) * ONES);
+        }
+    }
+
+    #[test]
+    fn a_write_that_begins_in_a_page_that_is_elsewhere_now_goes_there() {
+        let mut program = Program::new();
+        program.copies(HERE + 0x4000, HERE);
+        program.copies(HERE + 0x4000, HERE + 0x1000);
+        program.copies(HERE + 0x4000, HERE + 0xffc);
+        assert!(program.is_near(0) && program.is_near(1));
+        let write = |program: &Program, at| program.bare.ram.read_value::<u32>(Gpa(at)).unwrap();
+        remap(&program.bare.ram, HERE, ELSEWHERE);
+        program.bare.vcpu.cpu.tlb.flush_page(HERE);
+        program.copies(HERE + 0x2000, HERE + 0xffc);
+        assert_eq!(write(&program, DATA + 0xffc), 0x0505_0505, "as before");
+        assert_eq!((write(&program, ELSEWHERE + 0xffc), write(&program, DATA + 0x1000)), (0x0303_0303, 0x0303_0303));
     }
 
     #[test]

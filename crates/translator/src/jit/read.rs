@@ -9,7 +9,7 @@ use super::group::{self, Part};
 use super::lone::stands_alone;
 use super::same::Source;
 use super::template::{Kind, disturbs_stack_pointer};
-use super::{APART, Jit, Key, live};
+use super::{APART, Jit, Key, NEAR, live};
 use crate::block::Version;
 use crate::cpu::Cpu;
 use crate::decode::CodePlace;
@@ -92,7 +92,7 @@ impl Jit {
         }
         let needed = self.needed_flags(cpu, key, &mut sources)?;
         if key.mode & APART == 0 {
-            let parts = group::plan(&sources);
+            let parts = group::plan(&sources, key.mode & NEAR != 0);
             for (source, part) in sources.iter_mut().zip(parts) {
                 source.part = part;
             }

@@ -30,7 +30,7 @@ pub(super) struct Source<'a> {
     pub inner: Option<usize>,
     /// One of the same block branches to it.
     pub met: bool,
-    /// What groups of stack accesses mean to it.
+    /// What groups of accesses mean to it.
     pub part: Part,
 }
 
@@ -80,7 +80,7 @@ impl<'a> Emit<'a> {
         if bytes == 0 || !(source.template.loads || source.template.stores) {
             return None;
         }
-        if source.part.member && source.template.kind == Kind::Same {
+        if source.part.inside.is_some() && source.part.of.is_some() && source.template.kind == Kind::Same {
             return Some(self.in_group(source.instruction.memory_displacement64() as i32));
         }
         let address = self.address(&source.instruction);
@@ -132,17 +132,21 @@ impl<'a> Emit<'a> {
         let place = at.map(|at| {
             let second = template.reads_rcx || template.writes_rcx || spilled(template.second, encoding.second);
             let read = spilled(template.reg, encoding.reg) && !template.reg.replaced;
-            let crowded = second || source.part.inside && read;
+            let crowded = second || source.part.inside.is_some() && read;
             if crowded && matches!(at, At::Index(_, T1, ..) | At::Base(T1, _)) { self.fold(at) } else { at }
         });
         let rm_at_hand = place.is_none() && self.is_at_hand(template, encoding);
-        let reg = self.operand(template.reg, encoding.reg, if source.part.inside { T1 } else { T3 });
+        let reg = self.operand(template.reg, encoding.reg, if source.part.inside.is_some() { T1 } else { T3 });
         let second = self.operand(template.second, encoding.second, T1);
         let place = match place {
             Some(at) => Place::Mem(at),
             None if rm_at_hand => Place::Reg(T3),
             // What is written is at hand for the next, which need not wait for the store.
-            None if template.rm.written && spilled(template.rm, encoding.rm) && reg != T3 && !source.part.inside => {
+            None if template.rm.written
+                && spilled(template.rm, encoding.rm)
+                && reg != T3
+                && source.part.inside.is_none() =>
+            {
                 Place::Reg(self.operand(template.rm, encoding.rm, T3))
             }
             None if template.rm.memory && spilled(template.rm, encoding.rm) => {
@@ -376,7 +380,7 @@ fn byte_operand(instruction: &Instruction) -> bool {
     })
 }
 
-fn high_register(instruction: &Instruction) -> bool {
+pub(super) fn high_register(instruction: &Instruction) -> bool {
     (0..instruction.op_count()).any(|position| {
         instruction.op_kind(position) == OpKind::Register
             && matches!(instruction.op_register(position), Register::AH | Register::CH | Register::DH | Register::BH)

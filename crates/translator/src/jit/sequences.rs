@@ -17,8 +17,8 @@ const STACK: u64 = 0x17_f000;
 /// What is compared of memory, from either.
 const AREA: usize = 0x3000;
 
-/// Registers that are written to: all but RSP and RBP, which are pointers.
-const GENERAL: [u8; 14] = [0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
+/// Registers that are written to: all but RSP, RBP and R13, which are pointers, and R12, a small index.
+const GENERAL: [u8; 12] = [0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 14, 15];
 
 struct Writer {
     random: Random,
@@ -41,19 +41,31 @@ impl Writer {
         self.code.push(0xc0 | (reg & 7) << 3 | rm & 7);
     }
 
-    /// The same with an operand at RSP or RBP.
+    /// The same with an operand at RSP, RBP or R13, or as far from those as R12 says.
     fn memory(&mut self, wide: bool, opcode: &[u8], reg: u8) {
-        let stack = self.random.one_in(2);
-        self.code.push(0x40 | u8::from(wide) << 3 | reg >> 3 << 2);
+        let (operand, near) = (self.random.below(8), self.random.below(64) as i32 - 32);
+        let (rex, rm, sib) = match operand {
+            0..4 => (0, 4, Some(0x24)),
+            4 => (0, 5, None),
+            5 => (1, 5, None),
+            6 => (2, 4, Some(0xa5)), // rbp + r12 * 4
+            _ => (3, 4, Some(0xa5)), // r13 + r12 * 4
+        };
+        self.code.push(0x40 | u8::from(wide) << 3 | reg >> 3 << 2 | rex);
         self.code.extend(opcode);
-        if stack {
-            let at = (self.random.below(12) as i32 - 4) * 8 + if self.random.one_in(4) { 3 } else { 0 };
-            self.code.extend([0x84 | (reg & 7) << 3, 0x24]);
-            self.code.extend(at.to_le_bytes());
-        } else {
-            let at = self.random.below(64) as i32 - 32;
-            self.code.push(0x85 | (reg & 7) << 3);
-            self.code.extend(at.to_le_bytes());
+        self.code.push(0x80 | (reg & 7) << 3 | rm);
+        self.code.extend(sib);
+        let of_stack = (near / 5) * 8 + if self.random.one_in(4) { 3 } else { 0 };
+        self.code.extend(if operand < 4 { of_stack } else { near }.to_le_bytes());
+    }
+
+    /// Pointers and the index move a little.
+    fn pointers(&mut self) {
+        let by = self.random.below(33) as u8;
+        match self.random.below(3) {
+            0 => self.code.extend([0x49, 0x8d, 0x6d, by.wrapping_sub(16)]), // lea rbp, [r13 + by]
+            1 => self.code.extend([0x4c, 0x8d, 0x6d, by.wrapping_sub(16)]), // lea r13, [rbp + by]
+            _ => self.code.extend([0x49, 0x83, 0xf4, by & 3]),              // xor r12, by
         }
     }
 
@@ -116,7 +128,8 @@ impl Writer {
     /// One whose flags are not defined in part.
     fn other(&mut self) {
         let (a, b, wide) = (self.register(), self.register(), self.random.one_in(2));
-        match self.random.below(7) {
+        match self.random.below(8) {
+            7 => self.pointers(),
             0 => self.direct(&[], wide, &[0x0f, 0xaf], a, b),
             1 => self.direct(&[], wide, &[0xd3], 4, a),       // shl by cl
             2 => self.direct(&[], wide, &[0x0f, 0xa5], a, b), // shld by cl
@@ -186,6 +199,7 @@ fn compare(who: Who) {
     let mut translated = Bare::new(&[0xf4], Config::default());
     let mut interpreted = Bare::new(&[0xf4], Config { translate: false, ..Config::default() });
     let start = translated.run().1;
+    let mut near = 0;
     for case in 0..CASES {
         let mut writer = Writer { random: Random::new(case), code: Vec::new(), depth: 0 };
         let code = writer.sequence();
@@ -196,10 +210,13 @@ fn compare(who: Who) {
         (state.halted, state.rip) = (false, CODE);
         state.gpr[4] = STACK + 8 * writer.random.below(12);
         state.gpr[5] = DATA + writer.random.below(80);
+        state.gpr[12] = writer.random.below(8);
+        state.gpr[13] = DATA + writer.random.below(80);
         if who == Who::Program {
             as_program(&mut state);
             state.gpr[4] += PROGRAM;
             state.gpr[5] += PROGRAM;
+            state.gpr[13] += PROGRAM;
             translated.vcpu.cpu.window.favour();
         }
         let ours = outcome(&mut translated, &code, &state);
@@ -211,8 +228,8 @@ fn compare(who: Who) {
         assert_eq!(flags(&ours.1), flags(&theirs.1), "case {case}: {code:02x?}");
         assert!(ours.2 == theirs.2, "case {case}, memory: {code:02x?}");
         translated.vcpu.cpu.fill_window();
+        let tlb = &mut translated.vcpu.cpu.tlb;
+        near += u64::from([DATA, STACK].into_iter().any(|data| tlb.is_in_window(PROGRAM + data)));
     }
-    let moved =
-        translated.vcpu.cpu.tlb.is_in_window(PROGRAM + DATA) && translated.vcpu.cpu.tlb.is_in_window(PROGRAM + STACK);
-    assert_eq!(moved, who == Who::Program);
+    assert!(if who == Who::Program { near > CASES / 2 } else { near == 0 }, "{near} cases had data in the window");
 }

@@ -11,7 +11,7 @@ use super::anchor::FIXED;
 use super::asm::Label;
 use super::callback::Interpreted;
 use super::emit::{Emit, Room, condition};
-use super::group::{Group, Part};
+use super::group::Group;
 use super::profile;
 use super::read::{Bytes, Second};
 use super::same::{Source, moves_stack_pointer};
@@ -53,7 +53,7 @@ impl Jit {
             inner: Vec::new(),
             ops: Vec::new(),
             start: None,
-            broken: false,
+            broken: None,
             lone: self.lone.is_some(),
         };
         (block.emit.careful, block.emit.block) = (careful, (self.blocks.len() as u32, key.rip));
@@ -106,8 +106,8 @@ struct Block<'a> {
     #[expect(clippy::vec_box, reason = "translated code has their addresses")]
     ops: Vec<Box<Interpreted>>,
     start: Option<Label>,
-    /// The current group's addend is lost.
-    broken: bool,
+    /// Where what has been checked for groups was lost last.
+    broken: Option<usize>,
     /// It is run alone.
     lone: bool,
 }
@@ -118,15 +118,16 @@ impl<'a> Block<'a> {
         let mut ended = false;
         let mut enabled = false;
         for position in 0..sources.len() {
-            self.leave_broken_group(&mut sources[position]);
+            if let Some(broken) = self.broken {
+                sources[position].part = sources[position].part.without(broken);
+            }
             let source = &sources[position];
             if source.met {
                 self.meet(position);
             }
             self.emit.rip = source.instruction.ip();
-            let apart = !source.part.inside || source.part.begins.is_some();
             let counted = cpu.shared.config.count && !profile::begins(sources, position);
-            self.emit.mark(apart && !counted && self.emit.is_plain());
+            self.emit.mark(!source.part.covered && !counted && self.emit.is_plain());
             if let Some(group) = source.part.begins {
                 self.begin_group(group);
             }
@@ -137,7 +138,7 @@ impl<'a> Block<'a> {
                 enabled = true;
                 continue;
             }
-            ended = self.instruction(cpu, source);
+            ended = self.instruction(cpu, position, source);
             if std::mem::take(&mut enabled) && !ended {
                 // The shadow of STI ends here.
                 let out = self.look_at(source.instruction.next_ip());
@@ -172,8 +173,12 @@ impl<'a> Block<'a> {
         self.emit.exit(exit, false)
     }
 
-    /// Checks a group of stack accesses; what does not pass goes to code without groups.
+    /// Checks a group of accesses; what does not pass goes to code without groups.
     fn begin_group(&mut self, group: Group) {
+        if let Some(distance) = self.emit.window {
+            self.emit.compare_group(&group, distance);
+            return self.leave_apart(condition::NOT_ZERO);
+        }
         self.emit.find_group(&group);
         self.leave_apart(condition::ZERO);
         self.emit.compare_group_end(&group);
@@ -188,15 +193,6 @@ impl<'a> Block<'a> {
         self.emit.asm.jcc(condition, apart);
     }
 
-    /// An instruction that its group's addend is not there for any more is none of the group.
-    fn leave_broken_group(&mut self, source: &mut Source<'_>) {
-        if source.part.begins.is_some() {
-            self.broken = false;
-        } else if self.broken {
-            source.part = Part::default();
-        }
-    }
-
     /// An exit to the monitor, to go on at `target`.
     fn look_at(&mut self, target: u64) -> Label {
         self.exits.push(Exit { target, anchor: self.emit.anchor, mode: 0, at: None, instead: None });
@@ -205,7 +201,7 @@ impl<'a> Block<'a> {
     }
 
     /// Translates one instruction. True where the block ends with it.
-    fn instruction(&mut self, cpu: &mut Cpu, source: &Source<'a>) -> bool {
+    fn instruction(&mut self, cpu: &mut Cpu, position: usize, source: &Source<'a>) -> bool {
         if source.template.unit != Unit::General
             && !matches!(source.template.kind, Kind::Interpret | Kind::InterpretLast)
         {
@@ -267,6 +263,7 @@ impl<'a> Block<'a> {
         };
         let kind = source.template.kind;
         if done.is_none() {
+            self.broken = Some(position);
             return self.interpret(cpu, source);
         }
         if matches!(kind, Kind::JumpIndirect | Kind::Return) {
@@ -291,7 +288,6 @@ impl<'a> Block<'a> {
 
     /// The interpreter does it. True where the block ends with it.
     fn interpret(&mut self, cpu: &mut Cpu, source: &Source<'_>) -> bool {
-        self.broken = true;
         let instruction = &source.instruction;
         let op = cpu.op(instruction, source.bytes, instruction.ip(), u64::MAX);
         let op = Box::new(Interpreted::new(op, instruction, self.emit.anchor));

@@ -13,165 +13,10 @@ use iced_x86::{
 
 use super::emit::{Known, READ_BIAS};
 use crate::home::{LANDINGS, offset};
+use state::{Held, Part, R10, RCX, SCRATCH, START, State, Sum, slot};
 
 /// Entries of a translation table.
 const ENTRIES: i64 = 1 << 36;
-
-/// A sum of registers, as an address is one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Sum {
-    base: Register,
-    index: Register,
-    scale: u32,
-    displacement: i64,
-}
-
-impl Sum {
-    /// The address that LEA computes.
-    fn of(instruction: &Instruction) -> Self {
-        Self {
-            base: instruction.memory_base(),
-            index: instruction.memory_index(),
-            scale: instruction.memory_index_scale(),
-            displacement: instruction.memory_displacement64() as i64,
-        }
-    }
-
-    /// A register and a constant.
-    fn near(base: Register, displacement: i64) -> Self {
-        Self { base, index: Register::None, scale: 1, displacement }
-    }
-
-    fn has(&self, register: Register) -> bool {
-        [self.base, self.index].iter().any(|of| of.full_register() == register.full_register())
-    }
-}
-
-/// What a temporary register holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Held {
-    Anything,
-    Constant(i64),
-    /// An index that lies in a translation table, whatever the address was, and that where it is known.
-    Index(Option<Sum>),
-    Sum(Sum),
-    /// An index of 16 bits.
-    Short,
-    /// An entry of a translation table, perhaps zero.
-    Entry {
-        write: bool,
-    },
-    /// An entry that is not zero: host address minus guest address.
-    Addend {
-        write: bool,
-    },
-    /// A host address made of one.
-    Pointer {
-        write: bool,
-    },
-    /// The address of a word of the monitor's that may be read.
-    Word,
-    /// So many bytes from the guest's RSP.
-    Stack(i64),
-    /// The lower half of that.
-    LowStack(i64),
-    /// Its offset in its page.
-    StackOffset(i64),
-}
-
-/// What is known before an instruction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct State {
-    /// RCX, R10, R11 and the home's scratch field.
-    held: [Held; 4],
-    /// Which of them the last instruction tested.
-    tested: Option<usize>,
-    /// A stack address and the most its offset in its page may be, which the last instruction compared.
-    compared: Option<(i64, i64)>,
-    /// The address whose entry the last instruction compared with that of pages in the window, and whether it is one for
-    /// writing.
-    looked_up: Option<(Sum, bool)>,
-    /// The address whose page is in the window.
-    near: Option<(Sum, bool)>,
-    /// From the guest's RSP, what the page whose addend R10 is certainly has.
-    group: Option<(i64, i64)>,
-}
-
-const START: State =
-    State { held: [Held::Anything; 4], tested: None, compared: None, looked_up: None, near: None, group: None };
-const RCX: usize = 0;
-const R10: usize = 1;
-const SCRATCH: usize = 3;
-
-fn slot(register: Register) -> Option<usize> {
-    match register.full_register() {
-        Register::RCX => Some(RCX),
-        Register::R10 => Some(1),
-        Register::R11 => Some(2),
-        _ => None,
-    }
-}
-
-impl State {
-    fn of(&self, register: Register) -> Held {
-        slot(register).map_or(Held::Anything, |slot| self.held[slot])
-    }
-
-    fn merge(self, other: Self) -> Self {
-        let mut held = self.held;
-        for (mine, theirs) in held.iter_mut().zip(other.held) {
-            if *mine != theirs {
-                *mine = Held::Anything;
-            }
-        }
-        Self {
-            held,
-            tested: self.tested.filter(|_| self.tested == other.tested),
-            compared: self.compared.filter(|_| self.compared == other.compared),
-            looked_up: self.looked_up.filter(|_| self.looked_up == other.looked_up),
-            near: self.near.filter(|_| self.near == other.near),
-            group: self.group.filter(|_| self.group == other.group),
-        }
-    }
-
-    /// Where a temporary is not zero.
-    fn not_zero(mut self, slot: usize) -> Self {
-        if let Held::Entry { write } = self.held[slot] {
-            self.held[slot] = Held::Addend { write };
-        }
-        self
-    }
-
-    /// Where what was compared is not above.
-    fn not_above(mut self) -> Self {
-        self.group = self.compared.map(|(start, most)| (start, start + 0x1000 - most)).or(self.group);
-        self
-    }
-
-    /// A register has another value.
-    fn forget(&mut self, register: Register) {
-        for held in &mut self.held {
-            *held = match *held {
-                Held::Sum(sum) if sum.has(register) => Held::Anything,
-                Held::Index(Some(sum)) if sum.has(register) => Held::Index(None),
-                other => other,
-            };
-        }
-        self.looked_up = self.looked_up.filter(|(sum, _)| !sum.has(register));
-        self.near = self.near.filter(|(sum, _)| !sum.has(register));
-    }
-
-    /// RSP has moved.
-    fn moved(mut self, by: Option<i64>) -> Self {
-        self.group = self.group.zip(by).map(|((start, end), by)| (start - by, end - by));
-        for held in &mut self.held {
-            if matches!(held, Held::Stack(_) | Held::LowStack(_) | Held::StackOffset(_)) {
-                *held = Held::Anything;
-            }
-        }
-        self
-    }
-}
 
 /// What a piece of code may refer to.
 pub(super) struct Bounds<'a> {
@@ -249,8 +94,9 @@ impl Piece<'_> {
                 FlowControl::Next => open.push((position + 1, after)),
                 FlowControl::ConditionalBranch => {
                     let mut stays = if instruction.mnemonic() == Mnemonic::Ja { after.not_above() } else { after };
-                    if instruction.mnemonic() == Mnemonic::Jne && merged.looked_up.is_some() {
-                        stays.near = merged.looked_up;
+                    if instruction.mnemonic() == Mnemonic::Jne {
+                        stays = State { looked_up: merged.looked_up, ..stays }.found();
+                        stays.looked_up = None;
                     }
                     open.push((position + 1, zero.map_or(stays, |slot| stays.not_zero(slot))));
                     self.go(&instruction, after, &mut open)?;
@@ -260,7 +106,10 @@ impl Piece<'_> {
                     let keeps = self.bounds.keeping.contains(&instruction.near_branch_target());
                     let mut known = START;
                     if keeps {
-                        (known.held[R10], known.group) = (merged.held[R10], merged.group);
+                        (known.held[R10], known.group, known.near) = (merged.held[R10], merged.group, merged.near);
+                        for lost in [Register::RCX, Register::R11] {
+                            known.forget(Part::Host(lost));
+                        }
                     }
                     open.push((position + 1, known));
                     self.go(&instruction, after, &mut open)?;
@@ -294,12 +143,13 @@ impl Piece<'_> {
             if let Some(slot) = slot(used.register()) {
                 after.held[slot] = Held::Anything;
             }
-            after.forget(used.register());
+            if used.register().full_register() == Register::R8 {
+                after = after.moved(moves(instruction, before));
+            } else {
+                after.forget(Part::Host(used.register().full_register()));
+            }
             if is_table(used.register()) {
                 after = START; // what was found in the tables before is not found in these
-            }
-            if used.register().full_register() == Register::R8 {
-                after = after.moved(moves(instruction));
             }
             if slot(used.register()) == Some(R10) {
                 after.group = None;
@@ -318,6 +168,14 @@ impl Piece<'_> {
             }
             _ => {}
         }
+        if let (OpKind::Memory, Some(kept)) = (instruction.op0_kind(), self.kept(instruction))
+            && self.infos.info(instruction).used_memory().iter().any(|memory| writes(memory.access()))
+        {
+            after.forget(Part::Kept(kept));
+            if let (Code::Mov_rm64_r64, Some(slot)) = (instruction.code(), slot(instruction.op1_register())) {
+                after.held[slot] = Held::Kept(kept);
+            }
+        }
         if instruction.code() == Code::Test_rm64_r64 && to == instruction.op1_register() {
             after.tested = slot(to);
         }
@@ -325,7 +183,7 @@ impl Piece<'_> {
             after.compared = Some((start, i64::from(instruction.immediate32())));
         }
         if let (true, Held::Index(Some(sum))) = (self.compares_window(instruction), before.held[RCX])
-            && !sum.has(Register::RCX)
+            && !sum.has(Part::Host(Register::RCX))
         {
             after.looked_up = Some((sum, instruction.memory_base() == Register::R14));
         }
@@ -344,9 +202,10 @@ impl Piece<'_> {
                 let from = instruction.op1_register();
                 Held::Index(match before.of(from) {
                     _ if memory => None,
-                    _ if from != to => Some(Sum::near(from, 0)),
-                    Held::Sum(sum) => Some(sum),
+                    Held::Sum(sum) if !sum.has(Part::Host(to)) => Some(sum),
                     Held::Stack(at) => Some(Sum::near(Register::R8, at)),
+                    Held::Kept(at) => Some(Sum { base: Part::Kept(at), ..Sum::near(Register::None, 0) }),
+                    _ if from != to => Some(Sum::near(from, 0)),
                     _ => None,
                 })
             }
@@ -359,7 +218,7 @@ impl Piece<'_> {
                 Register::R14 => Held::Entry { write: true },
                 _ if self.is_field(instruction, offset::TSC) => Held::Word,
                 _ if self.is_field(instruction, offset::SCRATCH) => before.held[SCRATCH],
-                _ => otherwise,
+                _ => self.kept(instruction).map_or(otherwise, Held::Kept),
             },
             Code::Mov_r64_rm64 => before.of(instruction.op1_register()),
             Code::Mov_r32_rm32 if !memory => match before.of(instruction.op1_register()) {
@@ -380,8 +239,16 @@ impl Piece<'_> {
                 match (before.of(instruction.memory_base()), before.of(instruction.memory_index())) {
                     (Held::Addend { write }, _) => Held::Pointer { write },
                     (_, Held::Addend { write }) if !scaled => Held::Pointer { write },
-                    _ if Sum::of(instruction).has(to) => otherwise,
-                    _ => Held::Sum(Sum::of(instruction)),
+                    _ => {
+                        let address = (
+                            instruction.memory_base(),
+                            instruction.memory_index(),
+                            instruction.memory_index_scale(),
+                            instruction.memory_displacement64() as i64,
+                        );
+                        let sum = before.sum(address);
+                        if sum.has(Part::Host(to)) { otherwise } else { Held::Sum(sum) }
+                    }
                 }
             }
             _ => otherwise,
@@ -398,14 +265,22 @@ impl Piece<'_> {
 
     /// True where a memory operand is at, or right beside, an address whose page is in the window.
     fn is_near(&self, memory: &UsedMemory, state: &State, stores: bool) -> bool {
-        let Some((sum, write)) = state.near else { return false };
-        let moved = (memory.displacement() as i64).wrapping_sub(self.bounds.distance as i64);
-        let (most, bytes) = (i64::from(super::near::MOST_BYTES), memory.memory_size().size() as i64);
-        (memory.base(), memory.index()) == (sum.base, sum.index)
-            && (sum.index == Register::None || memory.scale() == sum.scale)
-            && (-most..=most).contains(&(moved - sum.displacement))
-            && bytes <= most
-            && (write || !stores)
+        let displacement = (memory.displacement() as i64).wrapping_sub(self.bounds.distance as i64);
+        let here = state.sum((memory.base(), memory.index(), memory.scale(), displacement));
+        let bytes = memory.memory_size().size() as i64;
+        state.near.iter().flatten().any(|(byte, write)| {
+            // All of it up to that byte, and not further away than the page before; or an aligned one, from that byte on.
+            let good = |from: i64| from > -0x1000 && from + bytes <= 1 || from == 0;
+            (*write || !stores) && bytes <= super::near::MOST_BYTES.into() && here.beyond(byte).is_some_and(good)
+        })
+    }
+
+    /// Where in the home the memory operand is, if it is a guest register there.
+    fn kept(&self, instruction: &Instruction) -> Option<i64> {
+        let at = instruction.memory_displacement64() as i64 - i64::from(self.bounds.known.low);
+        let plain = (instruction.memory_base(), instruction.memory_index()) == (Register::None, Register::None);
+        let first = i64::from(offset::GPR);
+        (plain && (first..first + 16 * 8).contains(&at)).then_some(at - (at - first) % 8)
     }
 
     /// True where the memory operand is a field of the home.
@@ -525,12 +400,16 @@ impl Piece<'_> {
 }
 
 /// How far an instruction moves the register it changes, where that is a constant.
-fn moves(instruction: &Instruction) -> Option<i64> {
+fn moves(instruction: &Instruction, before: &State) -> Option<i64> {
     let itself = instruction.memory_base() == instruction.op0_register();
     match instruction.code() {
         Code::Lea_r64_m if itself && instruction.memory_index() == Register::None => {
             Some(instruction.memory_displacement64() as i64)
         }
+        Code::Mov_r64_rm64 => match before.of(instruction.op1_register()) {
+            Held::Stack(at) => Some(at),
+            _ => None,
+        },
         Code::Add_rm64_imm8 | Code::Add_rm64_imm32 => Some(instruction.immediate(1) as i64),
         Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 => Some(-(instruction.immediate(1) as i64)),
         _ => None,
@@ -582,5 +461,6 @@ fn is_the_monitors(mnemonic: Mnemonic) -> bool {
     )
 }
 
+mod state;
 #[cfg(test)]
 mod tests;

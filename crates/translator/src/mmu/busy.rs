@@ -3,7 +3,7 @@
 use host::{Clock as _, HostClock};
 use memory::{Gpa, PAGE_SIZE};
 
-use super::window::Found;
+use super::window::{Found, Held};
 use crate::cpu::Cpu;
 
 /// Most mappings made at one look. Each takes the host some microseconds.
@@ -15,6 +15,7 @@ struct Page {
     address: u64,
     gpa: u64,
     addend: u64,
+    writable: bool,
 }
 
 impl Cpu {
@@ -36,16 +37,15 @@ impl Cpu {
     /// Maps pages that the current address space has entries for, longest runs first.
     pub(crate) fn fill_window(&mut self) -> Found {
         let ram = self.shared.ram.clone();
-        let page = |(address, addend): (u64, u64)| {
+        let page = |(address, addend, writable): (u64, u64, bool)| {
             // Pages that may be executed are known by the address of another mapping, and so not found.
-            Some(Page { address, gpa: ram.gpa_of(address.wrapping_add(addend))?.0, addend })
+            Some(Page { address, gpa: ram.gpa_of(address.wrapping_add(addend))?.0, addend, writable })
         };
         let (inside, others) = self.tlb.user_pages();
         let mut pages: Vec<Page> = others.into_iter().filter_map(page).collect();
         pages.sort_unstable();
         pages.dedup();
-        let missing: Vec<Page> =
-            pages.iter().filter(|page| self.window.holds(page.address, Gpa(page.gpa)).is_none()).copied().collect();
+        let missing: Vec<Page> = pages.iter().filter(|page| self.is_missing(page)).copied().collect();
         let mut runs: Vec<&[Page]> = missing.chunk_by(|a, b| follows(*a, *b)).collect();
         runs.sort_by_key(|run| std::cmp::Reverse(run.len()));
         for run in runs.into_iter().take(MOST_AT_ONCE) {
@@ -54,14 +54,16 @@ impl Cpu {
         let mut found = Found { moved: 0, inside, outside: pages.len() };
         let mut taken = 0;
         for page in pages {
-            let Some(mut first) = self.window.holds(page.address, Gpa(page.gpa)) else { continue };
             let before = page.address.wrapping_sub(PAGE_SIZE);
-            if !first && taken < MOST_AT_ONCE && !self.tlb.is_in_window(before) {
+            let Some(mut held) = self.window.holds(page.address, Gpa(page.gpa)) else { continue };
+            if held.read_chained && taken < MOST_AT_ONCE && !self.tlb.is_in_window(before) {
                 // Nobody uses it: it would only keep this one from being used.
                 taken += 1;
-                first = self.window.unmap(before);
+                if self.window.unmap(before) {
+                    held = Held { read_chained: false, write_chained: held.write_chained.map(|_| false) };
+                }
             }
-            if self.tlb.move_to_window(page.address, page.addend, first) {
+            if self.tlb.move_to_window(page.address, page.addend, held) {
                 found = Found { moved: found.moved + 1, inside: found.inside + 1, outside: found.outside - 1 };
             }
         }
@@ -72,6 +74,12 @@ impl Cpu {
         found
     }
 
+    /// True where a page is not in the window, or may be written but not there.
+    fn is_missing(&self, page: &Page) -> bool {
+        let held = self.window.holds(page.address, Gpa(page.gpa));
+        held.is_none_or(|held| page.writable && held.write_chained.is_none())
+    }
+
     fn map_run(&mut self, run: &[Page]) {
         let (Some(first), Some(last)) = (run.first(), run.last()) else { return };
         if !self.window.reserve_for(first.address) {
@@ -80,8 +88,14 @@ impl Cpu {
         // What is at the edge of what has been reserved waits until there is more.
         let run = if self.window.is_inside(first.address) { run } else { &run[1..] };
         let run = if run.is_empty() || self.window.is_inside(last.address) { run } else { &run[..run.len() - 1] };
-        let in_use = run.iter().any(|page| self.window.is_mapped(page.address) && self.tlb.is_in_window(page.address));
-        if run.is_empty() || in_use || !self.window.map(&self.shared.ram, run[0].address, Gpa(run[0].gpa), run.len()) {
+        let Some(first) = run.first() else { return };
+        // The same page may come in its own place, to be written.
+        let in_use = run.iter().any(|page| {
+            let held = self.window.holds(page.address, Gpa(page.gpa));
+            held.is_none() && self.window.is_mapped(page.address) && self.tlb.is_in_window(page.address)
+        });
+        let gpa = Gpa(first.gpa);
+        if in_use || !self.window.map(&self.shared.ram, first.address, gpa, run.len(), first.writable) {
             return;
         }
         for page in run {
@@ -93,5 +107,6 @@ impl Cpu {
 /// True where one page follows the other, for guest and host, in the same chunk.
 fn follows(a: Page, b: Page) -> bool {
     let chunk = |page: Page| page.address >> super::window::CHUNK_LOG2;
-    b.address == a.address + PAGE_SIZE && b.gpa == a.gpa + PAGE_SIZE && chunk(a) == chunk(b)
+    let on = b.address == a.address + PAGE_SIZE && b.gpa == a.gpa + PAGE_SIZE;
+    on && chunk(a) == chunk(b) && a.writable == b.writable
 }

@@ -19,6 +19,7 @@ use std::collections::HashSet;
 use memory::PAGE_SIZE;
 
 use crate::mmu::table::Table;
+use crate::mmu::window::Held;
 
 /// Which rules an access follows; indexes the views.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,8 +92,8 @@ pub(crate) struct Fill {
     pub read: Option<u64>,
     /// For writing: the same.
     pub write: Option<u64>,
-    /// The page is in the window; `Some(true)`: and the one before it is not.
-    pub window: Option<bool>,
+    /// The page is in the window.
+    pub window: Option<Held>,
     /// It survives flushes of its PCID.
     pub global: bool,
 }
@@ -203,9 +204,8 @@ impl Tlb {
         let view = self.slots[self.current].views.get_mut(mode as usize)?;
         if view.is_none() {
             let lower_only = mode == DataMode::User;
-            let chained = lower_only.then_some(distance);
-            let tables = Table::new(lower_only, chained)
-                .and_then(|read| Ok(View { read, write: Table::new(lower_only, None)? }));
+            let table = || Table::new(lower_only, lower_only.then_some(distance));
+            let tables = table().and_then(|read| Ok(View { read, write: table()? }));
             match tables {
                 Ok(made) => *view = Some(made),
                 Err(error) => tracing::debug!(%error, "no address space for a translation table"),
@@ -222,13 +222,12 @@ impl Tlb {
         if fill.read == Some(distance) || fill.write == Some(distance) {
             return;
         }
-        let before = fill.address.wrapping_sub(PAGE_SIZE);
-        let chained = fill.window.is_some_and(|first| first || view.read.get(before) == distance);
+        let (near_read, near_write) = view.near(fill.address, fill.window, distance);
         if let Some(addend) = fill.read {
-            view.read.set(fill.address, if chained { distance } else { addend }, fill.global);
+            view.read.set(fill.address, if near_read { distance } else { addend }, fill.global);
         }
         if let Some(addend) = fill.write {
-            view.write.set(fill.address, if fill.window.is_some() { distance } else { addend }, fill.global);
+            view.write.set(fill.address, if near_write { distance } else { addend }, fill.global);
         }
     }
 
@@ -237,13 +236,27 @@ impl Tlb {
         self.slots[self.current].views[DataMode::User as usize].as_mut()
     }
 
-    /// How many read entries user code of the current address space has in the window, some counted more than once, and
-    /// the others: address and addend.
-    pub(crate) fn user_pages(&mut self) -> (usize, Vec<(u64, u64)>) {
+    /// How many entries user code of the current address space has in the window, some counted more than once, and the
+    /// pages that it finds elsewhere, for reading or for writing: address, addend, and whether it may write.
+    pub(crate) fn user_pages(&mut self) -> (usize, Vec<(u64, u64, bool)>) {
         let distance = self.distance;
         let Some(view) = self.user() else { return (0, Vec::new()) };
-        let (inside, others): (Vec<_>, Vec<_>) = view.read.pages().partition(|(_, addend)| *addend == distance);
-        (inside.len(), others)
+        let (mut inside, mut others) = (0, Vec::new());
+        for (address, addend) in view.read.pages() {
+            if addend == distance {
+                inside += 1;
+            } else {
+                others.push((address, addend, view.write.get(address) == addend));
+            }
+        }
+        for (address, addend) in view.write.pages() {
+            match (addend == distance, view.read.get(address) == distance) {
+                (true, _) => inside += 1,
+                (false, true) => others.push((address, addend, true)),
+                (false, false) => {} // with those for reading
+            }
+        }
+        (inside, others)
     }
 
     /// True where an entry of any address space has the page of `address` in the window.
@@ -252,30 +265,33 @@ impl Tlb {
         self.users().any(|view| view.read.get(address) == distance || view.write.get(address) == distance)
     }
 
-    /// The page of `address` has been mapped in the window, and what was there before has not: that page's neighbour is
-    /// good only where it is, too.
+    /// The page of `address` has been mapped in the window, and what was there before has not, or could not be written:
+    /// that page's neighbour is good only where it is, too.
     pub(crate) fn mapped(&mut self, address: u64) {
-        let distance = self.distance;
-        for view in self.users().filter(|view| view.read.get(address) != distance) {
-            if view.read.get(address.wrapping_add(PAGE_SIZE)) == distance {
-                view.read.clear_page(address.wrapping_add(PAGE_SIZE));
+        let (distance, next) = (self.distance, address.wrapping_add(PAGE_SIZE));
+        for table in self.users().flat_map(|view| [&mut view.read, &mut view.write]) {
+            if table.get(address) != distance && table.get(next) == distance {
+                table.clear_page(next);
             }
         }
     }
 
     /// User code of the current address space finds a page in the window from now on, where it has found it at `addend`
-    /// so far. `first`: the page before it is not mapped there. False where it depends on that one.
-    pub(crate) fn move_to_window(&mut self, address: u64, addend: u64, first: bool) -> bool {
+    /// so far. False where it depends on the page before, for reading or for writing.
+    pub(crate) fn move_to_window(&mut self, address: u64, addend: u64, held: Held) -> bool {
         let distance = self.distance;
         let Some(view) = self.user() else { return false };
-        if view.write.get(address) == addend {
-            view.write.replace(address, distance);
+        let (near_read, near_write) = view.near(address, Some(held), distance);
+        let mut stays = false;
+        for (table, near) in [(&mut view.read, near_read), (&mut view.write, near_write)] {
+            if table.get(address) == addend {
+                stays |= !near;
+                if near {
+                    table.replace(address, distance);
+                }
+            }
         }
-        let chained = first || view.read.get(address.wrapping_sub(PAGE_SIZE)) == distance;
-        if chained {
-            view.read.replace(address, distance);
-        }
-        chained
+        !stays
     }
 
     /// Forgets all that user code found in the window.
@@ -447,6 +463,16 @@ impl Tlb {
         }
         self.by_pcid[pcid as usize] = self.next_context as u16;
         self.next_context += 1;
+    }
+}
+
+impl View {
+    /// Whether a page can be found in the window for reading, and for writing.
+    fn near(&self, address: u64, held: Option<Held>, distance: u64) -> (bool, bool) {
+        let before = address.wrapping_sub(PAGE_SIZE);
+        let read = held.is_some_and(|held| !held.read_chained || self.read.get(before) == distance);
+        let write = held.and_then(|held| held.write_chained);
+        (read, write.is_some_and(|chained| !chained || self.write.get(before) == distance))
     }
 }
 

@@ -38,8 +38,26 @@ const PERIOD_NS: u64 = 2_000_000;
 /// Most samples from one look at what to map to the next.
 const MOST_PATIENCE: u32 = 64;
 
-/// What is known of a reserved chunk: the page of RAM, plus one, that is mapped at each of its pages; 0 where none is.
-type Chunk = Box<[u32; PAGES]>;
+/// What is known of a reserved chunk: the owner of each of its pages.
+type Chunk = Box<[Owner; PAGES]>;
+
+/// What is mapped at a page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Owner {
+    /// The page of RAM, plus one; 0: nothing.
+    page: u32,
+    /// It may be written there.
+    writable: bool,
+}
+
+/// What may be done with a page where the window has it, and on what that depends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Held {
+    /// Reading depends on the page before being there for reading: something else is mapped in its place otherwise.
+    pub read_chained: bool,
+    /// It may be written, and the same for writing.
+    pub write_chained: Option<bool>,
+}
 
 /// What a look at an address space's pages has come to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -159,18 +177,21 @@ impl Window {
         self.waiting = self.patience;
     }
 
-    /// Where the page of `address` is mapped, and is that of `gpa`: whether the one before it is not mapped.
-    pub(crate) fn holds(&self, address: u64, gpa: Gpa) -> Option<bool> {
-        (self.owner(address)? == owner_of(gpa)).then(|| !self.is_mapped(address.wrapping_sub(PAGE_SIZE)))
+    /// What holds of the page of `address`, where that is `gpa`'s.
+    pub(crate) fn holds(&self, address: u64, gpa: Gpa) -> Option<Held> {
+        let (here, before) = (self.owner(address), self.owner(address.wrapping_sub(PAGE_SIZE)));
+        (here.page == page_of(gpa))
+            .then_some(Held { read_chained: before.page != 0, write_chained: here.writable.then_some(before.writable) })
     }
 
     /// True where some page is mapped for `address`.
     pub(crate) fn is_mapped(&self, address: u64) -> bool {
-        self.owner(address).is_some_and(|owner| owner != 0)
+        self.owner(address).page != 0
     }
 
-    fn owner(&self, address: u64) -> Option<u32> {
-        self.chunks.get(&(address >> CHUNK_LOG2))?.as_ref().map(|chunk| chunk[place(address)])
+    fn owner(&self, address: u64) -> Owner {
+        let chunk = self.chunks.get(&(address >> CHUNK_LOG2)).and_then(Option::as_ref);
+        chunk.map_or(Owner::default(), |chunk| chunk[place(address)])
     }
 
     /// True where the page of `address` has reserved space on both sides.
@@ -181,7 +202,7 @@ impl Window {
     }
 
     /// Maps `pages` pages of RAM, all of one chunk, in the place of what is mapped for them. False where that cannot be.
-    pub(crate) fn map(&mut self, ram: &GuestRam, address: u64, gpa: Gpa, pages: usize) -> bool {
+    pub(crate) fn map(&mut self, ram: &GuestRam, address: u64, gpa: Gpa, pages: usize, writable: bool) -> bool {
         let chunk = address >> CHUNK_LOG2;
         let (first, end) = (place(address), place(address) + pages);
         let last = address + (pages as u64 - 1) * PAGE_SIZE;
@@ -192,13 +213,13 @@ impl Window {
         let Some(Some(owners)) = self.chunks.get_mut(&chunk) else { return false };
         let at = address.wrapping_add(self.distance) as *mut u8;
         // SAFETY: inside a chunk that has been reserved.
-        if unsafe { ram.map_pages(gpa, (pages as u64) * PAGE_SIZE, at) }.is_err() {
+        if unsafe { ram.map_pages(gpa, (pages as u64) * PAGE_SIZE, at, writable) }.is_err() {
             self.torn = true;
             return false;
         }
         self.mappings += 1;
-        for (owner, number) in owners[first..end].iter_mut().zip(owner_of(gpa)..) {
-            *owner = number;
+        for (owner, page) in owners[first..end].iter_mut().zip(page_of(gpa)..) {
+            *owner = Owner { page, writable };
         }
         true
     }
@@ -211,7 +232,7 @@ impl Window {
         let done = unsafe { reserve(at, PAGE_SIZE as usize, MapFlags::FIXED) };
         if done.is_ok() {
             self.mappings += 1;
-            owners[place(address)] = 0;
+            owners[place(address)] = Owner::default();
         }
         self.torn |= done.is_err();
         done.is_ok()
@@ -267,7 +288,7 @@ impl Window {
             // SAFETY: only where nothing is mapped.
             let reserved = unsafe { reserve(at, CHUNK_BYTES, MapFlags::FIXED_NOREPLACE) };
             *mappings += 1;
-            reserved.ok().map(|()| Box::new([0; PAGES]))
+            reserved.ok().map(|()| Box::new([Owner::default(); PAGES]))
         });
         known.is_some()
     }
@@ -294,7 +315,7 @@ fn place(address: u64) -> usize {
     (address / PAGE_SIZE) as usize % PAGES
 }
 
-fn owner_of(gpa: Gpa) -> u32 {
+fn page_of(gpa: Gpa) -> u32 {
     (gpa.0 / PAGE_SIZE) as u32 + 1
 }
 
@@ -315,16 +336,21 @@ mod tests {
         let ram = GuestRam::new(&[(Gpa(0), 1 << 20)]).unwrap();
         let mut window = Window::new(7);
         let page = HEAP + 0x5000;
-        assert!(window.map(&ram, page, Gpa(0x3000), 2));
+        assert!(window.map(&ram, page, Gpa(0x3000), 2, false));
         ram.write_value(Gpa(0x4008), &0x1234_5678_u32).unwrap();
         // SAFETY: the second of the pages just mapped.
         let seen = unsafe { ((page + 0x1008 + window.distance()) as *const u32).read() };
         assert_eq!(seen, 0x1234_5678);
-        assert_eq!(window.holds(page, Gpa(0x3000)), Some(true), "nothing is before the first");
-        assert_eq!(window.holds(page + 0x1000, Gpa(0x4000)), Some(false));
+        let held = |read_chained, write_chained| Some(Held { read_chained, write_chained });
+        assert_eq!(window.holds(page, Gpa(0x3000)), held(false, None), "nothing is before the first");
+        assert_eq!(window.holds(page + 0x1000, Gpa(0x4000)), held(true, None));
         assert_eq!(window.holds(page + 0x1000, Gpa(0x5000)), None, "another page");
+        assert!(window.map(&ram, page + 0x1000, Gpa(0x4000), 1, true));
+        assert_eq!(window.holds(page + 0x1000, Gpa(0x4000)), held(true, Some(false)), "the first cannot be written");
+        assert!(window.map(&ram, page, Gpa(0x3000), 1, true));
+        assert_eq!(window.holds(page + 0x1000, Gpa(0x4000)), held(true, Some(true)));
         assert!(window.unmap(page));
-        assert_eq!(window.holds(page + 0x1000, Gpa(0x4000)), Some(true));
+        assert_eq!(window.holds(page + 0x1000, Gpa(0x4000)), held(false, Some(false)));
         window.clear();
         assert!(!window.is_mapped(page + 0x1000));
     }
@@ -334,22 +360,22 @@ mod tests {
         let ram = GuestRam::new(&[(Gpa(0), 1 << 20)]).unwrap();
         let mut window = Window::new(9);
         let next = HEAP + CHUNK_BYTES as u64;
-        assert!(!window.map(&ram, next - 0x1000, Gpa(0), 1), "the last page of a chunk");
-        assert!(window.map(&ram, next, Gpa(0), 1), "the first one, whose neighbour is reserved now");
-        assert!(window.map(&ram, next - 0x1000, Gpa(0), 1));
-        assert!(!window.map(&ram, 0, Gpa(0), 1), "page 0 has none");
-        assert!(!window.map(&ram, next + 0x1000, Gpa(0xff000), 2), "beyond RAM");
+        assert!(!window.map(&ram, next - 0x1000, Gpa(0), 1, true), "the last page of a chunk");
+        assert!(window.map(&ram, next, Gpa(0), 1, true), "the first one, whose neighbour is reserved now");
+        assert!(window.map(&ram, next - 0x1000, Gpa(0), 1, true));
+        assert!(!window.map(&ram, 0, Gpa(0), 1, true), "page 0 has none");
+        assert!(!window.map(&ram, next + 0x1000, Gpa(0xff000), 2, true), "beyond RAM");
     }
 
     #[test]
     fn a_window_that_is_given_up_maps_nothing_more() {
         let ram = GuestRam::new(&[(Gpa(0), 1 << 20)]).unwrap();
         let mut window = Window::new(11);
-        assert!(!window.map(&ram, HEAP + 0x1000, Gpa(1 << 20), 1) && window.is_torn(), "beyond RAM");
+        assert!(!window.map(&ram, HEAP + 0x1000, Gpa(1 << 20), 1, true) && window.is_torn(), "beyond RAM");
         window.give_up();
-        assert!(!window.is_torn() && !window.map(&ram, HEAP + 0x1000, Gpa(0), 1));
+        assert!(!window.is_torn() && !window.map(&ram, HEAP + 0x1000, Gpa(0), 1, true));
         window.share(1);
-        assert!(!window.map(&ram, HEAP + 0x1000, Gpa(0), 1));
+        assert!(!window.map(&ram, HEAP + 0x1000, Gpa(0), 1, true));
     }
 
     #[test]
@@ -357,7 +383,7 @@ mod tests {
         let ram = GuestRam::new(&[(Gpa(0), 1 << 20)]).unwrap();
         let mut window = Window::new(1);
         let here = std::ptr::from_ref(&window) as u64;
-        assert!(!window.map(&ram, here - window.distance(), Gpa(0), 1));
+        assert!(!window.map(&ram, here - window.distance(), Gpa(0), 1, true));
         assert!(!window.is_mapped(here - window.distance()));
     }
 

@@ -114,6 +114,36 @@ fn accesses_in_the_window_follow_the_comparison_of_their_own_address() {
 }
 
 #[test]
+fn a_check_is_good_for_what_lies_before_its_byte() {
+    let slot = At::Absolute(BOUNDS.known.low + offset::GPR + 8 * 12);
+    let at = |distance: i32| At::Base(R11, BOUNDS.distance as i32 + distance);
+    // mov r11, [slot]; the check of what is 40 bytes further on; the access, with the register fetched anew
+    let group = |asm: &mut Asm, between: &dyn Fn(&mut Asm), at: At| {
+        let far = asm.label();
+        asm.load(R11, slot);
+        asm.lea(RCX, At::Base(R11, 40));
+        asm.extract_bits(RCX, RCX, R15);
+        asm.compare_at(At::Index(R15, RCX, 3, -BIAS), BOUNDS.distance as i32);
+        asm.jcc(condition::NOT_ZERO, far);
+        asm.load(R11, At::Absolute(BOUNDS.known.low + offset::GPR));
+        between(asm);
+        asm.load(R11, slot);
+        asm.load(RAX, at);
+        asm.bind(far);
+    };
+    let nothing = |_: &mut Asm| {};
+    for good in [33, 0, -0x800] {
+        assert_eq!(complaint(|asm| group(asm, &nothing, at(good))), "", "{good}");
+    }
+    for bad in [34, 41, -0x1000] {
+        assert!(complaint(|asm| group(asm, &nothing, at(bad))).contains("reaches"), "{bad}");
+    }
+    // The guest's register is another one since.
+    assert!(complaint(|asm| group(asm, &|asm| asm.store(slot, RAX), at(0))).contains("reaches"));
+    assert!(complaint(|asm| group(asm, &|asm| asm.store_constant(slot, 1), at(0))).contains("reaches"));
+}
+
+#[test]
 fn jumps_stay_inside_and_the_monitors_registers_stay() {
     assert!(complaint(|asm| asm.jmp_to(AT + 0x1000)).contains("goes to 0x70001000"));
     assert!(complaint(|asm| asm.jmp_to(AT + 1)).contains("goes to 0x70000001"));

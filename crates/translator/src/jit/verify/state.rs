@@ -1,0 +1,217 @@
+//! What is known of registers and memory between two emitted instructions.
+
+use iced_x86::Register;
+
+/// A part of an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    Host(Register),
+    /// A guest register that is kept in the home.
+    Kept(i64),
+}
+
+/// A sum of registers, as an address is one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sum {
+    pub base: Part,
+    pub index: Part,
+    pub scale: u32,
+    pub displacement: i64,
+}
+
+impl Sum {
+    /// A register and a constant.
+    pub(super) fn near(base: Register, displacement: i64) -> Self {
+        Self { base: Part::Host(base), index: Part::Host(Register::None), scale: 1, displacement }
+    }
+
+    pub(super) fn has(&self, part: Part) -> bool {
+        self.base == part || self.index == part
+    }
+
+    /// True where temporaries are in it.
+    pub(super) fn is_passing(&self) -> bool {
+        [Register::RCX, Register::R10, Register::R11].iter().any(|temporary| self.has(Part::Host(*temporary)))
+    }
+
+    /// The same address where RSP has moved by so many bytes.
+    pub(super) fn after_move(mut self, by: i64) -> Self {
+        if self.base == Part::Host(Register::R8) {
+            self.displacement = self.displacement.wrapping_sub(by);
+        }
+        self
+    }
+
+    /// So many bytes from another, where that can be said.
+    pub(super) fn beyond(&self, other: &Self) -> Option<i64> {
+        let index = self.index == Part::Host(Register::None) || self.scale == other.scale;
+        let same = (self.base, self.index) == (other.base, other.index) && index;
+        same.then(|| self.displacement.wrapping_sub(other.displacement))
+    }
+}
+
+/// Addresses known to be of pages in the window: one for a group and one for an access of each instruction of a block.
+pub(super) type Near = [Option<(Sum, bool)>; 48];
+
+/// What a temporary register holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Held {
+    Anything,
+    Constant(i64),
+    /// What a guest register has that is kept in the home.
+    Kept(i64),
+    /// An index that lies in a translation table, whatever the address was, and that where it is known.
+    Index(Option<Sum>),
+    Sum(Sum),
+    /// An index of 16 bits.
+    Short,
+    /// An entry of a translation table, perhaps zero.
+    Entry {
+        write: bool,
+    },
+    /// An entry that is not zero: host address minus guest address.
+    Addend {
+        write: bool,
+    },
+    /// A host address made of one.
+    Pointer {
+        write: bool,
+    },
+    /// The address of a word of the monitor's that may be read.
+    Word,
+    /// So many bytes from the guest's RSP.
+    Stack(i64),
+    /// The lower half of that.
+    LowStack(i64),
+    /// Its offset in its page.
+    StackOffset(i64),
+}
+
+/// What is known before an instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct State {
+    /// RCX, R10, R11 and the home's scratch field.
+    pub held: [Held; 4],
+    /// Which of them the last instruction tested.
+    pub tested: Option<usize>,
+    /// A stack address and the most its offset in its page may be, which the last instruction compared.
+    pub compared: Option<(i64, i64)>,
+    /// The address whose entry the last instruction compared with that of pages in the window, and whether it is one for
+    /// writing.
+    pub looked_up: Option<(Sum, bool)>,
+    /// Addresses whose pages are in the window, the last first, and whether they may be written.
+    pub near: Near,
+    /// From the guest's RSP, what the page whose addend R10 is certainly has.
+    pub group: Option<(i64, i64)>,
+}
+
+pub(super) const START: State =
+    State { held: [Held::Anything; 4], tested: None, compared: None, looked_up: None, near: [None; 48], group: None };
+pub(super) const RCX: usize = 0;
+pub(super) const R10: usize = 1;
+pub(super) const SCRATCH: usize = 3;
+
+pub(super) fn slot(register: Register) -> Option<usize> {
+    match register.full_register() {
+        Register::RCX => Some(RCX),
+        Register::R10 => Some(1),
+        Register::R11 => Some(2),
+        _ => None,
+    }
+}
+
+impl State {
+    pub(super) fn of(&self, register: Register) -> Held {
+        slot(register).map_or(Held::Anything, |slot| self.held[slot])
+    }
+
+    pub(super) fn merge(self, other: Self) -> Self {
+        let mut held = self.held;
+        for (mine, theirs) in held.iter_mut().zip(other.held) {
+            if *mine != theirs {
+                *mine = Held::Anything;
+            }
+        }
+        Self {
+            held,
+            tested: self.tested.filter(|_| self.tested == other.tested),
+            compared: self.compared.filter(|_| self.compared == other.compared),
+            looked_up: self.looked_up.filter(|_| self.looked_up == other.looked_up),
+            near: self.near.map(|near| near.filter(|_| other.near.contains(&near))),
+            group: self.group.filter(|_| self.group == other.group),
+        }
+    }
+
+    /// Where a temporary is not zero.
+    pub(super) fn not_zero(mut self, slot: usize) -> Self {
+        if let Held::Entry { write } = self.held[slot] {
+            self.held[slot] = Held::Addend { write };
+        }
+        self
+    }
+
+    /// Where what was compared is not above.
+    pub(super) fn not_above(mut self) -> Self {
+        self.group = self.compared.map(|(start, most)| (start, start + 0x1000 - most)).or(self.group);
+        self
+    }
+
+    /// A register has another value.
+    pub(super) fn forget(&mut self, part: Part) {
+        for held in &mut self.held {
+            *held = match *held {
+                Held::Sum(sum) if sum.has(part) => Held::Anything,
+                Held::Index(Some(sum)) if sum.has(part) => Held::Index(None),
+                Held::Kept(at) if part == Part::Kept(at) => Held::Anything,
+                other => other,
+            };
+        }
+        self.looked_up = self.looked_up.filter(|(sum, _)| !sum.has(part));
+        self.near = self.near.map(|near| near.filter(|(sum, _)| !sum.has(part)));
+    }
+
+    /// The address of the page that has been looked up is in the window.
+    pub(super) fn found(mut self) -> Self {
+        if self.looked_up.is_some() && !self.near.contains(&self.looked_up) {
+            self.near.rotate_right(1);
+            self.near[0] = self.looked_up;
+        }
+        self
+    }
+
+    /// What a register is as a part of an address.
+    pub(super) fn part(&self, register: Register) -> Part {
+        match self.of(register) {
+            Held::Kept(at) => Part::Kept(at),
+            _ => Part::Host(register.full_register()),
+        }
+    }
+
+    /// The address of a memory operand.
+    pub(super) fn sum(&self, memory: (Register, Register, u32, i64)) -> Sum {
+        let (base, index, scale, displacement) = memory;
+        let sum = Sum { base: self.part(base), index: self.part(index), scale, displacement };
+        let inner = match (self.of(base), index) {
+            (Held::Sum(inner), Register::None) if !inner.is_passing() => inner,
+            (Held::Stack(at), Register::None) => Sum::near(Register::R8, at),
+            _ => return sum,
+        };
+        Sum { displacement: inner.displacement.wrapping_add(displacement), ..inner }
+    }
+
+    /// RSP has moved.
+    pub(super) fn moved(mut self, by: Option<i64>) -> Self {
+        let near = by.map(|by| self.near.map(|near| near.map(|(sum, write)| (sum.after_move(by), write))));
+        self.forget(Part::Host(Register::R8));
+        if let Some(near) = near {
+            self.near = near.map(|near| near.filter(|(sum, _)| sum.index != Part::Host(Register::R8)));
+        }
+        self.group = self.group.zip(by).map(|((start, end), by)| (start - by, end - by));
+        for held in &mut self.held {
+            if matches!(held, Held::Stack(_) | Held::LowStack(_) | Held::StackOffset(_)) {
+                *held = Held::Anything;
+            }
+        }
+        self
+    }
+}
