@@ -37,3 +37,5 @@ mod fixture;
 mod hostile_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod wait_stress;
