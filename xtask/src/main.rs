@@ -3,7 +3,7 @@
 //! ```text
 //!   check ──> layers.toml, ratchet.toml, deny.toml, both Cargo workspaces, every text file
 //!   test  ──> host workspace, end to end, guests' programs, documentation examples
-//!   fuzz  ──> the translator's native oracle, for as long as you like
+//!   fuzz  ──> the translator's native oracle, the dialects' calls: for as long as you like
 //!   bench ──> release build, guest/bench, the cached kernel; QEMU where it is installed
 //!   soak  ──> the same without QEMU, for an hour
 //! ```
@@ -25,6 +25,8 @@ Usage: cargo xtask COMMAND
   test [ARGS...]     all tests; ARGS go to the test runner
   fuzz [OPTION...]   random instructions on this processor and on the engine: --minutes N (of each class; default 10),
                      --cases N, --class NAME, --seed N
+  fuzz contract [OPTION...]
+                     hypercalls and MSRs of both dialects with hostile arguments: --minutes N (default 10), --seed N
   bench boot|cpu|programs [OPTION...]
                      Cordial beside QEMU's software engine and the processor itself; `bench` alone lists the options
   soak [OPTION...]   Debian's programs over and over in one guest, then in lockstep: right results, no growth;

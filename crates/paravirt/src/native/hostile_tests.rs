@@ -12,7 +12,7 @@ use super::fixture::{Bench, HIGH_RAM, LOW_RAM};
 const PAGES: [u64; 3] = [0x8000, 0x9000, 0xa000];
 
 /// Numbers near what matters, and any.
-fn argument() -> impl Strategy<Value = u64> {
+pub(super) fn argument() -> impl Strategy<Value = u64> {
     let places = [0, 0xfff, 0x1000, 0x5000, LOW_RAM, HIGH_RAM, HIGH_RAM + 0x1_0000, 1 << 32, 1 << 63, u64::MAX];
     let near =
         (prop::sample::select(places.to_vec()), -64_i64..64).prop_map(|(place, by)| place.wrapping_add_signed(by));
@@ -40,7 +40,7 @@ fn deed() -> impl Strategy<Value = Deed> {
     ]
 }
 
-fn contents(bench: &Bench) -> Vec<u8> {
+pub(super) fn contents(bench: &Bench) -> Vec<u8> {
     let mut bytes = vec![0; LOW_RAM as usize + 0x1_0000];
     let (low, high) = bytes.split_at_mut(LOW_RAM as usize);
     bench.ram.read(Gpa(0), low).unwrap();

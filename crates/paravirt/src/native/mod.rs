@@ -34,7 +34,11 @@ pub use vm::{Interrupts, Parts, Vm};
 #[cfg(test)]
 mod fixture;
 #[cfg(test)]
+mod fuzz_tests;
+#[cfg(test)]
 mod hostile_tests;
+#[cfg(test)]
+mod storm_tests;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
