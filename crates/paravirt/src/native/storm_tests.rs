@@ -126,6 +126,7 @@ fn both_dialects_may_be_given_one_page() {
     let bench = Bench::new(1, BUILT);
     let native = super::Vcpu::new(Arc::clone(&bench.vm), 0);
     let mut vcpu = crate::Vcpu::new(0, Features::ALL, Arc::clone(&bench.vm.clock), Some(native));
+    bench.ram.fill(Gpa(0), 0x5a, LOW_RAM).unwrap();
     let before = beside(&bench, &[PAGE]);
     for _ in 0..3 {
         vcpu.msr_write(kvm::msr::SYSTEM_TIME, PAGE | 1).unwrap();
