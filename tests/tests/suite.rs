@@ -127,7 +127,6 @@ groups! {
     protected: "1";
     realmode: "1";
     smp: "2";
-    kvm: "1";
 }
 
 /// Each translated block against the interpreter, with one and with two processors. A boot of Linux passes, too, but
@@ -232,7 +231,9 @@ fn the_native_dialect_conforms() {
 /// A feature that is taken out of the offer is refused, and the others work without it.
 #[test]
 fn each_feature_of_the_native_dialect_can_be_left_out() {
-    for (left_out, skipped) in [("-wait", 6), ("-timer,-multicall", 6), ("-clock", 9), ("-interrupts,-generation", 2)] {
+    for (left_out, skipped) in
+        [("-wait", 6), ("-timer,-multicall", 6), ("-clock", 9), ("-interrupts,-generation", 3), ("-eoi,-steal", 2)]
+    {
         let tap = run(guest(), "2", "cordial", &["--dialect", "cordial", "--pv", left_out]);
         assert_eq!(tap.skipped, skipped, "without {left_out}");
     }
@@ -242,6 +243,31 @@ fn each_feature_of_the_native_dialect_can_be_left_out() {
 #[test]
 fn the_kvm_dialect_conforms_beside_the_native_one() {
     run(guest(), "1", "kvm", &["--dialect", "kvm,cordial"]);
+}
+
+/// On one, two and four processors, translated and interpreted.
+#[test]
+fn the_kvm_dialect_conforms() {
+    for (cpus, more) in [("1", &[][..]), ("2", &[]), ("4", &[]), ("2", &["--engine-check", "interpret"])] {
+        let tap = run(guest(), cpus, "kvm", &[&["--engine", "translate"], more].concat());
+        assert_eq!(tap.skipped, if cpus == "1" { 4 } else { 0 }, "what takes several processors alone is skipped");
+    }
+}
+
+/// A feature that is taken out of the offer is refused, and the others work without it.
+#[test]
+fn each_feature_of_the_kvm_dialect_can_be_left_out() {
+    for (left_out, skipped) in [
+        ("-kvm-clocksource2", 1),
+        ("-kvm-steal-time,-kvm-pv-tlb-flush", 2),
+        ("-kvm-pv-eoi", 3),
+        ("-kvm-pv-unhalt,-kvm-pv-send-ipi", 4),
+        ("-kvm-pv-sched-yield,-kvm-poll-control", 2),
+        ("-kvm-msi-ext-dest-id", 0),
+    ] {
+        let tap = run(guest(), "2", "kvm", &["--pv", left_out]);
+        assert_eq!(tap.skipped, skipped, "without {left_out}");
+    }
 }
 
 /// The same image by either boot protocol: with the other one's header made unrecognisable.

@@ -3,6 +3,8 @@
 //! Source: Linux, Documentation/virt/kvm/x86/{cpuid,msr,hypercalls}.rst and
 //! arch/x86/include/{uapi/asm/kvm_para.h,asm/pvclock-abi.h}.
 
+use core::mem::offset_of;
+
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// CPUID leaves.
@@ -27,6 +29,22 @@ pub mod feature {
     pub const NOP_IO_DELAY: u32 = 1 << 1;
     /// The clock through [`msr::SYSTEM_TIME`](super::msr::SYSTEM_TIME) and its sibling.
     pub const CLOCKSOURCE2: u32 = 1 << 3;
+    /// Stolen time and the preempted flag through [`msr::STEAL_TIME`](super::msr::STEAL_TIME).
+    pub const STEAL_TIME: u32 = 1 << 5;
+    /// The end of an interrupt in memory, through [`msr::PV_EOI`](super::msr::PV_EOI).
+    pub const PV_EOI: u32 = 1 << 6;
+    /// [`hypercall::KICK_CPU`](super::hypercall::KICK_CPU) ends HLT.
+    pub const PV_UNHALT: u32 = 1 << 7;
+    /// A vCPU whose [`StealTime::preempted`](super::StealTime::preempted) is set flushes its TLB where it is asked to there.
+    pub const PV_TLB_FLUSH: u32 = 1 << 9;
+    /// [`hypercall::SEND_IPI`](super::hypercall::SEND_IPI).
+    pub const PV_SEND_IPI: u32 = 1 << 11;
+    /// [`msr::POLL_CONTROL`](super::msr::POLL_CONTROL).
+    pub const POLL_CONTROL: u32 = 1 << 12;
+    /// [`hypercall::SCHED_YIELD`](super::hypercall::SCHED_YIELD).
+    pub const PV_SCHED_YIELD: u32 = 1 << 13;
+    /// Bits 14:8 of a destination id stand in bits 11:5 of a message's address, and in bits 55:49 of an I/O APIC entry.
+    pub const MSI_EXT_DEST_ID: u32 = 1 << 15;
     /// The clock may say, in each page, that it is monotonic across vCPUs.
     pub const CLOCKSOURCE_STABLE: u32 = 1 << 24;
 }
@@ -43,15 +61,44 @@ pub mod msr {
     pub const SYSTEM_TIME: u32 = 0x4b56_4d01;
     /// Bit of [`SYSTEM_TIME`]: keep the page up to date. The address is a multiple of 4.
     pub const SYSTEM_TIME_ENABLE: u64 = 1;
+    /// Guest-physical address of this vCPU's [`StealTime`](super::StealTime), a multiple of 64, with [`ENABLE`].
+    pub const STEAL_TIME: u32 = 0x4b56_4d03;
+    /// Guest-physical address of this vCPU's [`EOI_PENDING`](super::EOI_PENDING) byte, a multiple of 4, with [`ENABLE`].
+    pub const PV_EOI: u32 = 0x4b56_4d04;
+    /// [`POLL_CONTROL_POLL`]: the host may poll before a vCPU sleeps in HLT. 1 after reset.
+    pub const POLL_CONTROL: u32 = 0x4b56_4d05;
+    /// Bit of the registers that hold an address: the host uses it.
+    pub const ENABLE: u64 = 1;
+    /// Bits of [`STEAL_TIME`] that are zero.
+    pub const STEAL_TIME_RESERVED: u64 = 0x3e;
+    /// The one bit of [`POLL_CONTROL`].
+    pub const POLL_CONTROL_POLL: u64 = 1;
 }
 
 /// Hypercalls: the number in RAX, arguments in RBX, RCX, RDX, RSI, the result in RAX.
 pub mod hypercall {
     /// Look for interrupts; being in the monitor is all it takes.
     pub const VAPIC_POLL_IRQ: u64 = 1;
+    /// RCX: the APIC id of a vCPU whose HLT ends; where it is not in HLT, its next one does at once. (RBX: flags, ignored.)
+    pub const KICK_CPU: u64 = 5;
+    /// RBX: guest-physical address of a [`ClockPairing`](super::ClockPairing); RCX: [`PAIR_WALL_CLOCK`].
+    pub const CLOCK_PAIRING: u64 = 9;
+    /// RBX, RCX: which vCPUs, 64 each (32 outside 64-bit mode); RDX: the APIC id of the first one; RSI: the low half of an
+    /// interrupt command. Result: how many have accepted it.
+    pub const SEND_IPI: u64 = 10;
+    /// RBX: the APIC id of a vCPU that could use the processor.
+    pub const SCHED_YIELD: u64 = 11;
+    /// The one kind of [`CLOCK_PAIRING`]: the time of day.
+    pub const PAIR_WALL_CLOCK: u64 = 0;
     /// Result: not from privilege level 0.
     pub const EPERM: i64 = -1;
-    /// Result: no such call.
+    /// Result: an address that is not RAM.
+    pub const EFAULT: i64 = -14;
+    /// Result: a value that the call does not take.
+    pub const EINVAL: i64 = -22;
+    /// Result: a kind that is not to be had.
+    pub const EOPNOTSUPP: i64 = -95;
+    /// Result: no such call, or it is not offered.
     pub const ENOSYS: i64 = -1000;
 }
 
@@ -94,4 +141,51 @@ pub struct WallClock {
     pub nsec: u32,
 }
 
-const _: () = assert!(size_of::<TimeInfo>() == 32 && size_of::<WallClock>() == 12);
+/// What the host's scheduler did to one vCPU (`kvm_steal_time`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct StealTime {
+    /// Nanoseconds in which the vCPU could have run and had no processor.
+    pub steal: u64,
+    /// Odd while `steal` is being written.
+    pub version: u32,
+    /// Zero.
+    pub flags: u32,
+    /// [`VCPU_PREEMPTED`], and what others ask of the vCPU meanwhile: [`VCPU_FLUSH_TLB`].
+    pub preempted: u8,
+    /// Zero.
+    pub pad0: [u8; 3],
+    /// Zero.
+    pub pad1: [u32; 11],
+}
+
+/// [`StealTime::preempted`]: the vCPU does not execute guest code at present.
+pub const VCPU_PREEMPTED: u8 = 1 << 0;
+/// [`StealTime::preempted`], set by the guest beside [`VCPU_PREEMPTED`]: the vCPU is to flush its TLB before it does.
+pub const VCPU_FLUSH_TLB: u8 = 1 << 1;
+
+/// The byte of [`msr::PV_EOI`]: set by the host where the interrupt in service needs no write to the EOI register; cleared by
+/// the guest instead of that write.
+pub const EOI_PENDING: u8 = 1 << 0;
+
+/// The time of day and the time-stamp counter at one moment (`kvm_clock_pairing`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct ClockPairing {
+    /// Seconds since 1970-01-01 UTC.
+    pub sec: i64,
+    /// Nanoseconds beyond.
+    pub nsec: i64,
+    /// What RDTSC read then.
+    pub tsc: u64,
+    /// Zero.
+    pub flags: u32,
+    /// Zero.
+    pub pad: [u32; 9],
+}
+
+const _: () = {
+    assert!(size_of::<TimeInfo>() == 32 && size_of::<WallClock>() == 12);
+    assert!(size_of::<StealTime>() == 64 && size_of::<ClockPairing>() == 64);
+    assert!(offset_of!(StealTime, version) == 8 && offset_of!(StealTime, preempted) == 16);
+};

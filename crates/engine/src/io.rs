@@ -18,6 +18,8 @@ pub struct HypercallArgs {
     pub args: [u64; 4],
     /// The privilege level it came from, 0..=3.
     pub cpl: u8,
+    /// It came from 64-bit mode.
+    pub wide: bool,
 }
 
 /// What the machine says to a hypercall.

@@ -28,6 +28,8 @@ bitflags::bitflags! {
         const WAKE = 1 << 7;
         /// Forget the translations of guest-virtual addresses, before the next instruction.
         const FLUSH = 1 << 8;
+        /// End HLT, whatever RFLAGS.IF; where the vCPU is not in HLT, its next one ends at once.
+        const UNHALT = 1 << 9;
     }
 }
 

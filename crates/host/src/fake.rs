@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::{Clock, Entropy, Timer, TimerCallback, Timers};
+use crate::{Clock, Entropy, RunDelay, Timer, TimerCallback, Timers};
 
 /// A clock that stands still until told otherwise. Its TSC counts at 1 GHz, one tick a nanosecond.
 #[derive(Clone, Debug, Default)]
@@ -98,6 +98,25 @@ impl Timer for FakeTimer {
 
     fn disarm(&self) {
         *self.0.deadline.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// A thread that waits for a processor when a test says so.
+#[derive(Clone, Debug, Default)]
+pub struct FakeRunDelay {
+    ns: Arc<AtomicU64>,
+}
+
+impl FakeRunDelay {
+    /// It has waited `ns` longer.
+    pub fn wait(&self, ns: u64) {
+        self.ns.fetch_add(ns, Ordering::SeqCst);
+    }
+}
+
+impl RunDelay for FakeRunDelay {
+    fn waited_ns(&mut self) -> u64 {
+        self.ns.load(Ordering::SeqCst)
     }
 }
 

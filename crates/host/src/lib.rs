@@ -8,6 +8,7 @@ mod entropy;
 pub mod fake;
 mod low;
 mod process;
+mod run_delay;
 mod sample;
 mod timer;
 
@@ -15,5 +16,6 @@ pub use clock::{Clock, HostClock, read_tsc};
 pub use entropy::{Entropy, HostEntropy};
 pub use low::LowWord;
 pub use process::resident_bytes;
+pub use run_delay::{RunDelay, ThreadRunDelay};
 pub use sample::{SAMPLE_KINDS, SAMPLE_SIGNAL, Samples, ThreadTime};
 pub use timer::{HostTimers, Timer, TimerCallback, Timers};

@@ -239,7 +239,7 @@ impl Runner {
         let wide = sregs.efer & efer::LMA != 0 && sregs.cs.l != 0;
         let [number, args @ ..] = [regs.rax, regs.rbx, regs.rcx, regs.rdx, regs.rsi]
             .map(|value| if wide { value } else { u64::from(value as u32) });
-        let result = match io.hypercall(HypercallArgs { number, args, cpl: sregs.ss.dpl }) {
+        let result = match io.hypercall(HypercallArgs { number, args, cpl: sregs.ss.dpl, wide }) {
             Answer::Now(result) => result,
             Answer::Later => return Some(Exit::Waiting),
         };

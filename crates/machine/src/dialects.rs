@@ -2,13 +2,15 @@
 
 use std::sync::{Arc, Mutex};
 
+use contract::kvm::feature;
 use device::bus::{Bus, PortDevice};
 use device::interrupt::lapic::{FREQUENCY_HZ, msr};
-use device::interrupt::{InterruptChips, InterruptSink, Refused};
+use device::interrupt::{DeliveryMode, Destination, InterruptChips, InterruptSink, Message, Refused};
 use engine::{Cpuid, CpuidTable, Engine, GuestTsc};
+use host::ThreadRunDelay;
 use memory::GuestRam;
-use paravirt::native::{self, Calling, Interrupts, Parts, Place, Policy};
-use paravirt::{Clock, Features, Rates};
+use paravirt::native::{self, Calling, Parts, Policy};
+use paravirt::{Clock, Features, Interrupts, Place, Rates, kvm};
 
 use crate::board::HostParts;
 use crate::run::Slot;
@@ -23,8 +25,7 @@ const X2APIC_EOI: u32 = msr::X2APIC_FIRST + 0xb;
 
 /// The dialects of one machine.
 pub(crate) struct Spoken {
-    features: Features,
-    clock: Arc<Clock>,
+    kvm: Arc<kvm::Vm>,
     pub(crate) native: Option<Arc<native::Vm>>,
 }
 
@@ -55,6 +56,11 @@ fn kvm_features(plan: &Plan) -> Features {
     if plan.dialects.kvm { Features::ALL.without(plan.dialects.without.kvm) } else { Features::NONE }
 }
 
+/// Whether devices' messages have extended destination ids.
+pub(crate) fn extended_ids(plan: &Plan) -> bool {
+    kvm_features(plan).has(feature::MSI_EXT_DEST_ID)
+}
+
 fn native_features(plan: &Plan) -> u64 {
     native::BUILT & !plan.dialects.without.cordial
 }
@@ -77,6 +83,8 @@ impl Spoken {
         let tscs: Vec<Arc<GuestTsc>> = slots.iter().map(|slot| Arc::clone(&slot.tsc)).collect();
         let zero = tscs.first().map_or(0, |tsc| tsc.host(0));
         let clock = Arc::new(Clock::new(Arc::clone(&host.clock), ram.clone(), zero, tscs));
+        let interrupts: Arc<dyn Interrupts> = Arc::new(ToChips(Arc::clone(chips)));
+        let places: Arc<[Place]> = slots.iter().map(|slot| Place::new(Arc::clone(&slot.signal))).collect();
         let native = plan.dialects.cordial.then(|| {
             native::Vm::new(Parts {
                 offered: native_features(plan),
@@ -87,19 +95,20 @@ impl Spoken {
                 host: Arc::clone(&host.clock),
                 timers: Arc::clone(&host.timers),
                 entropy: Arc::clone(&host.entropy),
-                interrupts: Arc::new(ToChips(Arc::clone(chips))),
-                places: slots.iter().map(|slot| Place::new(Arc::clone(&slot.signal))).collect(),
+                interrupts: Arc::clone(&interrupts),
+                places: Arc::clone(&places),
             })
         });
         // What the engine serves by itself and refuses is not to be had here.
         let features = if engine.kvm_dialect().is_none() { kvm_features(plan) } else { Features::NONE };
-        Self { features, clock, native }
+        let kvm = kvm::Vm { features, ram: ram.clone(), clock, host: Arc::clone(&host.clock), interrupts, places };
+        Self { kvm: Arc::new(kvm), native }
     }
 
     /// One vCPU's side.
     pub(crate) fn vcpu(&self, index: u32) -> paravirt::Vcpu {
         let native = self.native.as_ref().map(|vm| native::Vcpu::new(Arc::clone(vm), index));
-        paravirt::Vcpu::new(index, self.features, Arc::clone(&self.clock), native)
+        paravirt::Vcpu::new(index, Arc::clone(&self.kvm), Box::new(ThreadRunDelay::default()), native)
     }
 
     /// The host's say in the contract, for a test guest to have.
@@ -111,12 +120,18 @@ impl Spoken {
     }
 }
 
-/// Vectors to local APICs.
+/// The way to local APICs. vCPU n's has the id n.
 struct ToChips(Arc<InterruptChips>);
 
 impl Interrupts for ToChips {
     fn raise(&self, vcpu: u32, vector: u8) {
         self.0.message(MESSAGES | u64::from(vcpu) << 12, vector.into());
+    }
+
+    fn send(&self, vcpu: u32, command: u32) -> bool {
+        let mode = DeliveryMode::from_register(command);
+        let destination = Destination { logical: false, id: vcpu, wide: true };
+        self.0.deliver(&Message { vector: command as u8, mode, level: false, destination })
     }
 
     fn end(&self, vcpu: u32) {

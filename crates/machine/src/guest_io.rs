@@ -119,7 +119,10 @@ impl CpuIo for GuestIo {
 
     fn mmio_read(&mut self, gpa: Gpa, data: &mut [u8]) {
         self.counted(Cause::MmioRead, |io| match io.apic_offset(gpa) {
-            Some(offset) => io.chips.read_mmio(io.vcpu, offset, data),
+            Some(offset) => {
+                io.paravirt.hear_end();
+                io.chips.read_mmio(io.vcpu, offset, data);
+            }
             None => {
                 io.bus.mmio_read(gpa, data);
             }
@@ -128,7 +131,10 @@ impl CpuIo for GuestIo {
 
     fn mmio_write(&mut self, gpa: Gpa, data: &[u8]) {
         self.counted(Cause::MmioWrite, |io| match io.apic_offset(gpa) {
-            Some(offset) => io.chips.write_mmio(io.vcpu, offset, data),
+            Some(offset) => {
+                io.paravirt.hear_end();
+                io.chips.write_mmio(io.vcpu, offset, data);
+            }
             None => {
                 io.bus.mmio_write(gpa, data);
                 io.announcer.look();
@@ -139,7 +145,10 @@ impl CpuIo for GuestIo {
     fn msr_read(&mut self, index: u32) -> Result<u64, MsrRefused> {
         let result = self.counted(Cause::MsrRead, |io| match index {
             NB_CFG => Ok(0),
-            _ if is_apic_msr(index) => io.chips.msr_read(io.vcpu, index).map_err(|Refused| MsrRefused),
+            _ if is_apic_msr(index) => {
+                io.paravirt.hear_end();
+                io.chips.msr_read(io.vcpu, index).map_err(|Refused| MsrRefused)
+            }
             _ => io.paravirt.msr_read(index),
         });
         result.inspect_err(|MsrRefused| self.log_refused("read", index, 0))
@@ -148,7 +157,10 @@ impl CpuIo for GuestIo {
     fn msr_write(&mut self, index: u32, value: u64) -> Result<(), MsrRefused> {
         let result = self.counted(Cause::MsrWrite, |io| match index {
             NB_CFG => Ok(()),
-            _ if is_apic_msr(index) => io.chips.msr_write(io.vcpu, index, value).map_err(|Refused| MsrRefused),
+            _ if is_apic_msr(index) => {
+                io.paravirt.hear_end();
+                io.chips.msr_write(io.vcpu, index, value).map_err(|Refused| MsrRefused)
+            }
             _ => io.paravirt.msr_write(index, value),
         });
         if index == msr::APIC_BASE {
@@ -169,6 +181,7 @@ impl CpuIo for GuestIo {
     }
 
     fn take_interrupt(&mut self) -> Option<u8> {
+        self.paravirt.before_interrupt();
         if self.masked() {
             if self.chips.interrupt_pending(self.vcpu)
                 && let Some(native) = self.paravirt.native()
@@ -177,7 +190,11 @@ impl CpuIo for GuestIo {
             }
             return None;
         }
-        self.chips.take_interrupt(self.vcpu)
+        let delivery = self.chips.take_interrupt(self.vcpu, self.paravirt.can_end_in_memory())?;
+        if delivery.end_in_memory {
+            self.paravirt.offer_end();
+        }
+        Some(delivery.vector)
     }
 
     fn end_of_interrupt(&mut self, vector: u8) {
@@ -185,6 +202,7 @@ impl CpuIo for GuestIo {
     }
 
     fn interrupt_pending(&mut self) -> bool {
+        self.paravirt.hear_end();
         !self.masked() && self.chips.interrupt_pending(self.vcpu)
     }
 

@@ -93,13 +93,25 @@ impl Without {
     pub const NOTHING: Self = Self { kvm: 0, cordial: 0, hypervisor_bit: false };
 
     /// Names of the kvm dialect's features, and what [`Without::leave_out`] takes besides the native dialect's.
-    const OTHERS: [(&str, Self); 5] = [
+    const OTHERS: [(&str, Self); 13] = [
         ("hypervisor-bit", Self { hypervisor_bit: true, ..Self::NOTHING }),
-        ("kvm-clocksource", Self { kvm: kvm::CLOCKSOURCE, ..Self::NOTHING }),
-        ("kvm-nop-io-delay", Self { kvm: kvm::NOP_IO_DELAY, ..Self::NOTHING }),
-        ("kvm-clocksource2", Self { kvm: kvm::CLOCKSOURCE2, ..Self::NOTHING }),
-        ("kvm-clocksource-stable", Self { kvm: kvm::CLOCKSOURCE_STABLE, ..Self::NOTHING }),
+        ("kvm-clocksource", Self::without_kvm(kvm::CLOCKSOURCE)),
+        ("kvm-nop-io-delay", Self::without_kvm(kvm::NOP_IO_DELAY)),
+        ("kvm-clocksource2", Self::without_kvm(kvm::CLOCKSOURCE2)),
+        ("kvm-steal-time", Self::without_kvm(kvm::STEAL_TIME)),
+        ("kvm-pv-eoi", Self::without_kvm(kvm::PV_EOI)),
+        ("kvm-pv-unhalt", Self::without_kvm(kvm::PV_UNHALT)),
+        ("kvm-pv-tlb-flush", Self::without_kvm(kvm::PV_TLB_FLUSH)),
+        ("kvm-pv-send-ipi", Self::without_kvm(kvm::PV_SEND_IPI)),
+        ("kvm-poll-control", Self::without_kvm(kvm::POLL_CONTROL)),
+        ("kvm-pv-sched-yield", Self::without_kvm(kvm::PV_SCHED_YIELD)),
+        ("kvm-msi-ext-dest-id", Self::without_kvm(kvm::MSI_EXT_DEST_ID)),
+        ("kvm-clocksource-stable", Self::without_kvm(kvm::CLOCKSOURCE_STABLE)),
     ];
+
+    const fn without_kvm(features: u32) -> Self {
+        Self { kvm: features, ..Self::NOTHING }
+    }
 
     /// Every name that [`Without::leave_out`] knows.
     pub fn names() -> impl Iterator<Item = &'static str> {

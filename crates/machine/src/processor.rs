@@ -24,8 +24,12 @@ use crate::control::Control;
 use crate::guest_io::GuestIo;
 
 /// What can wake a processor in HLT, or stop being its sleep.
-const WAKES: Signals =
-    Signals::INTERRUPT.union(Signals::NMI).union(Signals::INIT).union(Signals::STOP).union(Signals::ENGINE);
+const WAKES: Signals = Signals::INTERRUPT
+    .union(Signals::NMI)
+    .union(Signals::INIT)
+    .union(Signals::STOP)
+    .union(Signals::ENGINE)
+    .union(Signals::UNHALT);
 /// The bootstrap processor: it has no start-up IPI to wait for.
 const BOOTSTRAP: u32 = 0;
 
@@ -79,15 +83,15 @@ impl Processor {
 
     /// Runs guest code once, until there is something to decide, and decides it.
     fn turn(&mut self) -> Stage {
-        self.set_in_guest(true);
+        self.io.paravirt.enter_guest(&self.ledger);
         let exit = self.vcpu.run(&mut self.io);
-        self.set_in_guest(false);
+        self.io.paravirt.leave_guest();
         match exit {
             Exit::Halted => self.halt(),
             Exit::Waiting => self.wait_call(),
             Exit::Yielded => {
                 if !self.io.paravirt.native().is_some_and(|native| native.keeps_processor()) {
-                    std::thread::yield_now();
+                    self.io.paravirt.give_way();
                 }
             }
             Exit::Init => return self.init(),
@@ -127,9 +131,9 @@ impl Processor {
             wakes.set(Signals::INTERRUPT, state.rflags & rflags::IF != 0);
             wakes.set(Signals::NMI, !state.nmi_blocked);
         }
-        self.set_halted(true);
+        self.io.paravirt.set_halted(true);
         self.sleep(wakes, None);
-        self.set_halted(false);
+        self.io.paravirt.set_halted(false);
         self.ledger.record(Cause::Halt, host::read_tsc().wrapping_sub(start));
     }
 
@@ -143,6 +147,7 @@ impl Processor {
         wakes.set(Signals::INTERRUPT, state.rflags & rflags::IF != 0);
         wakes.set(Signals::NMI, !state.nmi_blocked);
         let mut owed = Signals::empty();
+        self.io.paravirt.go_away();
         let value = loop {
             // Taken before the look at what they stand for, so that what comes behind the look raises them anew.
             let raised = self.signal.take(Signals::WAKE | wakes & Signals::INTERRUPT);
@@ -157,25 +162,11 @@ impl Processor {
                 Asleep::For(left) => self.sleep(wakes, left),
             };
         };
+        self.io.paravirt.come_back();
         // A wake may have been seen by what it did before it was seen here, and means nothing to the engine.
         self.signal.take(Signals::WAKE);
         self.signal.raise(owed); // the engine has not seen it
         self.vcpu.answer(value);
-    }
-
-    fn set_in_guest(&mut self, inside: bool) {
-        if let Some(native) = self.io.paravirt.native() {
-            if inside {
-                native.account(&self.ledger);
-            }
-            native.set_in_guest(inside);
-        }
-    }
-
-    fn set_halted(&mut self, halted: bool) {
-        if let Some(native) = self.io.paravirt.native() {
-            native.set_halted(halted);
-        }
     }
 
     /// INIT, from wherever the processor was.

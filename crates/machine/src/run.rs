@@ -78,7 +78,7 @@ impl Machine {
             doorbells: engine.doorbells().map(|doorbells| Arc::new(KernelDoorbells(doorbells)) as _),
         };
         let slots = slots(plan, &*engine, &*host.clock)?;
-        let chips = interrupt_chips(&slots, &*engine, &host);
+        let chips = interrupt_chips(plan, &slots, &*engine, &host);
         chips.virtual_wire();
         let power = PowerSwitch::default();
         let board = Board::new(plan, &layout, &ram, &chips, &power, &host, ends)?;
@@ -182,7 +182,7 @@ fn slots(plan: &Plan, engine: &dyn Engine, clock: &dyn Clock) -> Result<Vec<Slot
 }
 
 /// The interrupt chips: all of them ours, or before the engine's local APICs.
-fn interrupt_chips(slots: &[Slot], engine: &dyn Engine, host: &HostParts) -> Arc<InterruptChips> {
+fn interrupt_chips(plan: &Plan, slots: &[Slot], engine: &dyn Engine, host: &HostParts) -> Arc<InterruptChips> {
     if let (Some(apics), Some(bootstrap)) = (engine.local_apics(), slots.first()) {
         return InterruptChips::before(Arc::new(KernelApics { apics, bootstrap: Arc::clone(&bootstrap.signal) }));
     }
@@ -196,7 +196,7 @@ fn interrupt_chips(slots: &[Slot], engine: &dyn Engine, host: &HostParts) -> Arc
         let pins = Arc::new(Pins::new(Arc::clone(&slot.signal), index != 0));
         Lapic::new(index as u32, config, Arc::clone(&host.clock), &*host.timers, tsc, pins)
     });
-    InterruptChips::new(lapics.collect())
+    InterruptChips::new(lapics.collect(), dialects::extended_ids(plan))
 }
 
 /// All vCPUs on `engine`: the first in the kernel's entry state, the others as RESET leaves them.

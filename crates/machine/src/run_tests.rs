@@ -265,7 +265,7 @@ fn timers_run_while_the_machine_does() {
 fn the_dialect_is_spoken_only_when_asked_for() {
     for spoken in [true, false] {
         let talk = step(move |io, _| {
-            let call = HypercallArgs { number: 1, args: [0; 4], cpl: 0 };
+            let call = HypercallArgs { number: 1, args: [0; 4], cpl: 0, wide: true };
             assert_eq!(io.hypercall(call), Answer::Now(if spoken { 0 } else { -1000_i64 as u64 }));
             assert_eq!(io.msr_write(0x4b56_4d01, 0x1001).is_ok(), spoken);
             assert_eq!(io.msr_read(0x4b56_4d02), Err(MsrRefused));
@@ -285,7 +285,7 @@ fn the_dialect_is_spoken_only_when_asked_for() {
 
 /// What the native dialect says to a call; `None` where the vCPU is to sleep.
 fn native(io: &mut dyn CpuIo, number: u64, args: [u64; 4]) -> Option<i64> {
-    match io.hypercall(HypercallArgs { number: call::BASE + number, args, cpl: 0 }) {
+    match io.hypercall(HypercallArgs { number: call::BASE + number, args, cpl: 0, wide: true }) {
         Answer::Now(value) => Some(value as i64),
         Answer::Later => None,
     }

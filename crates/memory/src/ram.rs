@@ -4,13 +4,15 @@
 use std::fs::File;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    VolatileMemory,
 };
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
@@ -291,6 +293,19 @@ impl GuestRam {
         self.backend.load(GuestAddress(gpa.0), Ordering::SeqCst).map_err(refused)
     }
 
+    /// Replaces a byte in one step, in one order with all others' accesses of that kind. Returns what was there.
+    ///
+    /// # Errors
+    /// [`Error::NotRam`] where it lies outside.
+    pub fn exchange_byte(&self, gpa: Gpa, value: u8) -> Result<u8, Error> {
+        let refused = |_| Error::NotRam { start: gpa, bytes: 1 };
+        let slice = self.backend.get_slice(GuestAddress(gpa.0), 1).map_err(refused)?;
+        let byte = slice.get_atomic_ref::<AtomicU8>(0).map_err(|error| refused(error.into()))?;
+        let before = byte.swap(value, Ordering::SeqCst);
+        slice.bitmap().mark_dirty(0, 1);
+        Ok(before)
+    }
+
     /// Writes a value of plain old data.
     ///
     /// # Errors
@@ -348,6 +363,9 @@ mod tests {
         assert_eq!(ram.read_value::<u32>(Gpa(0xfffc)).unwrap(), 0, "a refused write changes nothing");
         assert!(ram.check(Gpa(u64::MAX), 2).is_err());
         assert_eq!(ram.load_word(Gpa(0x100008)).unwrap(), 0x5566_7788);
+        assert_eq!(ram.exchange_byte(Gpa(0x100009), 0xab).unwrap(), 0x77);
+        assert_eq!(ram.load_word(Gpa(0x100008)).unwrap(), 0x5566_ab88);
+        assert!(ram.exchange_byte(Gpa(0x10000), 1).is_err());
         for bad in [0x100009, 0x10000, 0xfffe, u64::MAX, u64::MAX - 3] {
             assert!(ram.load_word(Gpa(bad)).is_err(), "{bad:#x}");
         }
@@ -360,6 +378,10 @@ mod tests {
         region.code().mark(0x40, 4);
         let before = region.code().version(0x40);
         ram.backend().write_slice(&[0x90; 16], GuestAddress(0x100038)).unwrap();
+        assert_ne!(region.code().version(0x40), before);
+        region.code().mark(0x40, 4);
+        let before = region.code().version(0x40);
+        ram.exchange_byte(Gpa(0x100041), 0x90).unwrap();
         assert_ne!(region.code().version(0x40), before);
     }
 

@@ -20,6 +20,9 @@ use crate::seqlock::{self, Versioned};
 
 const NS_PER_S: u64 = 1_000_000_000;
 
+/// How often the host's clocks are read for one pair of them.
+const PAIRS: usize = 4;
+
 /// Nanoseconds a tick, as the guest computes with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TscScale {
@@ -175,6 +178,20 @@ impl Clock {
         let clock = WallClock { version: 0, sec: (started / NS_PER_S) as u32, nsec: (started % NS_PER_S) as u32 };
         self.write_versioned(page, &clock);
         Ok(())
+    }
+
+    /// The time of day, nanoseconds since 1970-01-01 UTC, and what vCPU `index`'s TSC read at that moment.
+    pub fn pair(&self, index: u32) -> (u64, u64) {
+        // Whoever is preempted between two reads has a wide pair of them: the closest is taken.
+        let pair = || {
+            let before = self.host.tsc();
+            let ns = self.host.realtime_ns();
+            let ticks = self.host.tsc().wrapping_sub(before);
+            (ticks, ns, before.wrapping_add(ticks / 2))
+        };
+        let (_, ns, tsc) = (0..PAIRS).map(|_| pair()).min().unwrap_or_default();
+        let tsc = self.lock().vcpus.get(index as usize).map_or(tsc, |vcpu| vcpu.tsc.guest(tsc));
+        (ns, tsc)
     }
 
     /// The time of day at which the VM's clock was zero, nanoseconds since 1970-01-01 UTC.

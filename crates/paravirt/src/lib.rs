@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!   CPUID ──> negotiation: what is offered
-//!   MSRs  ──> Vcpu ─┬──> Clock ──> one time page a vCPU and dialect, in guest RAM, read without an exit
-//!   VMCALL ─> Vcpu ─┴──> native: the native dialect, where it is spoken
+//!   MSRs  ──> Vcpu ─┬──> kvm ────┬──> Clock ──> one time page a vCPU and dialect, in guest RAM, read without an exit
+//!   VMCALL ─> Vcpu ─┴──> native ─┤
+//!                                └──> Interrupts, Place: local APICs, and what vCPUs know of each other
 //! ```
 //!
 //! What is not offered is refused on use. An address a guest names is an allegation: checked before anything changes.
@@ -12,12 +13,18 @@
 //! know. Nothing here knows an engine or a device.
 
 mod clock;
+mod interrupts;
+pub mod kvm;
 pub mod native;
 mod negotiation;
+mod processors;
 mod seqlock;
+mod stolen;
 mod sync;
 mod vcpu;
 
 pub use clock::{Clock, ClockPage, TscScale};
+pub use interrupts::Interrupts;
 pub use negotiation::{Features, Rates, hide, offer, show};
+pub use processors::Place;
 pub use vcpu::Vcpu;

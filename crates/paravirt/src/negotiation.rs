@@ -12,8 +12,20 @@ impl Features {
     /// Nothing: the dialect is not spoken.
     pub const NONE: Self = Self(0);
     /// All that is built.
-    pub const ALL: Self =
-        Self(feature::CLOCKSOURCE | feature::NOP_IO_DELAY | feature::CLOCKSOURCE2 | feature::CLOCKSOURCE_STABLE);
+    pub const ALL: Self = Self(
+        feature::CLOCKSOURCE
+            | feature::NOP_IO_DELAY
+            | feature::CLOCKSOURCE2
+            | feature::STEAL_TIME
+            | feature::PV_EOI
+            | feature::PV_UNHALT
+            | feature::PV_TLB_FLUSH
+            | feature::PV_SEND_IPI
+            | feature::POLL_CONTROL
+            | feature::PV_SCHED_YIELD
+            | feature::MSI_EXT_DEST_ID
+            | feature::CLOCKSOURCE_STABLE,
+    );
 
     /// These without `feature`.
     pub const fn without(self, feature: u32) -> Self {
@@ -81,7 +93,7 @@ mod tests {
         offer(&mut table, Features::ALL, Rates { tsc_khz: 3_000_000, apic_khz: 1_000_000 });
         let base = table.get(0x4000_0000, 0).unwrap();
         assert_eq!((base.eax, base.ebx, base.ecx, base.edx), (0x4000_0010, 0x4b4d_564b, 0x564b_4d56, 0x4d));
-        assert_eq!(table.get(0x4000_0001, 0).unwrap().eax, 0x0100_000b);
+        assert_eq!(table.get(0x4000_0001, 0).unwrap().eax, 0x0100_baeb);
         assert_eq!(table.get(0x4000_0010, 0).unwrap(), Cpuid { eax: 3_000_000, ebx: 1_000_000, ecx: 0, edx: 0 });
         assert_eq!(table.get(1, 0).unwrap().ecx, 1 << 31);
         assert!(!table.has(Feature::Invtsc));

@@ -1,29 +1,50 @@
-//! One vCPU's side of the kvm dialect, its MSRs and hypercalls; and the way to the native dialect, where it is spoken.
+//! One vCPU's side of the contract: the kvm dialect, and the native one where it is spoken. What both have is here: sleep,
+//! stolen time, and the end of an interrupt without an exit.
+//!
+//! ```text
+//!                    take_interrupt, alone and edge-triggered
+//!   no word ───────────────────────────────────────────────────> offered: the guest's byte is 1
+//!      ▲                                                             │ the guest makes it 0, instead of a write to EOI
+//!      │   hear_end: it is 0, and EOI is written for the guest       ▼
+//!      ├──────────────────────────────────────────────────────── ended
+//!      └── hear_end: it is 1 still, and is made 0: the guest will write to EOI
+//! ```
+//!
+//! The byte is this vCPU's thread's to look at and to change, and only between two of the guest's instructions: the guest
+//! changes it by one instruction, not locked. Whoever requests an interrupt meanwhile drives the vCPU's interrupt pin, which
+//! has [`Vcpu::hear_end`] called before anything is delivered.
 
 use std::sync::Arc;
 
-use contract::kvm::{feature, hypercall, msr};
-use engine::{Answer, HypercallArgs, MsrRefused};
+use contract::kvm::EOI_PENDING;
+use contract::native::run_state;
+use engine::{Answer, HypercallArgs, Ledger, MsrRefused};
+use host::RunDelay;
 use memory::Gpa;
 
-use crate::{Clock, ClockPage, Features, native};
+use crate::kvm::Reply;
+use crate::stolen::Stolen;
+use crate::{Features, kvm, native};
 
 /// What one vCPU has agreed with the host.
 pub struct Vcpu {
+    vm: Arc<kvm::Vm>,
     index: u32,
-    features: Features,
-    clock: Arc<Clock>,
-    /// What the guest last wrote to the MSRs, and reads back.
-    system_time: u64,
-    wall_clock: u64,
+    kvm: kvm::Vcpu,
     /// Absent where the dialect is not spoken.
     native: Option<native::Vcpu>,
+    stolen: Stolen,
+    /// Where the guest may say that the interrupt in service has ended.
+    offered: Option<Gpa>,
 }
 
 impl Vcpu {
-    /// vCPU `index` of a VM that offers `features`, and the native dialect where there is `native`.
-    pub fn new(index: u32, features: Features, clock: Arc<Clock>, native: Option<native::Vcpu>) -> Self {
-        Self { index, features, clock, system_time: 0, wall_clock: 0, native }
+    /// vCPU `index` of a VM, whose thread waits for processors as `delay` says; with the native dialect where there is
+    /// `native`.
+    pub fn new(index: u32, vm: Arc<kvm::Vm>, delay: Box<dyn RunDelay>, native: Option<native::Vcpu>) -> Self {
+        let stolen = Stolen::new(Arc::clone(&vm.host), delay);
+        let kvm = kvm::Vcpu::new(Arc::clone(&vm), index);
+        Self { vm, index, kvm, native, stolen, offered: None }
     }
 
     /// The native dialect's side.
@@ -33,9 +54,8 @@ impl Vcpu {
 
     /// Forgets what was agreed: the vCPU was reset or got INIT.
     pub fn reset(&mut self) {
-        // Taking a page away cannot fail.
-        let _ = self.clock.set_page(self.index, ClockPage::Kvm, None);
-        (self.system_time, self.wall_clock) = (0, 0);
+        self.offered = None; // what was in service is gone
+        self.kvm.reset();
         if let Some(native) = &mut self.native {
             native.reset();
         }
@@ -46,144 +66,154 @@ impl Vcpu {
     /// # Errors
     /// [`MsrRefused`] for every MSR that is not a dialect's or not offered.
     pub fn msr_read(&self, index: u32) -> Result<u64, MsrRefused> {
-        if let Some(native) = &self.native
-            && native::Vcpu::is_msr(index)
-        {
-            return native.msr_read(index);
-        }
-        self.require(index)?;
-        match index {
-            msr::SYSTEM_TIME | msr::SYSTEM_TIME_OLD => Ok(self.system_time),
-            msr::WALL_CLOCK | msr::WALL_CLOCK_OLD => Ok(self.wall_clock),
-            _ => Err(MsrRefused),
+        match &self.native {
+            Some(native) if native::Vcpu::is_msr(index) => native.msr_read(index),
+            _ => self.kvm.msr_read(index),
         }
     }
 
     /// WRMSR.
     ///
     /// # Errors
-    /// [`MsrRefused`] for every MSR that is not a dialect's or not offered, and for an address that is not aligned or
-    /// not RAM; nothing changes then.
+    /// [`MsrRefused`] for every MSR that is not a dialect's or not offered, and for a value that it does not take: bits that
+    /// are reserved, an address that is not aligned or not RAM; nothing changes then.
     pub fn msr_write(&mut self, index: u32, value: u64) -> Result<(), MsrRefused> {
-        if let Some(native) = &mut self.native
-            && native::Vcpu::is_msr(index)
-        {
-            return native.msr_write(index, value);
-        }
-        self.require(index)?;
-        match index {
-            msr::SYSTEM_TIME | msr::SYSTEM_TIME_OLD => {
-                let page = aligned(value & !msr::SYSTEM_TIME_ENABLE)?;
-                let page = (value & msr::SYSTEM_TIME_ENABLE != 0).then_some(page);
-                self.clock.set_page(self.index, ClockPage::Kvm, page).map_err(|_| MsrRefused)?;
-                self.system_time = value;
-            }
-            msr::WALL_CLOCK | msr::WALL_CLOCK_OLD => {
-                self.clock.write_wall_clock(aligned(value)?).map_err(|_| MsrRefused)?;
-                self.wall_clock = value;
-            }
-            _ => return Err(MsrRefused),
-        }
+        self.hear_end(); // the byte may be about to move
+        match &mut self.native {
+            Some(native) if native::Vcpu::is_msr(index) => native.msr_write(index, value),
+            _ => self.kvm.msr_write(index, value),
+        }?;
+        self.stolen.forget();
+        self.tell_stolen();
         Ok(())
     }
 
     /// VMCALL or VMMCALL.
     pub fn hypercall(&mut self, call: HypercallArgs) -> Answer {
-        if let Some(native) = &mut self.native
-            && (native::Vcpu::is_call(call.number) || self.features == Features::NONE)
-        {
+        let of_native = native::Vcpu::is_call(call.number) || self.vm.features == Features::NONE;
+        if of_native && self.native.is_some() {
+            self.hear_end(); // it may be about the end of an interrupt, or about the offer
+        }
+        if let Some(native) = self.native.as_mut().filter(|_| of_native) {
             return native.hypercall(call);
         }
-        let result = match call.number {
-            _ if call.cpl != 0 => hypercall::EPERM,
-            hypercall::VAPIC_POLL_IRQ if self.features != Features::NONE => 0,
-            _ => hypercall::ENOSYS,
+        let value = match self.kvm.hypercall(call) {
+            Reply::Value(value) => value,
+            Reply::Yield => {
+                self.give_way();
+                0
+            }
         };
-        Answer::Now(result as u64)
+        Answer::Now(value as u64)
     }
 
     /// The clock's pages are to be written anew: a TSC was moved.
     pub fn tsc_moved(&self) {
-        self.clock.tsc_moved();
+        self.vm.clock.tsc_moved();
     }
 
-    fn require(&self, index: u32) -> Result<(), MsrRefused> {
-        let needed = match index {
-            msr::SYSTEM_TIME | msr::WALL_CLOCK => feature::CLOCKSOURCE2,
-            msr::SYSTEM_TIME_OLD | msr::WALL_CLOCK_OLD => feature::CLOCKSOURCE,
-            _ => return Err(MsrRefused),
-        };
-        if self.features.has(needed) { Ok(()) } else { Err(MsrRefused) }
-    }
-}
-
-fn aligned(address: u64) -> Result<Gpa, MsrRefused> {
-    if address.is_multiple_of(4) { Ok(Gpa(address)) } else { Err(MsrRefused) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use contract::kvm::TimeInfo;
-    use engine::GuestTsc;
-    use host::fake::FakeClock;
-    use memory::GuestRam;
-
-    fn vcpu(features: Features) -> (Vcpu, GuestRam) {
-        let ram = GuestRam::new(&[(Gpa(0), 0x2000)]).unwrap();
-        let clock = Clock::new(Arc::new(FakeClock::new()), ram.clone(), 0, [Arc::new(GuestTsc::new(1_000_000, 0, 0))]);
-        (Vcpu::new(0, features, Arc::new(clock), None), ram)
-    }
-
-    const MSRS: [u32; 4] = [msr::WALL_CLOCK_OLD, msr::SYSTEM_TIME_OLD, msr::WALL_CLOCK, msr::SYSTEM_TIME];
-
-    #[test]
-    fn both_msr_pairs_are_one() {
-        let (mut vcpu, ram) = vcpu(Features::ALL);
-        vcpu.msr_write(msr::SYSTEM_TIME_OLD, 0x1001).unwrap();
-        assert_eq!(vcpu.msr_read(msr::SYSTEM_TIME), Ok(0x1001));
-        assert_eq!(ram.read_value::<TimeInfo>(Gpa(0x1000)).unwrap().version, 2);
-        vcpu.msr_write(msr::WALL_CLOCK, 0x1100).unwrap();
-        assert_eq!(vcpu.msr_read(msr::WALL_CLOCK_OLD), Ok(0x1100));
-        vcpu.reset();
-        assert_eq!((vcpu.msr_read(msr::SYSTEM_TIME), vcpu.msr_read(msr::WALL_CLOCK)), (Ok(0), Ok(0)));
-    }
-
-    #[test]
-    fn bad_addresses_are_refused_and_change_nothing() {
-        let (mut vcpu, ram) = vcpu(Features::ALL);
-        vcpu.msr_write(msr::SYSTEM_TIME, 0x1001).unwrap();
-        for bad in [0x1003, 0x1fe5, 0x2001, !2, 0xffff_ffff_ffff_fffd] {
-            assert_eq!(vcpu.msr_write(msr::SYSTEM_TIME, bad), Err(MsrRefused), "{bad:#x}");
-        }
-        for bad in [0x1002, 0x1ff8, 0x2000, !3] {
-            assert_eq!(vcpu.msr_write(msr::WALL_CLOCK, bad), Err(MsrRefused), "{bad:#x}");
-        }
-        assert_eq!((vcpu.msr_read(msr::SYSTEM_TIME), vcpu.msr_read(msr::WALL_CLOCK)), (Ok(0x1001), Ok(0)));
-        assert_eq!(ram.read_value::<TimeInfo>(Gpa(0x1000)).unwrap().version, 2);
-        assert_eq!(ram.read_value::<u32>(Gpa(0x1ff8)).unwrap(), 0);
-    }
-
-    #[test]
-    fn what_is_not_offered_is_refused() {
-        let (mut vcpu, ram) = vcpu(Features::NONE);
-        for index in MSRS {
-            assert_eq!((vcpu.msr_read(index), vcpu.msr_write(index, 0x1001)), (Err(MsrRefused), Err(MsrRefused)));
-        }
-        assert_eq!(ram.read_value::<TimeInfo>(Gpa(0x1000)).unwrap(), TimeInfo::default());
-        let (vcpu, _) = self::vcpu(Features::ALL);
-        for index in [0x13, 0x4b56_4d02, 0x4b56_4d03, 0x4b56_4dff] {
-            assert_eq!(vcpu.msr_read(index), Err(MsrRefused));
+    /// From now on the vCPU executes guest code; what it has left for so far is in `ledger`.
+    pub fn enter_guest(&self, ledger: &Ledger) {
+        if let Some(native) = &self.native {
+            native.account(ledger);
+            native.set_in_guest(true);
         }
     }
 
-    #[test]
-    fn hypercalls_are_answered() {
-        let (mut vcpu, _) = vcpu(Features::ALL);
-        let mut call = |number, cpl| match vcpu.hypercall(HypercallArgs { number, args: [1, 2, 3, 4], cpl }) {
-            Answer::Now(value) => value as i64,
-            Answer::Later => panic!("no call of this dialect sleeps"),
-        };
-        assert_eq!((call(1, 0), call(1, 3), call(5, 0), call(u64::MAX, 0)), (0, -1, -1000, -1000));
+    /// It no longer does.
+    pub fn leave_guest(&self) {
+        if let Some(native) = &self.native {
+            native.set_in_guest(false);
+        }
+    }
+
+    /// The vCPU sleeps in HLT, or no longer does.
+    pub fn set_halted(&mut self, halted: bool) {
+        let state = if halted { run_state::HALTED } else { run_state::RUNNING };
+        match &self.native {
+            Some(native) => native.set_run_state(state),
+            None => self.vm.places[self.index as usize].set_run_state(state),
+        }
+        if halted { self.go_away() } else { self.come_back() }
+    }
+
+    /// The vCPU's thread is about to sleep, or to give its processor up. Guests see threads that the host's scheduler
+    /// preempts as running: nobody tells the monitor.
+    pub fn go_away(&self) {
+        self.kvm.go_away();
+        if let Some(native) = &self.native {
+            native.set_preempted(true);
+        }
+    }
+
+    /// It runs again.
+    pub fn come_back(&mut self) {
+        self.kvm.come_back();
+        if let Some(native) = &self.native {
+            native.set_preempted(false);
+        }
+        self.tell_stolen();
+    }
+
+    /// Lets somebody else have the processor.
+    pub fn give_way(&mut self) {
+        self.go_away();
+        std::thread::yield_now();
+        self.come_back();
+    }
+
+    /// To be called before anybody looks for an interrupt to deliver: brings the local APIC and the guest's stolen time up to
+    /// date.
+    #[inline]
+    pub fn before_interrupt(&mut self) {
+        self.hear_end();
+        self.tell_stolen();
+    }
+
+    /// To be called before the vCPU's local APIC is accessed: the end that the guest has said in memory reaches it.
+    #[inline]
+    pub fn hear_end(&mut self) {
+        if let Some(place) = self.offered.take() {
+            self.hear_end_at(place);
+        }
+    }
+
+    #[cold]
+    fn hear_end_at(&self, place: Gpa) {
+        let ended = self.vm.ram.read_value::<u8>(place).is_ok_and(|byte| byte & EOI_PENDING == 0);
+        if ended {
+            self.vm.interrupts.end(self.index);
+        } else if self.eoi_place() == Some(place) {
+            let _ = self.vm.ram.write_value(place, &0_u8);
+        }
+    }
+
+    /// True where the guest can say the end of an interrupt in memory.
+    pub fn can_end_in_memory(&self) -> bool {
+        self.eoi_place().is_some()
+    }
+
+    /// The interrupt that is being delivered may end in memory.
+    pub fn offer_end(&mut self) {
+        self.offered = self.eoi_place();
+        if let Some(place) = self.offered {
+            let _ = self.vm.ram.write_value(place, &EOI_PENDING);
+        }
+    }
+
+    /// One word at a time: the kvm dialect's where the guest has named one there.
+    fn eoi_place(&self) -> Option<Gpa> {
+        self.kvm.eoi_place().or_else(|| self.native.as_ref()?.eoi_place())
+    }
+
+    #[inline]
+    fn tell_stolen(&mut self) {
+        let told = self.kvm.steal_time().is_some() || self.native.as_ref().is_some_and(native::Vcpu::tells_stolen);
+        if told && let Some(ns) = self.stolen.news() {
+            self.kvm.tell_stolen(ns);
+            if let Some(native) = &self.native {
+                native.tell_stolen(ns);
+            }
+        }
     }
 }

@@ -114,6 +114,8 @@ pub(crate) struct Cpu {
     pub sti_shadow_at: u64,
     /// What to leave with before the next instruction: the guest spins, or a hypercall waits.
     pub leaving: Option<Exit>,
+    /// The next HLT, or the present one, ends at once.
+    pub unhalted: bool,
     /// RFLAGS.RF is not to be cleared after this instruction: it loaded it itself (IRET), or is not done yet (REP).
     pub flags_loaded: bool,
     /// No single-step trap after this instruction, although RFLAGS.TF was set before it (INT n, task switches).
@@ -158,6 +160,7 @@ impl Cpu {
             pending_debug: 0,
             sti_shadow_at: 0,
             leaving: None,
+            unhalted: false,
             flags_loaded: false,
             no_step: false,
             watch: false,

@@ -109,6 +109,11 @@ impl Runner {
             cpu.config.signal.take(Signals::FLUSH);
             cpu.tlb.flush_all();
         }
+        if pending.contains(Signals::UNHALT) {
+            // Noted, as interrupts are: code that does not halt is not to stumble over the signal.
+            cpu.config.signal.take(Signals::UNHALT);
+            cpu.unhalted = true;
+        }
         cpu.answer_others();
         if self.jit.is_none() {
             cpu.stale.clear(); // decoded blocks carry versions of their own
@@ -135,7 +140,10 @@ impl Runner {
         self.events(pending, shadow)?;
         let cpu = &mut self.cpu;
         if cpu.state.halted {
-            return Err(Exit::Halted);
+            if !std::mem::take(&mut cpu.unhalted) {
+                return Err(Exit::Halted);
+            }
+            cpu.state.halted = false;
         }
         let step = cpu.state.rflags & (rflags::TF | rflags::RF) != 0;
         let one = cpu.state.shadow != Shadow::None || step || cpu.code_breakpoints();
@@ -343,6 +351,7 @@ impl Vcpu for Runner {
         self.cpu.tlb.select(0);
         self.cpu.pending_debug = 0;
         self.cpu.leaving = None;
+        self.cpu.unhalted = false;
         self.cpu.sti_shadow_at = state.rip;
         self.cpu.state.hot_mut().waits = 1; // or not: looking costs nothing
         self.cpu.refresh();

@@ -4,6 +4,7 @@
 use core::cell::UnsafeCell;
 use core::mem::MaybeUninit;
 use core::ptr;
+use core::sync::atomic::{AtomicU8, Ordering};
 
 use contract::native::VmPage;
 
@@ -41,6 +42,15 @@ impl<T> Shared<T> {
     pub(crate) fn write<F: Number>(&self, offset: usize, value: F) {
         // SAFETY: as in `read`; the host takes any number.
         unsafe { ptr::write_volatile(self.field(offset), value) }
+    }
+
+    /// Replaces a byte by zero, by one instruction; returns what was there.
+    ///
+    /// # Panics
+    /// As [`Shared::read`].
+    pub(crate) fn take(&self, offset: usize) -> u8 {
+        // SAFETY: as in `read`; the host changes it only while we execute nothing.
+        unsafe { AtomicU8::from_ptr(self.field(offset)) }.swap(0, Ordering::SeqCst)
     }
 
     fn field<F: Number>(&self, offset: usize) -> *mut F {

@@ -56,11 +56,14 @@ impl<'a> Processor<'a> {
         self.page.read::<u8>(offset_of!(VcpuPage, irq_pending)) != 0
     }
 
-    /// Ends the interrupt in service. One exit.
+    /// Ends the interrupt in service. No exit where the host has said that it needs none; else one.
     ///
     /// # Errors
-    /// [`Status::NotAccepted`] where the feature is not in use.
+    /// [`Status::NotAccepted`] where it needs one, and `interrupts` is not in use.
     pub fn ack(&self) -> Result<(), Status> {
+        if self.contract.uses(feature::EOI) && self.page.take(offset_of!(VcpuPage, eoi)) != 0 {
+            return Ok(());
+        }
         self.contract.call(call::ACK, [0; 4]).map(drop)
     }
 
@@ -72,6 +75,11 @@ impl<'a> Processor<'a> {
         let result = work();
         self.page.write(place, before);
         result
+    }
+
+    /// Nanoseconds in which this vCPU could have run and had no processor, as of a moment ago. No exit.
+    pub fn stolen_ns(&self) -> u64 {
+        self.page.read(offset_of!(VcpuPage, stolen_ns))
     }
 
     /// One of `contract::native::run_state`. No exit.

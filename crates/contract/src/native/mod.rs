@@ -59,13 +59,13 @@ pub mod feature {
     pub const TIMER: u64 = 1 << 2;
     /// Mask and pending bytes, [`call::ACK`](super::call::ACK), [`call::IRQ_WINDOW`](super::call::IRQ_WINDOW).
     pub const INTERRUPTS: u64 = 1 << 3;
-    /// Later: the end-of-interrupt byte.
+    /// The end-of-interrupt byte in vCPU pages.
     pub const EOI: u64 = 1 << 4;
     /// [`call::YIELD_TO`](super::call::YIELD_TO), [`call::BOOST`](super::call::BOOST).
     pub const YIELD: u64 = 1 << 5;
     /// Run states in vCPU pages.
     pub const RUN_STATE: u64 = 1 << 6;
-    /// Later: stolen time and the preempted flag in vCPU pages.
+    /// Stolen time and the preempted flag in vCPU pages.
     pub const STEAL: u64 = 1 << 7;
     /// The critical-section byte in vCPU pages.
     pub const CRITICAL: u64 = 1 << 8;

@@ -64,9 +64,9 @@ pub struct VcpuPage {
     pub reserved0: [u8; 32],
     /// One of [`run_state`]. Written by the host.
     pub run_state: u32,
-    /// Later: not zero while the vCPU is runnable but has no processor. Written by the host.
+    /// Not zero while the vCPU executes no guest code: it sleeps, or has given its processor up. Written by the host.
     pub preempted: u32,
-    /// Later: nanoseconds the vCPU was runnable but had no processor. Written by the host.
+    /// Nanoseconds in which the vCPU could have run and had no processor. Written by the host.
     pub stolen_ns: u64,
     /// Zero.
     pub reserved1: [u8; 48],
@@ -74,7 +74,8 @@ pub struct VcpuPage {
     pub irq_mask: u8,
     /// Not zero: one waits. Set by the host, cleared by the guest before [`IRQ_WINDOW`](super::call::IRQ_WINDOW).
     pub irq_pending: u8,
-    /// Later: the end of an interrupt without a call.
+    /// Set by the host where the interrupt in service needs no acknowledgement; cleared by the guest in its place, by one
+    /// instruction.
     pub eoi: u8,
     /// Zero.
     pub reserved2: [u8; 61],
@@ -109,10 +110,16 @@ pub mod offset {
     pub const TIME: u64 = offset_of!(VcpuPage, time) as u64;
     /// [`VcpuPage::run_state`].
     pub const RUN_STATE: u64 = offset_of!(VcpuPage, run_state) as u64;
+    /// [`VcpuPage::preempted`].
+    pub const PREEMPTED: u64 = offset_of!(VcpuPage, preempted) as u64;
+    /// [`VcpuPage::stolen_ns`].
+    pub const STOLEN_NS: u64 = offset_of!(VcpuPage, stolen_ns) as u64;
     /// [`VcpuPage::irq_mask`].
     pub const IRQ_MASK: u64 = offset_of!(VcpuPage, irq_mask) as u64;
     /// [`VcpuPage::irq_pending`].
     pub const IRQ_PENDING: u64 = offset_of!(VcpuPage, irq_pending) as u64;
+    /// [`VcpuPage::eoi`].
+    pub const EOI: u64 = offset_of!(VcpuPage, eoi) as u64;
     /// [`VcpuPage::critical`].
     pub const CRITICAL: u64 = offset_of!(VcpuPage, critical) as u64;
     /// [`VcpuPage::exits`].

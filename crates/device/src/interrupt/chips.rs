@@ -27,24 +27,37 @@ pub struct InterruptChips {
     external: Option<Arc<dyn ExternalApics>>,
     ioapic: Mutex<IoApic>,
     pic: Mutex<Pic>,
+    /// Destination ids of devices' messages have 15 bits, not 8.
+    extended_ids: bool,
     /// Where the search for a lowest-priority destination starts, so that equals take turns.
     turn: AtomicUsize,
 }
 
+/// An interrupt that a vCPU delivers now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Delivery {
+    /// Its vector.
+    pub vector: u8,
+    /// Its end may be told in memory: see [`Lapic::take_interrupt`].
+    pub end_in_memory: bool,
+}
+
 impl InterruptChips {
-    /// Wires the local APICs, one a vCPU in the order of their ids, to a new I/O APIC and PIC.
-    pub fn new(lapics: Vec<Arc<Lapic>>) -> Arc<Self> {
-        Self::wired(lapics, None)
+    /// Wires the local APICs, one a vCPU in the order of their ids, to a new I/O APIC and PIC. With `extended_ids` bits
+    /// 11:5 of a message's address and 55:49 of an I/O APIC entry are bits 14:8 of the destination id; else they are
+    /// ignored (reserved: Intel SDM vol. 3A, 11.11.1; 82093AA 3.2.4).
+    pub fn new(lapics: Vec<Arc<Lapic>>, extended_ids: bool) -> Arc<Self> {
+        Self::wired(lapics, None, extended_ids)
     }
 
     /// A new I/O APIC and PIC before local APICs that somebody else keeps.
     pub fn before(external: Arc<dyn ExternalApics>) -> Arc<Self> {
-        Self::wired(Vec::new(), Some(external))
+        Self::wired(Vec::new(), Some(external), false)
     }
 
-    fn wired(lapics: Vec<Arc<Lapic>>, external: Option<Arc<dyn ExternalApics>>) -> Arc<Self> {
-        let turn = AtomicUsize::new(0);
-        Arc::new(Self { lapics, external, ioapic: Mutex::default(), pic: Mutex::default(), turn })
+    fn wired(lapics: Vec<Arc<Lapic>>, external: Option<Arc<dyn ExternalApics>>, extended_ids: bool) -> Arc<Self> {
+        let (ioapic, pic, turn) = (Mutex::default(), Mutex::default(), AtomicUsize::new(0));
+        Arc::new(Self { lapics, external, ioapic, pic, extended_ids, turn })
     }
 
     /// Places the I/O APIC's window and the PIC's ports. The xAPIC page is each vCPU's own and on no bus: the machine
@@ -120,14 +133,16 @@ impl InterruptChips {
     }
 
     /// The vector a vCPU is to deliver now, from its local APIC or through it from the PIC. Where the local APIC is kept
-    /// elsewhere, the PIC's alone: whether LINT0 lets it through is for whoever asks to know.
-    pub fn take_interrupt(&self, vcpu: usize) -> Option<u8> {
+    /// elsewhere, the PIC's alone: whether LINT0 lets it through is for whoever asks to know. `can_end_in_memory` is as in
+    /// [`Lapic::take_interrupt`].
+    pub fn take_interrupt(&self, vcpu: usize, can_end_in_memory: bool) -> Option<Delivery> {
+        let of_pic = |vector| Delivery { vector, end_in_memory: false };
         match self.lapic(vcpu) {
-            Some(lapic) => match lapic.take_interrupt()? {
-                Taken::Vector(vector) => Some(vector),
-                Taken::ExtInt => Some(self.with_pic(Pic::acknowledge)),
+            Some(lapic) => match lapic.take_interrupt(can_end_in_memory)? {
+                Taken::Vector { vector, end_in_memory } => Some(Delivery { vector, end_in_memory }),
+                Taken::ExtInt => Some(of_pic(self.with_pic(Pic::acknowledge))),
             },
-            None => self.with_pic(|pic| (vcpu == BOOTSTRAP && pic.output()).then(|| pic.acknowledge())),
+            None => self.with_pic(|pic| (vcpu == BOOTSTRAP && pic.output()).then(|| of_pic(pic.acknowledge()))),
         }
     }
 
@@ -146,10 +161,14 @@ impl InterruptChips {
 
     /// Hands a message to the local APICs it names. True where one accepted it.
     pub fn deliver(&self, message: &Message) -> bool {
+        let mut destination = message.destination;
+        if !destination.wide && !self.extended_ids {
+            destination.id &= 0xff;
+        }
+        let message = &Message { destination, ..*message };
         if let Some(external) = &self.external {
             return message.to_msi().is_some_and(|(address, data)| external.message(address, data));
         }
-        let destination = message.destination;
         let eight_bit_broadcast = self.lapics.len() <= 0xff;
         let everyone = if destination.wide { 0xffff_ffff } else { 0xff };
         let named = |lapic: &&Arc<Lapic>| lapic.is_destination(destination, eight_bit_broadcast);
@@ -354,6 +373,10 @@ mod tests {
         }
     }
 
+    fn take(chips: &InterruptChips, vcpu: usize) -> Option<u8> {
+        chips.take_interrupt(vcpu, false).map(|delivery| delivery.vector)
+    }
+
     struct Bench {
         chips: Arc<InterruptChips>,
         pins: Vec<Arc<Pins>>,
@@ -363,6 +386,10 @@ mod tests {
     impl Bench {
         /// Software-enabled local APICs, in x2APIC mode where asked.
         fn new(count: u32, x2apic: bool) -> Self {
+            Self::with(count, x2apic, true)
+        }
+
+        fn with(count: u32, x2apic: bool, extended_ids: bool) -> Self {
             let clock = FakeClock::new();
             let timers = FakeTimers::new(clock.clone());
             let config = LapicConfig { x2apic: true, tsc_deadline: true, physical_bits: 46 };
@@ -371,7 +398,7 @@ mod tests {
                 let pins = Arc::clone(pins) as Arc<dyn CpuPins>;
                 Lapic::new(id, config, Arc::new(clock.clone()), &timers, Arc::new(NoTsc), pins)
             });
-            let (chips, bus) = (InterruptChips::new(lapics.collect()), Bus::default());
+            let (chips, bus) = (InterruptChips::new(lapics.collect(), extended_ids), Bus::default());
             chips.place(&bus).unwrap();
             for vcpu in 0..count as usize {
                 chips.write_mmio(vcpu, 0xf0, &0x1ff_u32.to_le_bytes());
@@ -396,7 +423,7 @@ mod tests {
         }
 
         fn taken(&self) -> Vec<Option<u8>> {
-            (0..self.pins.len()).map(|vcpu| self.chips.take_interrupt(vcpu)).collect()
+            (0..self.pins.len()).map(|vcpu| take(&self.chips, vcpu)).collect()
         }
     }
 
@@ -493,13 +520,28 @@ mod tests {
     }
 
     #[test]
+    fn bits_of_extended_ids_are_ignored_where_they_are_not_offered() {
+        let bench = Bench::with(2, true, false);
+        bench.chips.message(0xfee0_0000 | 1 << 12 | 0x7f << 5, 0x41);
+        assert_eq!(bench.taken(), [None, Some(0x41)]);
+        bench.ioapic(0x10 + 9, 1 << 24 | 0x7f << 17);
+        bench.ioapic(0x10 + 8, 0x52);
+        bench.chips.set_line(4, true);
+        bench.chips.msr_write(1, msr::X2APIC_FIRST + 0xb, 0).unwrap();
+        assert_eq!(bench.taken(), [None, Some(0x52)]);
+        let bench = Bench::new(2, true);
+        bench.chips.message(0xfee0_0000 | 1 << 12 | 0x7f << 5, 0x41);
+        assert_eq!(bench.taken(), [None, None], "nobody has that id");
+    }
+
+    #[test]
     fn messages_reach_extended_ids_and_others_go_nowhere() {
         let bench = Bench::new(300, true);
         bench.chips.message(0xfee0_0000 | 0x2b << 12 | 1 << 5, 0x41);
-        assert_eq!(bench.chips.take_interrupt(0x12b), Some(0x41));
+        assert_eq!(take(&bench.chips, 0x12b), Some(0x41));
         bench.chips.message(0xfee0_0000 | 0xff << 12, 0x42);
-        assert_eq!(bench.chips.take_interrupt(255), Some(0x42));
-        assert_eq!(bench.chips.take_interrupt(0), None, "255 is an id here, not everyone");
+        assert_eq!(take(&bench.chips, 255), Some(0x42));
+        assert_eq!(take(&bench.chips, 0), None, "255 is an id here, not everyone");
         bench.chips.message(0x1000, 0x43);
         bench.chips.set_line(1000, true);
         assert!(bench.taken().iter().all(Option::is_none));
@@ -559,14 +601,11 @@ mod tests {
         for (port, value) in [(0x20, 0x11), (0x21, 0x30), (0x21, 4), (0x21, 1), (0x21, 0xfe)] {
             bus.port_write(port, &[value]);
         }
-        assert!(!chips.interrupt_pending(0) && chips.take_interrupt(0).is_none());
+        assert!(!chips.interrupt_pending(0) && take(&chips, 0).is_none());
         chips.set_line(0, true);
         assert_eq!(elsewhere.pic.load(Ordering::Relaxed), 1);
         assert!(chips.interrupt_pending(0) && !chips.interrupt_pending(1));
-        assert_eq!(
-            (chips.take_interrupt(1), chips.take_interrupt(0), chips.take_interrupt(0)),
-            (None, Some(0x30), None)
-        );
+        assert_eq!((take(&chips, 1), take(&chips, 0), take(&chips, 0)), (None, Some(0x30), None));
         assert_eq!((chips.msr_read(0, 0x802), chips.msr_write(0, 0x1b, 0)), (Err(Refused), Err(Refused)));
     }
 }

@@ -20,7 +20,7 @@ pub mod lapic;
 mod message;
 mod pic;
 
-pub use chips::InterruptChips;
+pub use chips::{Delivery, InterruptChips};
 pub use ioapic::IoApic;
 pub use lapic::{Lapic, LapicConfig, TscReference};
 pub use message::{DeliveryMode, Destination, Effect, Message, Shorthand};

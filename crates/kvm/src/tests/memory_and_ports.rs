@@ -193,7 +193,8 @@ fn a_store_to_the_hypercall_port_is_a_hypercall() {
         return;
     };
     assert_eq!(bench.run(), Exit::Device);
-    let call = HypercallArgs { number: 0x1_0000_0007, args: [0x1111_1111_2222_2222, 3, 0x310, 5], cpl: 0 };
+    let args = [0x1111_1111_2222_2222, 3, 0x310, 5];
+    let call = HypercallArgs { number: 0x1_0000_0007, args, cpl: 0, wide: true };
     assert_eq!(bench.io.events[0], Event::Hypercall(call));
     assert_eq!(bench.io.told(), 0xa5a5_u32.to_le_bytes());
     assert_eq!(bench.vcpu.save().gpr[engine::state::gpr::RBP], 0x5a5a_0000_0000_a5a5);

@@ -6,9 +6,9 @@ use contract::native::{ANY, CallEntry, FlushRange, call, feature, status, waited
 use engine::{Answer, HypercallArgs, Signals};
 use memory::{Gpa, PAGE_SIZE};
 
-use super::processors::{self, begin_flush};
 use super::timers::Armed;
 use super::vcpu::{FIRST_VECTOR, Vcpu};
+use crate::processors::{Place, begin_flush};
 
 /// Calls in one multicall.
 pub(super) const MOST_CALLS: u64 = 64;
@@ -184,7 +184,7 @@ impl Vcpu {
     }
 
     /// The vCPU that `index` names.
-    fn named(&self, index: u64) -> Result<&processors::Place, i64> {
+    fn named(&self, index: u64) -> Result<&Place, i64> {
         usize::try_from(index).ok().and_then(|index| self.vm.places.get(index)).ok_or(status::NO_VCPU)
     }
 

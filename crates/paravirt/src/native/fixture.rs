@@ -4,11 +4,11 @@ use std::sync::{Arc, Mutex};
 
 use contract::native::{call, msr};
 use engine::{Answer, GuestTsc, HypercallArgs, Signal};
-use host::fake::{FakeClock, FakeEntropy, FakeTimers};
+use host::fake::{FakeClock, FakeEntropy, FakeRunDelay, FakeTimers};
 use memory::{Gpa, GuestRam};
 
-use super::{BUILT, Calling, Interrupts, Parts, Place, Policy, Vcpu, Vm};
-use crate::Clock;
+use super::{BUILT, Calling, Parts, Policy, Vcpu, Vm};
+use crate::{Clock, Features, Interrupts, Place, kvm};
 
 /// RAM is 0 to here, and 16 pages above 1 MiB.
 pub(super) const LOW_RAM: u64 = 0x1_0000;
@@ -26,6 +26,10 @@ impl Interrupts for Record {
         self.raised.lock().unwrap().push((vcpu, vector));
     }
 
+    fn send(&self, _vcpu: u32, _command: u32) -> bool {
+        unreachable!("the kvm dialect's");
+    }
+
     fn end(&self, vcpu: u32) {
         self.ended.lock().unwrap().push(vcpu);
     }
@@ -38,6 +42,7 @@ pub(super) struct Bench {
     pub(super) ram: GuestRam,
     pub(super) clock: FakeClock,
     pub(super) timers: FakeTimers,
+    pub(super) delay: FakeRunDelay,
     pub(super) record: Arc<Record>,
 }
 
@@ -71,12 +76,26 @@ impl Bench {
             places: signals.iter().map(|signal| Place::new(Arc::clone(signal))).collect(),
         });
         let vcpus = (0..vcpus).map(|index| Vcpu::new(Arc::clone(&vm), index as u32)).collect();
-        Self { vm, vcpus, signals, ram, clock, timers, record }
+        Self { vm, vcpus, signals, ram, clock, timers, delay: FakeRunDelay::default(), record }
+    }
+
+    /// vCPU `index` with what it has of both dialects; the kvm dialect is not spoken.
+    pub(super) fn whole(&self, index: u32) -> crate::Vcpu {
+        let vm = kvm::Vm {
+            features: Features::NONE,
+            ram: self.ram.clone(),
+            clock: Arc::clone(&self.vm.clock),
+            host: Arc::new(self.clock.clone()),
+            interrupts: Arc::clone(&self.record) as _,
+            places: Arc::clone(&self.vm.places),
+        };
+        let native = Vcpu::new(Arc::clone(&self.vm), index);
+        crate::Vcpu::new(index, Arc::new(vm), Box::new(self.delay.clone()), Some(native))
     }
 
     /// A call; `None` where it sleeps.
     pub(super) fn call(&mut self, vcpu: usize, number: u64, args: [u64; 4]) -> Option<i64> {
-        let call = HypercallArgs { number: call::BASE.wrapping_add(number), args, cpl: 0 };
+        let call = HypercallArgs { number: call::BASE.wrapping_add(number), args, cpl: 0, wide: true };
         match self.vcpus[vcpu].hypercall(call) {
             Answer::Now(value) => Some(value as i64),
             Answer::Later => self.vcpus[vcpu].finish_flush().map(|value| value as i64),

@@ -85,7 +85,8 @@ proptest! {
             prop_assert!(bench.write_msr(0, register, page | 1));
         }
         let before = contents(&bench);
-        let result = bench.vcpus[0].hypercall(HypercallArgs { number: call::BASE + number, args, cpl: 0 });
+        let call = HypercallArgs { number: call::BASE + number, args, cpl: 0, wide: true };
+        let result = bench.vcpus[0].hypercall(call);
         let after = contents(&bench);
         let failed = matches!(result, engine::Answer::Now(value) if (value as i64) < 0);
         for (offset, (old, new)) in before.iter().zip(&after).enumerate() {

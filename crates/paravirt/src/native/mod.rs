@@ -8,7 +8,7 @@
 //!                    ├─> WaitTable           who waits for which word
 //!                    ├─> TimerSet            all vCPUs' timers on one alarm
 //!                    └─> Clock, Policy       time, and how fine
-//!   machine <──────── Interrupts             vectors to local APICs
+//!   machine <──────── Interrupts, Place      local APICs; what vCPUs know of each other
 //! ```
 //!
 //! A [`Vm`] is what all vCPUs share, a [`Vcpu`] one's own side of it. Lock order: agreement, then pages, then the clock.
@@ -18,7 +18,6 @@ mod calls;
 mod offer;
 mod pages;
 mod policy;
-mod processors;
 mod timers;
 mod vcpu;
 mod vm;
@@ -27,9 +26,8 @@ mod wait;
 pub use agreement::Terms;
 pub use offer::{BUILT, Calling, offer};
 pub use policy::Policy;
-pub use processors::Place;
 pub use vcpu::{Asleep, Vcpu};
-pub use vm::{Interrupts, Parts, Vm};
+pub use vm::{Parts, Vm};
 
 #[cfg(test)]
 mod fixture;

@@ -12,8 +12,10 @@ pub const BUILT: u64 = feature::CLOCK
     | feature::TIME_OF_DAY
     | feature::TIMER
     | feature::INTERRUPTS
+    | feature::EOI
     | feature::YIELD
     | feature::RUN_STATE
+    | feature::STEAL
     | feature::CRITICAL
     | feature::IPI
     | feature::FLUSH_TLB

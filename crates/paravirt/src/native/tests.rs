@@ -44,7 +44,7 @@ fn the_dialect_is_found_by_its_signature_whatever_the_hypervisor_bit_says() {
 fn every_built_feature_has_a_name_and_none_of_the_later_ones_is_built() {
     let named = feature::NAMES.iter().fold(0, |all, (bit, _)| all | bit);
     assert_eq!(BUILT & !named, 0);
-    let later = feature::EOI | feature::STEAL | feature::PRESSURE | feature::NUMA | feature::ENTROPY;
+    let later = feature::PRESSURE | feature::NUMA | feature::ENTROPY;
     assert_eq!((BUILT & later, BUILT | later), (0, named));
 }
 
@@ -98,7 +98,7 @@ fn only_what_is_offered_is_accepted_and_only_what_is_accepted_works() {
     for number in [call::COUNT, 0xffff, 1_u64 << 40] {
         assert_eq!(bench.call(0, number, [0; 4]), Some(status::UNKNOWN_CALL));
     }
-    let from_user = HypercallArgs { number: call::BASE, args: [0; 4], cpl: 3 };
+    let from_user = HypercallArgs { number: call::BASE, args: [0; 4], cpl: 3, wide: true };
     assert_eq!(bench.vcpus[0].hypercall(from_user), engine::Answer::Now(status::PERMISSION as u64));
 }
 
@@ -291,10 +291,10 @@ fn run_states_are_told_while_accepted() {
     let mut bench = Bench::new(2, feature::RUN_STATE | feature::WAIT | feature::YIELD);
     assert!(bench.write_msr(0, msr::VCPU_PAGE, PAGE | 1));
     let state = |bench: &Bench| bench.read::<VcpuPage>(PAGE).run_state;
-    bench.vcpus[0].set_halted(true);
+    bench.vcpus[0].set_run_state(run_state::HALTED);
     assert_eq!(state(&bench), run_state::HALTED);
     assert_eq!(bench.call(1, call::YIELD_TO, [0, 0, 0, 0]), Some(0), "it could not use the processor");
-    bench.vcpus[0].set_halted(false);
+    bench.vcpus[0].set_run_state(run_state::RUNNING);
     assert_eq!((state(&bench), bench.call(1, call::YIELD_TO, [0, 0, 0, 0])), (run_state::RUNNING, Some(1)));
     bench.call(0, call::WAIT, [WORD, 0, FOREVER, 0]);
     assert_eq!(state(&bench), run_state::WAITING);
@@ -302,8 +302,72 @@ fn run_states_are_told_while_accepted() {
     assert_eq!(state(&bench), run_state::RUNNING);
     bench.vm.revoke(feature::RUN_STATE);
     bench.call(0, call::REVOKE_ACK, [2, 0, 0, 0]);
-    bench.vcpus[0].set_halted(true);
+    bench.vcpus[0].set_run_state(run_state::HALTED);
     assert_eq!(state(&bench), run_state::RUNNING, "no longer written");
+}
+
+#[test]
+fn stolen_time_is_told_while_accepted() {
+    let mut bench = Bench::new(1, feature::STEAL);
+    let mut vcpu = bench.whole(0);
+    vcpu.msr_write(msr::BASE + msr::VCPU_PAGE, PAGE | 1).unwrap();
+    let told = |bench: &Bench| {
+        let page = bench.read::<VcpuPage>(PAGE);
+        (page.stolen_ns, page.preempted, page.run_state)
+    };
+    vcpu.go_away();
+    assert_eq!(told(&bench), (0, 1, run_state::RUNNING));
+    bench.delay.wait(30);
+    bench.clock.advance(1_000_000);
+    vcpu.come_back();
+    assert_eq!(told(&bench), (30, 0, run_state::RUNNING));
+    bench.delay.wait(5);
+    bench.clock.advance(1_000_000);
+    vcpu.before_interrupt();
+    assert_eq!(told(&bench), (35, 0, run_state::RUNNING));
+    bench.vm.revoke(feature::STEAL);
+    bench.call(0, call::REVOKE_ACK, [2, 0, 0, 0]);
+    bench.delay.wait(5);
+    bench.clock.advance(1_000_000);
+    vcpu.go_away();
+    vcpu.before_interrupt();
+    assert_eq!(told(&bench), (35, 0, run_state::RUNNING), "no longer written");
+}
+
+#[test]
+fn an_interrupt_ends_in_the_vcpu_page_while_that_is_accepted() {
+    let mut bench = Bench::new(1, feature::EOI | feature::INTERRUPTS);
+    let mut vcpu = bench.whole(0);
+    assert!(!vcpu.can_end_in_memory(), "no page");
+    vcpu.msr_write(msr::BASE + msr::VCPU_PAGE, PAGE | 1).unwrap();
+    let byte = |bench: &Bench| bench.read::<VcpuPage>(PAGE).eoi;
+    let end = |bench: &Bench| bench.ram.write_value(Gpa(PAGE + 0x82), &0_u8).unwrap();
+    let ended = |bench: &Bench| std::mem::take(&mut *bench.record.ended.lock().unwrap());
+    let ack = HypercallArgs { number: call::BASE + call::ACK, args: [0; 4], cpl: 0, wide: true };
+
+    vcpu.offer_end();
+    assert_eq!(byte(&bench), 1);
+    end(&bench);
+    vcpu.before_interrupt();
+    assert_eq!(ended(&bench), [0]);
+    vcpu.offer_end();
+    assert_eq!(vcpu.hypercall(ack), engine::Answer::Now(0));
+    assert_eq!((byte(&bench), ended(&bench)), (0, vec![0]), "by the call alone");
+    vcpu.offer_end();
+    end(&bench);
+    assert_eq!(vcpu.hypercall(ack), engine::Answer::Now(0));
+    assert_eq!(ended(&bench), [0, 0], "the one in memory, and the one below it");
+    vcpu.offer_end();
+    end(&bench);
+    vcpu.msr_write(msr::BASE + msr::VCPU_PAGE, PAGE | 1).unwrap();
+    assert_eq!(ended(&bench), [0], "before the page is cleared");
+
+    vcpu.offer_end();
+    bench.vm.revoke(feature::EOI);
+    bench.call(0, call::REVOKE_ACK, [2, 0, 0, 0]);
+    vcpu.hear_end();
+    assert_eq!((byte(&bench), ended(&bench)), (1, vec![]), "no longer written");
+    assert!(!vcpu.can_end_in_memory());
 }
 
 #[test]

@@ -9,9 +9,9 @@ use engine::{Answer, Cause, Ledger, MsrRefused};
 use memory::{Gpa, PAGE_SIZE};
 
 use super::pages::{page_of, register_of};
-use super::processors::{Grace, end_flush};
 use super::vm::Vm;
 use super::wait::Ended;
+use crate::processors::{Grace, Place, end_flush};
 
 /// Vectors below are the architecture's (Intel SDM vol. 3A, 6.3.2).
 pub(super) const FIRST_VECTOR: u64 = 16;
@@ -161,20 +161,40 @@ impl Vcpu {
         }
     }
 
-    /// The vCPU sleeps in HLT, or no longer does.
-    pub fn set_halted(&self, halted: bool) {
-        self.set_run_state(if halted { run_state::HALTED } else { run_state::RUNNING });
-    }
-
-    fn set_run_state(&self, state: u32) {
+    /// What the vCPU does, for the others and for the guest.
+    pub(crate) fn set_run_state(&self, state: u32) {
         self.place().set_run_state(state);
         if let Some(page) = self.page_for(feature::RUN_STATE) {
             let _ = self.vm.ram.write_value(Gpa(page.0 + offset::RUN_STATE), &state);
         }
     }
 
+    /// Tells the guest whether the vCPU's thread may be without a processor.
+    pub(crate) fn set_preempted(&self, preempted: bool) {
+        if let Some(page) = self.page_for(feature::STEAL) {
+            let _ = self.vm.ram.write_value(Gpa(page.0 + offset::PREEMPTED), &u32::from(preempted));
+        }
+    }
+
+    /// True where the guest wants to know what was stolen from it.
+    pub(crate) fn tells_stolen(&self) -> bool {
+        self.page_for(feature::STEAL).is_some()
+    }
+
+    /// Tells it, in nanoseconds.
+    pub(crate) fn tell_stolen(&self, ns: u64) {
+        if let Some(page) = self.page_for(feature::STEAL) {
+            let _ = self.vm.ram.write_value(Gpa(page.0 + offset::STOLEN_NS), &ns);
+        }
+    }
+
+    /// Where the guest says the end of an interrupt, if anywhere.
+    pub(crate) fn eoi_place(&self) -> Option<Gpa> {
+        self.page_for(feature::EOI).map(|page| Gpa(page.0 + offset::EOI))
+    }
+
     /// From now on the vCPU executes guest code, or no longer does.
-    pub fn set_in_guest(&self, inside: bool) {
+    pub(crate) fn set_in_guest(&self, inside: bool) {
         self.place().set_in_guest(inside);
     }
 
@@ -213,7 +233,7 @@ impl Vcpu {
         self.page_for(feature).and_then(|page| self.vm.ram.read_value(Gpa(page.0 + offset)).ok()).unwrap_or(0)
     }
 
-    pub(super) fn place(&self) -> &super::Place {
+    pub(super) fn place(&self) -> &Place {
         &self.vm.places[self.index as usize]
     }
 }

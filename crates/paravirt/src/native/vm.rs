@@ -7,25 +7,17 @@ use contract::native::{feature, offset, status};
 use host::{Entropy, Timer, Timers};
 use memory::{Gpa, GuestRam};
 
+use super::Terms;
 use super::agreement::Agreement;
 use super::offer::Calling;
 use super::pages::{News, VmPages};
 use super::policy::{Bucket, Policy};
 use super::timers::{Alarm, Armed, TimerSet};
 use super::wait::WaitTable;
-use super::{Place, Terms};
-use crate::{Clock, ClockPage};
+use crate::{Clock, ClockPage, Interrupts, Place};
 
 /// Timers of each vCPU.
 pub(crate) const TIMERS_PER_VCPU: usize = 8;
-
-/// How vectors reach local APICs, which are not this crate's to know.
-pub trait Interrupts: Send + Sync {
-    /// A fixed, edge-triggered interrupt to a vCPU.
-    fn raise(&self, vcpu: u32, vector: u8);
-    /// The vCPU is done with the interrupt in service.
-    fn end(&self, vcpu: u32);
-}
 
 /// What a VM is made of.
 pub struct Parts {
@@ -48,7 +40,7 @@ pub struct Parts {
     /// Its interrupt controllers.
     pub interrupts: Arc<dyn Interrupts>,
     /// Its vCPUs.
-    pub places: Vec<Place>,
+    pub places: Arc<[Place]>,
 }
 
 /// The host's timer, set by the VM's clock.
@@ -75,7 +67,7 @@ pub struct Vm {
     pub(super) clock: Arc<Clock>,
     pub(super) host: Arc<dyn host::Clock>,
     pub(super) interrupts: Arc<dyn Interrupts>,
-    pub(super) places: Vec<Place>,
+    pub(super) places: Arc<[Place]>,
     pub(super) agreement: Agreement,
     pub(super) pages: VmPages,
     pub(super) waits: WaitTable,

@@ -319,6 +319,7 @@ fn hypercall(cpu: &mut Cpu, op: &Op) -> Done {
         number: register(cpu, 0),
         args: [register(cpu, 3), register(cpu, 1), register(cpu, 2), register(cpu, 6)],
         cpl: cpu.mode.cpl,
+        wide: cpu.mode.is_64(),
     };
     match cpu.io().hypercall(call) {
         Answer::Now(result) => cpu.set_gpr(0, size, result),

@@ -16,7 +16,7 @@ use kit::{Batch, Contract, Processor, Shared, Status, VcpuPage, VmMemory, Waited
 
 tests![
     found, refused_before_accepted, accepted, unknown_calls, bad_pages, clock, clock_goes_on, time_of_day, timer,
-    merged_timers, masked_interrupts, yields, free_locks, batch, wait_ends, wait_interrupted, bad_words, bad_lists,
+    merged_timers, masked_interrupts, ends_in_memory, stolen, yields, free_locks, batch, wait_ends, wait_interrupted, bad_words, bad_lists,
     ipi, wake, contended_locks, flush, timers_of_all, halted, generation, overdue, revoked,
 ];
 
@@ -309,6 +309,55 @@ fn masked_interrupts(t: &mut T) {
     t.is("in service", apic::bit(apic::reg::ISR, VECTOR.into()));
     t.eq("exits of ack", exits(contract, &processor, || t_ok(processor.ack())), 1);
     t.is("ended", !apic::bit(apic::reg::ISR, VECTOR.into()));
+}
+
+/// An interrupt that is alone ends without an exit; one whose end the host has to see, with one.
+fn ends_in_memory(t: &mut T) {
+    let Some((contract, processor)) = using(t, feature::EOI | feature::INTERRUPTS) else { return };
+    apic::enable();
+    for _ in 0..10 {
+        apic::send_self(VECTOR.into());
+        let mut taken = None;
+        let cost = exits(contract, &processor, || {
+            taken = apic::take();
+            t_ok(processor.ack());
+        });
+        t.same("taken", taken, Some(VECTOR.into()));
+        t.eq("exits: the interrupt itself", cost, 1);
+    }
+    t.is("ended", !apic::bit(apic::reg::ISR, VECTOR.into()));
+    apic::send_self(VECTOR.into());
+    t.same("taken", apic::take(), Some(VECTOR.into()));
+    contract.sync(); // each call takes the offer back
+    t.eq("exits of ack", exits(contract, &processor, || t_ok(processor.ack())), 1);
+    t.is("ended", !apic::bit(apic::reg::ISR, VECTOR.into()));
+    apic::send_self((VECTOR - 16).into());
+    apic::send_self(VECTOR.into());
+    for vector in [VECTOR, VECTOR - 16] {
+        t.same("taken", apic::take(), Some(vector.into()));
+        t.same("in turn", apic::take(), None);
+        t.same("ended", processor.ack(), Ok(()));
+    }
+    t.same("no more", apic::take(), None);
+}
+
+/// Stolen time is told without an exit, and does not go back.
+fn stolen(t: &mut T) {
+    let Some((contract, processor)) = using(t, feature::STEAL | feature::YIELD) else { return };
+    let mut last = processor.stolen_ns();
+    for _ in 0..100 {
+        t.same("yield", contract.yield_to(None), Ok(true));
+        t.is("never back", processor.stolen_ns() >= last);
+        last = processor.stolen_ns();
+    }
+    t.eq("exits", exits(contract, &processor, || _ = processor.stolen_ns()), 0);
+    t.eq("preempted", page_preempted(0), 0);
+}
+
+fn page_preempted(cpu: usize) -> u32 {
+    let offset = core::mem::offset_of!(VcpuPage, preempted);
+    // SAFETY: a word of a page that the host writes.
+    unsafe { ((PAGES[cpu].address() + offset) as *const u32).read_volatile() }
 }
 
 /// For closures whose result is looked at by its effect.
@@ -670,12 +719,16 @@ fn halted(t: &mut T) {
         shared().processor(&PAGES[cpu]);
         crate::run::run_on(cpu, &code!("sti", "hlt", "cli").kernel_on(cpu));
         apic::write(apic::reg::EOI, 0);
+        seen(cpu).store(page_preempted(cpu).into(), SeqCst);
     });
     t.is("halts", patiently(|| page_run_state(1) == run_state::HALTED));
+    let told = contract.uses(feature::STEAL);
+    t.is("preempted", patiently(|| (page_preempted(1) != 0) == told));
     t.same("yield", contract.yield_to(Some(vcpu(1))), Ok(false));
     t.same("wake it", contract.send_ipi(VECTOR, vcpu(1), 1), Ok(1));
     t.is("finished", finished(1));
     t.eq("runs", page_run_state(1), run_state::RUNNING);
+    t.eq("preempted while it ran", seen(1).load(SeqCst), 0);
 }
 
 /// The generation id is there, stays, and changes when the VM is used a second time.

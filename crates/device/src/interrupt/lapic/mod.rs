@@ -27,7 +27,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use host::{Clock, Timer, Timers};
 
 use self::registers::*;
-use self::state::State;
+use self::state::{Deliverable, State};
 use self::timer::{ApicTimer, Mode};
 use super::message::{Destination, Effect, Message};
 use super::{CpuPins, Refused};
@@ -69,7 +69,12 @@ pub struct LapicConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Taken {
     /// Deliver this vector.
-    Vector(u8),
+    Vector {
+        /// Which one.
+        vector: u8,
+        /// Its end may be told in memory: see [`Lapic::take_interrupt`].
+        end_in_memory: bool,
+    },
     /// Ask the PIC for the vector.
     ExtInt,
 }
@@ -241,14 +246,15 @@ impl Lapic {
     }
 
     /// The interrupt to deliver now. A vector moves from IRR to ISR.
-    pub fn take_interrupt(&self) -> Option<Taken> {
+    ///
+    /// Where the guest `can_end_in_memory`, and the interrupt is edge-triggered with no other one requested, its end need
+    /// not be written to EOI at once: from then on each request drives [`CpuPins::interrupt`], deliverable or not, so that
+    /// whoever keeps the guest's word can look at it, and write EOI for the guest.
+    pub fn take_interrupt(&self, can_end_in_memory: bool) -> Option<Taken> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let taken = state.deliverable();
-        if let Some(Taken::Vector(vector)) = taken {
-            state.requested.set(vector, false);
-            state.in_service.set(vector, true);
-        }
-        taken
+        let Deliverable::Vector(vector) = state.deliverable()? else { return Some(Taken::ExtInt) };
+        let end_in_memory = state.begin_service(vector, can_end_in_memory);
+        Some(Taken::Vector { vector, end_in_memory })
     }
 
     /// Takes a message addressed to this APIC. True where it was accepted: a software-disabled APIC refuses vectors,
@@ -296,7 +302,7 @@ impl Lapic {
         self.expire(&mut state, now);
         self.arm(&mut state, now);
         let to_processor = std::mem::take(&mut state.to_processor);
-        let pending = state.deliverable().is_some();
+        let pending = state.deliverable().is_some() || state.waits_for_word();
         drop(state);
 
         if to_processor.nmi {

@@ -1,8 +1,8 @@
 //! What is in a local APIC, and what its registers do; no locks, no clocks, no other chips.
 
+use super::LapicConfig;
 use super::registers::*;
 use super::timer::{ApicTimer, Mode};
-use super::{LapicConfig, Taken};
 use crate::interrupt::{DeliveryMode, Destination, Effect, Message, Shorthand};
 
 #[derive(Clone, Debug)]
@@ -19,6 +19,8 @@ pub(super) struct State {
     pub(super) in_service: Vectors,
     trigger_mode: Vectors,
     pub(super) requested: Vectors,
+    /// The end of the highest interrupt in service may stand in memory.
+    end_in_memory: bool,
     /// What ESR reads as, and what the next write to it will move there.
     errors: u32,
     errors_found: u32,
@@ -31,6 +33,14 @@ pub(super) struct State {
     /// Levels of the LINT0 and LINT1 pins.
     lint: [bool; 2],
     pub(super) to_processor: ToProcessor,
+}
+
+/// What the processor would take now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Deliverable {
+    Vector(u8),
+    /// What the PIC has.
+    ExtInt,
 }
 
 /// Pins to drive once the lock is released.
@@ -53,6 +63,7 @@ impl State {
             in_service: Vectors::default(),
             trigger_mode: Vectors::default(),
             requested: Vectors::default(),
+            end_in_memory: false,
             errors: 0,
             errors_found: 0,
             command: 0,
@@ -109,13 +120,28 @@ impl State {
     }
 
     /// What the processor would take now: the PIC's interrupt, else the highest vector above the processor priority.
-    pub(super) fn deliverable(&self) -> Option<Taken> {
+    pub(super) fn deliverable(&self) -> Option<Deliverable> {
         if self.lint[0] && self.passes_pic_through() {
-            return Some(Taken::ExtInt);
+            return Some(Deliverable::ExtInt);
         }
         let vector = self.requested.highest()?;
         let deliverable = self.mode() & base::ENABLE != 0 && u32::from(vector >> 4) > self.processor_priority() >> 4;
-        deliverable.then_some(Taken::Vector(vector))
+        deliverable.then_some(Deliverable::Vector(vector))
+    }
+
+    /// Moves a vector from IRR to ISR. True where its end may stand in memory from now on.
+    pub(super) fn begin_service(&mut self, vector: u8, can_end_in_memory: bool) -> bool {
+        self.requested.set(vector, false);
+        self.in_service.set(vector, true);
+        // The I/O APIC hears of the end of a level; whoever else is requested may have to be delivered behind the end.
+        let alone = || !self.trigger_mode.contains(vector) && self.requested.highest().is_none();
+        self.end_in_memory = can_end_in_memory && alone();
+        self.end_in_memory
+    }
+
+    /// Something is requested, and what is in service may have ended in memory.
+    pub(super) fn waits_for_word(&self) -> bool {
+        self.end_in_memory && self.requested.highest().is_some()
     }
 
     /// A disabled APIC is not there: LINT0 is the processor's INTR pin (SDM 11.4.3).
@@ -196,6 +222,7 @@ impl State {
     }
 
     fn end_of_interrupt(&mut self) -> Effect {
+        self.end_in_memory = false;
         let Some(vector) = self.in_service.highest() else { return Effect::None };
         self.in_service.set(vector, false);
         if self.trigger_mode.contains(vector) && self.spurious & svr::SUPPRESS_EOI_BROADCAST == 0 {

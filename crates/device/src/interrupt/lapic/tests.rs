@@ -39,6 +39,10 @@ impl TscReference for Tsc {
     }
 }
 
+fn vector(vector: u8) -> Taken {
+    Taken::Vector { vector, end_in_memory: false }
+}
+
 struct Bench {
     lapic: Arc<Lapic>,
     timers: FakeTimers,
@@ -238,16 +242,16 @@ fn vectors_are_delivered_by_priority_and_nest() {
     let bench = Bench::new(0);
     assert!(bench.fixed(0x41, false) && bench.fixed(0x71, false) && bench.fixed(0x7f, false));
     assert_eq!(bench.pins(), ["interrupt"; 3]);
-    assert_eq!(bench.lapic.take_interrupt(), Some(Taken::Vector(0x7f)));
-    assert_eq!(bench.lapic.take_interrupt(), None, "same class as the one in service");
+    assert_eq!(bench.lapic.take_interrupt(false), Some(vector(0x7f)));
+    assert_eq!(bench.lapic.take_interrupt(false), None, "same class as the one in service");
     assert_eq!(bench.get(PPR), 0x70);
     bench.fixed(0x80, false);
-    assert_eq!(bench.lapic.take_interrupt(), Some(Taken::Vector(0x80)));
+    assert_eq!(bench.lapic.take_interrupt(false), Some(vector(0x80)));
     bench.set(EOI, 0);
     bench.pins();
     bench.set(EOI, 0);
     assert_eq!(bench.pins(), ["interrupt"]);
-    assert_eq!(bench.lapic.take_interrupt(), Some(Taken::Vector(0x71)));
+    assert_eq!(bench.lapic.take_interrupt(false), Some(vector(0x71)));
     bench.set(EOI, 0);
     bench.set(TPR, 0x45);
     assert_eq!(bench.get(PPR), 0x45);
@@ -257,10 +261,48 @@ fn vectors_are_delivered_by_priority_and_nest() {
     bench.lapic.set_task_priority(3);
     assert_eq!(bench.pins(), ["interrupt"]);
     assert_eq!(bench.get(IRR + 2), 2);
-    assert_eq!(bench.lapic.take_interrupt(), Some(Taken::Vector(0x41)));
+    assert_eq!(bench.lapic.take_interrupt(false), Some(vector(0x41)));
     assert_eq!((bench.get(IRR + 2), bench.get(ISR + 2)), (0, 2));
     bench.set(EOI, 0);
     bench.set(EOI, 0); // nothing in service
+}
+
+#[test]
+fn an_end_may_stand_in_memory_only_where_nobody_else_has_to_know() {
+    let bench = Bench::new(0);
+    let taken = |vector, end_in_memory| Some(Taken::Vector { vector, end_in_memory });
+    bench.fixed(0x41, false);
+    bench.fixed(0x51, false);
+    assert_eq!(bench.lapic.take_interrupt(true), taken(0x51, false), "another one is requested");
+    bench.set(EOI, 0);
+    assert_eq!(bench.lapic.take_interrupt(true), taken(0x41, true));
+    bench.set(EOI, 0);
+    bench.fixed(0x41, true);
+    assert_eq!(bench.lapic.take_interrupt(true), taken(0x41, false), "the I/O APIC has to know");
+    assert_eq!(bench.store(EOI, 0), Effect::EndOfInterrupt(0x41));
+    bench.fixed(0x41, false);
+    assert_eq!(bench.lapic.take_interrupt(false), taken(0x41, false));
+}
+
+#[test]
+fn a_request_behind_an_end_that_may_stand_in_memory_drives_the_pin() {
+    let bench = Bench::new(0);
+    for may_end_in_memory in [false, true] {
+        bench.fixed(0x51, false);
+        bench.lapic.take_interrupt(may_end_in_memory);
+        bench.pins();
+        bench.fixed(0x41, false);
+        assert_eq!(bench.pins().len(), usize::from(may_end_in_memory));
+        assert!(!bench.lapic.interrupt_pending(), "what is in service is more urgent");
+        bench.set(EOI, 0);
+        assert_eq!((bench.pins().len(), bench.lapic.take_interrupt(false)), (1, Some(vector(0x41))));
+        bench.fixed(0x31, false);
+        assert_eq!(bench.pins().len(), 0, "as ever once it has ended");
+        bench.set(EOI, 0);
+        bench.lapic.take_interrupt(false);
+        bench.set(EOI, 0);
+        bench.pins();
+    }
 }
 
 #[test]
@@ -268,16 +310,16 @@ fn the_trigger_mode_register_follows_the_last_accept_and_decides_on_the_broadcas
     let bench = Bench::new(0);
     bench.fixed(0x79, true);
     assert_eq!(bench.get(TMR + 3), 1 << 25);
-    bench.lapic.take_interrupt();
+    bench.lapic.take_interrupt(false);
     assert_eq!(bench.store(EOI, 0), Effect::EndOfInterrupt(0x79));
     assert_eq!(bench.get(TMR + 3), 1 << 25, "until the next accept");
     bench.fixed(0x79, false);
     assert_eq!(bench.get(TMR + 3), 0);
-    bench.lapic.take_interrupt();
+    bench.lapic.take_interrupt(false);
     bench.set(EOI, 0);
     bench.set(SVR, svr::SUPPRESS_EOI_BROADCAST | 0x1ff);
     bench.fixed(0x79, true);
-    bench.lapic.take_interrupt();
+    bench.lapic.take_interrupt(false);
     bench.set(EOI, 0); // the guest writes the I/O APIC's EOI register itself
 }
 
@@ -305,7 +347,7 @@ fn software_disable_masks_the_table_and_refuses_vectors_but_not_signals() {
     }
     let signals: Vec<_> = bench.pins().into_iter().filter(|pin| *pin != "interrupt").collect();
     assert_eq!(signals, ["nmi", "init", "startup"]);
-    assert_eq!(bench.lapic.take_interrupt(), Some(Taken::Vector(0x50)), "what was requested before stays");
+    assert_eq!(bench.lapic.take_interrupt(false), Some(vector(0x50)), "what was requested before stays");
 }
 
 #[test]
@@ -313,7 +355,7 @@ fn illegal_vectors_and_registers_are_reported_once_written() {
     let bench = Bench::new(0);
     bench.set(LVT + 5, 0x33);
     bench.set(ICR, 0x0f);
-    assert_eq!(bench.lapic.take_interrupt(), Some(Taken::Vector(0x33)));
+    assert_eq!(bench.lapic.take_interrupt(false), Some(vector(0x33)));
     assert_eq!(bench.get(ESR), 0);
     bench.fixed(0x0f, false);
     bench.get(0x05);
@@ -364,7 +406,7 @@ fn commands_become_messages() {
     assert_eq!(effect, Effect::Send(Shorthand::Destination, message));
     assert_eq!(bench.rdmsr(msr::X2APIC_FIRST + ICR), Ok(0x0001_0002_0000_0040));
     bench.wrmsr(msr::X2APIC_FIRST + SELF_IPI, 0xf1);
-    assert_eq!(bench.lapic.take_interrupt(), Some(Taken::Vector(0xf1)));
+    assert_eq!(bench.lapic.take_interrupt(false), Some(vector(0xf1)));
 }
 
 #[test]
@@ -405,7 +447,7 @@ fn the_one_shot_timer_counts_down_and_stops() {
     bench.timers.advance(1199);
     assert_eq!(bench.get(CURRENT_COUNT), 1);
     bench.timers.advance(1);
-    assert_eq!(bench.lapic.take_interrupt(), Some(Taken::Vector(0xee)));
+    assert_eq!(bench.lapic.take_interrupt(false), Some(vector(0xee)));
     bench.timers.advance(1_000_000);
     assert!(!bench.lapic.interrupt_pending());
     assert_eq!((bench.get(CURRENT_COUNT), bench.get(INITIAL_COUNT)), (0, 1000));
@@ -433,7 +475,7 @@ fn the_periodic_timer_ticks_until_stopped() {
     bench.set(INITIAL_COUNT, 1_000_000);
     for _ in 0..3 {
         bench.timers.advance(1_000_000);
-        assert_eq!(bench.lapic.take_interrupt(), Some(Taken::Vector(0xee)));
+        assert_eq!(bench.lapic.take_interrupt(false), Some(vector(0xee)));
         bench.set(EOI, 0);
         assert!(!bench.lapic.interrupt_pending());
     }
@@ -473,11 +515,11 @@ fn the_tsc_deadline_fires_once_at_once_where_it_has_passed() {
     bench.timers.advance(250);
     assert!(!bench.lapic.interrupt_pending());
     bench.timers.advance(1);
-    assert_eq!(bench.lapic.take_interrupt(), Some(Taken::Vector(0xef)));
+    assert_eq!(bench.lapic.take_interrupt(false), Some(vector(0xef)));
     assert_eq!(bench.rdmsr(msr::TSC_DEADLINE), Ok(0));
     bench.set(EOI, 0);
     bench.wrmsr(msr::TSC_DEADLINE, 1);
-    assert_eq!(bench.lapic.take_interrupt(), Some(Taken::Vector(0xef)));
+    assert_eq!(bench.lapic.take_interrupt(false), Some(vector(0xef)));
     bench.set(EOI, 0);
     bench.wrmsr(msr::TSC_DEADLINE, 10_000);
     bench.wrmsr(msr::TSC_DEADLINE, 0);
@@ -493,13 +535,13 @@ fn the_pic_passes_through_in_virtual_wire_mode_and_where_the_apic_is_disabled() 
     bench.lapic.set_lint(0, true);
     assert!(!bench.lapic.interrupt_pending(), "masked");
     bench.lapic.virtual_wire();
-    assert_eq!(bench.lapic.take_interrupt(), Some(Taken::ExtInt));
+    assert_eq!(bench.lapic.take_interrupt(false), Some(Taken::ExtInt));
     bench.set(LVT + 3, lvt::MASKED | 0x700);
     assert!(!bench.lapic.interrupt_pending());
     bench.wrmsr(msr::APIC_BASE, base::DEFAULT);
-    assert_eq!(bench.lapic.take_interrupt(), Some(Taken::ExtInt));
+    assert_eq!(bench.lapic.take_interrupt(false), Some(Taken::ExtInt));
     bench.lapic.set_lint(0, false);
-    assert_eq!(bench.lapic.take_interrupt(), None);
+    assert_eq!(bench.lapic.take_interrupt(false), None);
     bench.pins();
     bench.lapic.set_lint(1, true);
     bench.lapic.set_lint(2, true);

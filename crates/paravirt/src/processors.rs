@@ -16,13 +16,13 @@ const MOST_GRACE: u32 = 4;
 
 /// One vCPU, as the others see it.
 pub struct Place {
-    pub(super) signal: Arc<Signal>,
+    pub(crate) signal: Arc<Signal>,
     /// Executes guest code, or is about to.
     in_guest: AtomicBool,
     run_state: AtomicU32,
     grace: AtomicU32,
     /// The vector of the notification event; 0 for none.
-    pub(super) event: AtomicU8,
+    pub(crate) event: AtomicU8,
 }
 
 impl Place {
@@ -38,26 +38,31 @@ impl Place {
     }
 
     /// From now on the vCPU executes guest code, or no longer does. Behind it, what was asked of it before is seen.
-    pub(super) fn set_in_guest(&self, inside: bool) {
+    pub(crate) fn set_in_guest(&self, inside: bool) {
         self.in_guest.store(inside, Ordering::SeqCst);
         fence(Ordering::SeqCst);
     }
 
-    pub(super) fn set_run_state(&self, state: u32) {
+    pub(crate) fn set_run_state(&self, state: u32) {
         self.run_state.store(state, Ordering::Relaxed);
     }
 
     /// True where a processor given up could be of use to this vCPU.
-    pub(super) fn is_runnable(&self) -> bool {
+    pub(crate) fn is_runnable(&self) -> bool {
         self.run_state.load(Ordering::Relaxed) == run_state::RUNNING
     }
 
-    pub(super) fn boost(&self) {
+    /// True where it sleeps, and has been asked to look at something: its thread is about to run, or wants to.
+    pub(crate) fn is_roused(&self) -> bool {
+        self.signal.pending().intersects(Signals::INTERRUPT | Signals::NMI | Signals::UNHALT | Signals::WAKE)
+    }
+
+    pub(crate) fn boost(&self) {
         self.grace.store(BOOST, Ordering::Relaxed);
     }
 
     /// Takes one of what a boost has left.
-    pub(super) fn take_grace(&self) -> bool {
+    pub(crate) fn take_grace(&self) -> bool {
         self.grace.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
     }
 
@@ -68,7 +73,7 @@ impl Place {
 }
 
 /// Has `targets` forget their translations before they execute another instruction.
-pub(super) fn begin_flush(places: &[Place], targets: &[usize]) {
+pub(crate) fn begin_flush(places: &[Place], targets: &[usize]) {
     targets.iter().for_each(|&target| places[target].signal.raise(Signals::FLUSH));
     fence(Ordering::SeqCst);
 }
@@ -77,7 +82,7 @@ pub(super) fn begin_flush(places: &[Place], targets: &[usize]) {
 ///
 /// For vCPUs that are out of guest code themselves, also in the eyes of their engine: those who run may wait for them about
 /// other things.
-pub(super) fn end_flush(places: &[Place], targets: &[usize]) {
+pub(crate) fn end_flush(places: &[Place], targets: &[usize]) {
     for &target in targets {
         while places[target].has_to_flush() {
             std::thread::yield_now(); // until its next look between two instructions
@@ -87,13 +92,13 @@ pub(super) fn end_flush(places: &[Place], targets: &[usize]) {
 
 /// Whether a vCPU in a critical section keeps its processor, bounded.
 #[derive(Default)]
-pub(super) struct Grace {
+pub(crate) struct Grace {
     used: u32,
 }
 
 impl Grace {
     /// Asked each time the processor would be given up.
-    pub(super) fn keeps(&mut self, critical: bool) -> bool {
+    pub(crate) fn keeps(&mut self, critical: bool) -> bool {
         self.used = if critical && self.used < MOST_GRACE { self.used + 1 } else { 0 };
         self.used > 0
     }
