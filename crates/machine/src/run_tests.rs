@@ -377,10 +377,10 @@ fn dialects_and_features_are_shown_as_asked() {
     };
     let both = Dialects { kvm: true, cordial: true, without: Without::NOTHING };
     let built = paravirt::native::BUILT;
-    assert_eq!(shown(both), (Some(0x0100_000b), Some(built), true, false));
+    assert_eq!(shown(both), (Some(0x0100_baeb), Some(built), true, false));
     assert_eq!(shown(Dialects { kvm: false, ..both }), (None, Some(built), true, false));
     let without = Without { kvm: 1 << 3, cordial: feature::WAIT, hypervisor_bit: true };
-    assert_eq!(shown(Dialects { without, ..both }), (Some(0x0100_0003), Some(built & !feature::WAIT), false, false));
+    assert_eq!(shown(Dialects { without, ..both }), (Some(0x0100_bae3), Some(built & !feature::WAIT), false, false));
     assert_eq!(shown(Dialects::NONE).0, None);
 }
 

@@ -1,7 +1,6 @@
 //! Both dialects' calls and MSRs with hostile arguments: some in every test run, and for as long as one likes by
 //! `cargo xtask fuzz contract`.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use contract::{kvm, native};
@@ -72,18 +71,13 @@ fn deed() -> impl Strategy<Value = Deed> {
 fn run(accepted: u64, offers_kvm: bool, deeds: Vec<(usize, Deed)>) -> Result<(), TestCaseError> {
     let bench = Bench::new(VCPUS, accepted & BUILT);
     let features = if offers_kvm { Features::ALL } else { Features::NONE };
-    let mut vcpus: Vec<crate::Vcpu> = (0..VCPUS as u32)
-        .map(|index| {
-            let native = super::Vcpu::new(Arc::clone(&bench.vm), index);
-            crate::Vcpu::new(index, features, Arc::clone(&bench.vm.clock), Some(native))
-        })
-        .collect();
+    let mut vcpus: Vec<crate::Vcpu> = (0..VCPUS as u32).map(|index| bench.whole(index, features)).collect();
     for (index, deed) in deeds {
         let vcpu = &mut vcpus[index];
         match deed {
             Deed::Call { number, args, cpl } => {
                 let before = (cpl != 0).then(|| contents(&bench));
-                let answer = vcpu.hypercall(HypercallArgs { number, args, cpl });
+                let answer = vcpu.hypercall(HypercallArgs { number, args, cpl, wide: true });
                 if let Some(before) = before {
                     prop_assert!(matches!(answer, Answer::Now(value) if (value as i64) < 0), "{answer:?} to a user");
                     prop_assert!(contents(&bench) == before, "a user's call wrote something");
@@ -105,7 +99,7 @@ fn run(accepted: u64, offers_kvm: bool, deeds: Vec<(usize, Deed)>) -> Result<(),
             Deed::Advance(ns) => bench.timers.advance(ns),
             Deed::Revoke(bits) => drop(bench.vm.revoke(bits)),
             Deed::Rescale(khz) => bench.vm.rescale(khz),
-            Deed::Halt(halted) => vcpu.native().expect("made with it").set_halted(halted),
+            Deed::Halt(halted) => vcpu.set_halted(halted),
             Deed::Reset => vcpu.reset(),
         }
         let terms = bench.vm.terms();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use contract::kvm::{self, TimeInfo};
-use contract::native::{FOREVER, VcpuPage, VmPage, call, feature, msr, status, vm_state, waited};
+use contract::native::{FOREVER, VcpuPage, VmPage, call, feature, msr, run_state, status, vm_state, waited};
 use engine::{Answer, HypercallArgs};
 use memory::Gpa;
 
@@ -99,7 +99,7 @@ fn one_page_for_everything_harms_nobody_else() {
         bench.call(0, call::NOP, [0; 4]);
         bench.vm.regenerate();
         bench.vm.rescale(3_000_000 + round);
-        bench.vcpus[1].set_halted(true);
+        bench.vcpus[1].set_run_state(run_state::HALTED);
     }
     assert!(beside(&bench, &[PAGE]) == before, "something else was written");
     // Apart again, each is whole.
@@ -124,8 +124,7 @@ fn one_page_for_everything_harms_nobody_else() {
 #[test]
 fn both_dialects_may_be_given_one_page() {
     let bench = Bench::new(1, BUILT);
-    let native = super::Vcpu::new(Arc::clone(&bench.vm), 0);
-    let mut vcpu = crate::Vcpu::new(0, Features::ALL, Arc::clone(&bench.vm.clock), Some(native));
+    let mut vcpu = bench.whole(0, Features::ALL);
     bench.ram.fill(Gpa(0), 0x5a, LOW_RAM).unwrap();
     let before = beside(&bench, &[PAGE]);
     for _ in 0..3 {
@@ -206,6 +205,7 @@ fn waits_write_nothing_at_all() {
                 number: call::BASE + number,
                 args: [address, word, 1, 0],
                 cpl: 0,
+                wide: true,
             });
             let refused = if address % 4 == 0 { status::BAD_ADDRESS } else { status::BAD_ARGUMENT };
             assert_eq!(answer, Answer::Now(refused as u64), "{number} {address:#x}");

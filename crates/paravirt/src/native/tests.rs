@@ -11,6 +11,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::fixture::{Bench, HIGH_RAM, LOW_RAM};
 use super::*;
+use crate::Features;
 
 const PAGE: u64 = 0x3000;
 const OTHER: u64 = 0x4000;
@@ -309,7 +310,7 @@ fn run_states_are_told_while_accepted() {
 #[test]
 fn stolen_time_is_told_while_accepted() {
     let mut bench = Bench::new(1, feature::STEAL);
-    let mut vcpu = bench.whole(0);
+    let mut vcpu = bench.whole(0, Features::NONE);
     vcpu.msr_write(msr::BASE + msr::VCPU_PAGE, PAGE | 1).unwrap();
     let told = |bench: &Bench| {
         let page = bench.read::<VcpuPage>(PAGE);
@@ -337,7 +338,7 @@ fn stolen_time_is_told_while_accepted() {
 #[test]
 fn an_interrupt_ends_in_the_vcpu_page_while_that_is_accepted() {
     let mut bench = Bench::new(1, feature::EOI | feature::INTERRUPTS);
-    let mut vcpu = bench.whole(0);
+    let mut vcpu = bench.whole(0, Features::NONE);
     assert!(!vcpu.can_end_in_memory(), "no page");
     vcpu.msr_write(msr::BASE + msr::VCPU_PAGE, PAGE | 1).unwrap();
     let byte = |bench: &Bench| bench.read::<VcpuPage>(PAGE).eoi;
