@@ -239,6 +239,22 @@ fn each_feature_of_the_native_dialect_can_be_left_out() {
     }
 }
 
+/// A guest that measures finds nothing finer than the quantum, translated and interpreted; it can measure where time is exact.
+#[test]
+fn a_probing_guest_finds_no_clock_finer_than_the_quantum() {
+    let policy = ["--dialect", "kvm,cordial", "--time-of-day-rate", "1000000/s:1000000", "--time-policy"];
+    for check in ["off", "interpret"] {
+        let tap = run(guest(), "1", "time", &[&policy[..], &["coarse=1ms", "--engine-check", check]].concat());
+        assert_eq!((tap.planned, tap.skipped), (20, 0), "{check}");
+    }
+    let tap = run(guest(), "1", "time", &[&policy[..], &["exact"]].concat());
+    assert_eq!((tap.planned, tap.skipped), (20, 20), "it has nothing to keep to where time is exact");
+    // What a coarse machine does else is what any machine does.
+    for (cpus, group) in [("1", "apic"), ("1", "kvm"), ("2", "cordial")] {
+        run(guest(), cpus, group, &["--dialect", "kvm,cordial", "--time-policy", "coarse=1ms"]);
+    }
+}
+
 /// Both dialects at once: each answers its own.
 #[test]
 fn the_kvm_dialect_conforms_beside_the_native_one() {

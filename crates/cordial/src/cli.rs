@@ -127,6 +127,13 @@ pub struct RunArguments {
     /// A paravirtual feature not to offer: -NAME; a name that is none lists them. May be repeated.
     #[arg(long, value_name = "-NAME", allow_hyphen_values = true)]
     pv: Vec<String>,
+    /// How finely the guest may measure time: exact, or coarse=QUANTUM (1us to 100ms), where no clock, counter or timer that
+    /// it sees is finer. Coarse needs the translating engine.
+    #[arg(long, value_name = "POLICY")]
+    time_policy: Option<String>,
+    /// How often the guest may ask for the time of day in the cordial dialect, on average and at once.
+    #[arg(long, value_name = "N/s[:BURST]")]
+    time_of_day_rate: Option<String>,
     /// Kernel: a path, host, debian or debian=VERSION.
     #[arg(long)]
     kernel: Option<String>,
@@ -209,6 +216,8 @@ impl RunArguments {
             ("engine-check", &self.engine_check),
             ("cpu", &self.cpu),
             ("dialect", &self.dialect),
+            ("time-policy", &self.time_policy),
+            ("time-of-day-rate", &self.time_of_day_rate),
             ("kernel", &self.kernel),
             ("modules", &self.modules),
             ("initrd", &self.initrd),

@@ -31,7 +31,7 @@ const fn key(name: &'static str, default: Option<&'static str>, help: &'static s
 }
 
 /// Everything that can be set, in the order `--print-config` shows it.
-pub const KEYS: [Key; 24] = [
+pub const KEYS: [Key; 26] = [
     key("cpus", None, "virtual CPUs; default: the host's, at most 2"),
     key("mem", Some("1G"), "memory; K, M, G or T; a plain number is MiB"),
     key("engine", Some("auto"), "auto, translate, kvm or kvm-unprobed"),
@@ -44,6 +44,8 @@ pub const KEYS: [Key; 24] = [
     key("cpu", Some(engine::cpu_model::DEFAULT), "the CPU model the guest sees"),
     key("dialect", Some("kvm"), "paravirtual dialects offered: kvm, cordial, both (kvm,cordial), or none"),
     Key { name: "pv", default: None, list: true, help: "-NAME, a paravirtual feature not to offer; may be repeated" },
+    key("time-policy", Some("exact"), "how finely the guest may measure time: exact, or coarse=QUANTUM (1us to 100ms)"),
+    key("time-of-day-rate", None, "time_of_day calls of the cordial dialect: N/s[:BURST]; default: 10000/s:1000"),
     key("kernel", None, "a path, host, debian or debian=VERSION; default: the first that is found"),
     key("modules", None, "directory of the kernel's modules; default: found by the kernel's release"),
     key("initrd", None, "an initial RAM disk instead of the generated one"),

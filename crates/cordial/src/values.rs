@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 use crate::settings::{Setting, Settings};
-use machine::plan::{Dialects, DiskMode, DiskPlan, EngineCheck, EngineChoice, Without};
+use machine::plan::{CallRate, Dialects, DiskMode, DiskPlan, EngineCheck, EngineChoice, TimePolicy, Without};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -197,20 +197,59 @@ pub fn console(settings: &Settings) -> Result<Console, Failure> {
 /// # Errors
 /// Not a duration, or none at all.
 pub fn timeout(settings: &Settings) -> Result<Option<Duration>, Failure> {
-    let parse = |text: &str| {
-        let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
-        let unit = match &text[digits.len()..] {
-            "ms" => 0.001,
-            "" | "s" => 1.0,
-            "m" => 60.0,
-            "h" => 3600.0,
-            _ => f64::NAN,
-        };
-        let seconds = digits.parse::<f64>().unwrap_or(f64::NAN) * unit;
-        let duration = Duration::try_from_secs_f64(seconds).ok().filter(|duration| !duration.is_zero());
-        duration.ok_or_else(|| "not a duration such as 30, 500ms, 5m or 1h".to_owned())
-    };
+    let parse = |text: &str| duration(text).ok_or_else(|| "not a duration such as 30, 500ms, 5m or 1h".to_owned());
     read(settings, "timeout", parse)
+}
+
+/// A duration that is not zero: a number with us, ms, s, m or h behind it; a plain number is seconds.
+fn duration(text: &str) -> Option<Duration> {
+    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "us" => 0.000_001,
+        "ms" => 0.001,
+        "" | "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        _ => return None,
+    };
+    let seconds = digits.parse::<f64>().ok()? * unit;
+    Duration::try_from_secs_f64(seconds).ok().filter(|duration| !duration.is_zero())
+}
+
+/// How finely the guest may measure time.
+///
+/// # Errors
+/// Neither exact nor coarse, or a quantum that is none.
+pub fn time_policy(settings: &Settings) -> Result<TimePolicy, Failure> {
+    use machine::plan::{LEAST_QUANTUM_NS, MOST_QUANTUM_NS};
+    let parse = |text: &str| match text.split_once('=') {
+        Some(("coarse", quantum)) => match duration(quantum).map(|quantum| u32::try_from(quantum.as_nanos())) {
+            Some(Ok(ns @ LEAST_QUANTUM_NS..=MOST_QUANTUM_NS)) => Ok(TimePolicy::Coarse(ns)),
+            Some(_) => Err("a quantum is between 1us and 100ms".into()),
+            None => Err("not a quantum such as 50us or 1ms".into()),
+        },
+        None if text == "coarse" => Err("coarse by how much? Write coarse=1ms".into()),
+        _ => one_of(text, &[("exact", TimePolicy::Exact)]).map_err(|_| "neither exact nor coarse=QUANTUM".into()),
+    };
+    Ok(read(settings, "time-policy", parse)?.unwrap_or_default())
+}
+
+/// How often the guest may ask for the time of day.
+///
+/// # Errors
+/// Not of the form N/s\[:BURST\], or out of range.
+pub fn time_of_day_rate(settings: &Settings) -> Result<CallRate, Failure> {
+    let number = |text: &str| match text.parse() {
+        Ok(count @ 1..=machine::plan::MOST_CALLS) => Ok(count),
+        Ok(_) | Err(_) => Err(format!("\"{text}\" is not a count between 1 and {}", machine::plan::MOST_CALLS)),
+    };
+    let parse = |text: &str| {
+        let (rate, burst) = text.split_once(':').map_or((text, None), |(rate, burst)| (rate, Some(burst)));
+        let per_s = number(rate.strip_suffix("/s").ok_or("not a rate such as 1000/s or 1000/s:10")?)?;
+        let burst = burst.map_or(Ok(CallRate::default().burst), number)?;
+        Ok(CallRate { per_s, burst })
+    };
+    Ok(read(settings, "time-of-day-rate", parse)?.unwrap_or_default())
 }
 
 /// The disks in order.
@@ -354,6 +393,42 @@ mod tests {
         assert_eq!(read("500ms"), Some(Duration::from_millis(500)));
         assert_eq!(read("2h"), Some(Duration::from_secs(7200)));
         for text in ["0", "-1", "soon", "5d", "1e400", "nan"] {
+            assert_eq!(read(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_time_policy_is_exact_or_has_a_quantum() {
+        let read = |text: &str| time_policy(&settings("time-policy", text)).map_err(|error| error.message);
+        let ns = |text| match read(text) {
+            Ok(TimePolicy::Coarse(ns)) => ns,
+            other => panic!("{text}: {other:?}"),
+        };
+        assert_eq!(
+            ["coarse=1us", "coarse=1ms", "coarse=0.1s", "coarse=1.5us"].map(ns),
+            [1000, 1_000_000, 100_000_000, 1500]
+        );
+        assert_eq!(read("exact"), Ok(TimePolicy::Exact));
+        assert_eq!(time_policy(&Settings::default()).unwrap(), TimePolicy::Exact);
+        for (text, why) in [
+            ("coarse", "coarse by how much? Write coarse=1ms"),
+            ("coarse=", "not a quantum such as 50us or 1ms"),
+            ("coarse=0", "not a quantum such as 50us or 1ms"),
+            ("coarse=0.9us", "a quantum is between 1us and 100ms"),
+            ("coarse=101ms", "a quantum is between 1us and 100ms"),
+            ("coarse=1h", "a quantum is between 1us and 100ms"),
+            ("corse=1ms", "neither exact nor coarse=QUANTUM"),
+        ] {
+            assert_eq!(read(text), Err(format!("time-policy \"{text}\" (command line): {why}")));
+        }
+    }
+
+    #[test]
+    fn a_rate_of_calls_may_have_a_burst() {
+        let read = |text: &str| time_of_day_rate(&settings("time-of-day-rate", text)).ok();
+        assert_eq!(read("100/s"), Some(CallRate { per_s: 100, burst: 1000 }));
+        assert_eq!(read("100/s:7"), Some(CallRate { per_s: 100, burst: 7 }));
+        for text in ["", "100", "0/s", "1/s:", "1/s:0", "-1/s", "1/m", "5000000000/s", "1/s:2:3"] {
             assert_eq!(read(text), None, "{text}");
         }
     }

@@ -16,6 +16,10 @@ pub trait Clock: Send + Sync {
     fn tsc(&self) -> u64;
     /// How fast [`Clock::tsc`] counts, in kHz.
     fn tsc_khz(&self) -> u64;
+    /// How long to sleep until [`Clock::monotonic_ns`] reads `deadline_ns` or more, nanoseconds of the host's; 0 where it does.
+    fn ns_until(&self, deadline_ns: u64) -> u64 {
+        deadline_ns.saturating_sub(self.monotonic_ns())
+    }
 }
 
 /// The host's own clocks.

@@ -4,6 +4,7 @@
 //! time it is passes a [`fake::FakeClock`].
 
 mod clock;
+mod coarse;
 mod entropy;
 pub mod fake;
 mod low;
@@ -13,6 +14,7 @@ mod sample;
 mod timer;
 
 pub use clock::{Clock, HostClock, read_tsc};
+pub use coarse::{CoarseClock, CoarseTimers, TscGrid};
 pub use entropy::{Entropy, HostEntropy};
 pub use low::LowWord;
 pub use process::resident_bytes;

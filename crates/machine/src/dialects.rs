@@ -9,7 +9,7 @@ use device::interrupt::{DeliveryMode, Destination, InterruptChips, InterruptSink
 use engine::{Cpuid, CpuidTable, Engine, GuestTsc};
 use host::ThreadRunDelay;
 use memory::GuestRam;
-use paravirt::native::{self, Calling, Parts, Policy};
+use paravirt::native::{self, Calling, Parts};
 use paravirt::{Clock, Features, Interrupts, Place, Rates, kvm};
 
 use crate::board::HostParts;
@@ -48,7 +48,7 @@ pub(crate) fn speak(cpuid: &mut CpuidTable, plan: &Plan, serves: Option<u32>, ts
     }
     if dialects.cordial {
         let way = calling(cpuid);
-        native::offer(cpuid, native_features(plan), way, &Policy::default(), tsc_khz, plan.cpus);
+        native::offer(cpuid, native_features(plan), way, &plan.policy(), tsc_khz, plan.cpus);
     }
 }
 
@@ -89,7 +89,7 @@ impl Spoken {
             native::Vm::new(Parts {
                 offered: native_features(plan),
                 calling: slots.first().map_or(Calling::Vmcall, |slot| calling(&slot.cpuid)),
-                policy: Policy::default(),
+                policy: plan.policy(),
                 ram: ram.clone(),
                 clock: Arc::clone(&clock),
                 host: Arc::clone(&host.clock),

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use contract::kvm::feature as kvm;
 use contract::native::feature;
+use paravirt::native::Policy;
 use serde::Serialize;
 use translator::{Check, Config};
 
@@ -48,6 +49,40 @@ pub enum EngineCheck {
     Interpret,
     /// Each translated block, each time it runs, against the interpreter.
     Lockstep,
+}
+
+/// Finest quantum of a coarse time policy, nanoseconds: below, no clock that a guest reads is exact anyway.
+pub const LEAST_QUANTUM_NS: u32 = 1_000;
+/// Coarsest: beyond, kernels give up on their timers.
+pub const MOST_QUANTUM_NS: u32 = 100_000_000;
+/// Most `time_of_day` calls a second, and most at once.
+pub const MOST_CALLS: u32 = 1_000_000_000;
+
+/// How finely a guest may measure time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TimePolicy {
+    /// As finely as the processor does.
+    #[default]
+    Exact,
+    /// No clock, counter or timer is finer than this many nanoseconds, [`LEAST_QUANTUM_NS`]..=[`MOST_QUANTUM_NS`].
+    Coarse(u32),
+}
+
+/// How often a guest may ask the host for the time of day.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct CallRate {
+    /// Calls a second, 1..=[`MOST_CALLS`].
+    pub per_s: u32,
+    /// How many of them may come at once, 1..=[`MOST_CALLS`].
+    pub burst: u32,
+}
+
+impl Default for CallRate {
+    fn default() -> Self {
+        let Policy { calls_per_s, burst, .. } = Policy::default();
+        Self { per_s: calls_per_s, burst }
+    }
 }
 
 /// Which paravirtual dialects the guest is offered, and what of them is not.
@@ -199,6 +234,10 @@ pub struct Plan {
     pub cpu_model: String,
     /// Which dialects.
     pub dialects: Dialects,
+    /// How finely the guest may measure time.
+    pub time_policy: TimePolicy,
+    /// How often the guest may call `time_of_day`.
+    pub time_of_day_rate: CallRate,
     /// The kernel's file: bzImage, ELF or Multiboot.
     pub kernel: PathBuf,
     /// The initial RAM disk; for a Multiboot kernel the first module.
@@ -226,6 +265,8 @@ impl Plan {
             engine_check: EngineCheck::Off,
             cpu_model: engine::cpu_model::DEFAULT.into(),
             dialects: Dialects::default(),
+            time_policy: TimePolicy::Exact,
+            time_of_day_rate: CallRate::default(),
             kernel: kernel.into(),
             initrd: None,
             modules: Vec::new(),
@@ -254,6 +295,7 @@ impl Plan {
         {
             return Err(Invalid::EngineCheck);
         }
+        self.check_time()?;
         for text in std::iter::once(&self.command_line).chain(self.modules.iter().map(|module| &module.command_line)) {
             if text.contains('\0') {
                 return Err(Invalid::CommandLine);
@@ -264,6 +306,36 @@ impl Plan {
             return Err(Invalid::Serial(serial.clone()));
         }
         Ok(())
+    }
+
+    fn check_time(&self) -> Result<(), Invalid> {
+        let CallRate { per_s, burst } = self.time_of_day_rate;
+        if !(1..=MOST_CALLS).contains(&per_s) || !(1..=MOST_CALLS).contains(&burst) {
+            return Err(Invalid::CallRate { per_s, burst });
+        }
+        let TimePolicy::Coarse(quantum_ns) = self.time_policy else { return Ok(()) };
+        if !(LEAST_QUANTUM_NS..=MOST_QUANTUM_NS).contains(&quantum_ns) {
+            return Err(Invalid::Quantum(quantum_ns));
+        }
+        if matches!(self.engine, EngineChoice::Kvm | EngineChoice::KvmUnprobed) {
+            return Err(Invalid::TimePolicy);
+        }
+        // What comes in at a step of the clock has to fit in.
+        let least = (u64::from(per_s) * u64::from(quantum_ns)).div_ceil(1_000_000_000);
+        if self.dialects.cordial && u64::from(burst) < least {
+            return Err(Invalid::Burst { burst, least });
+        }
+        Ok(())
+    }
+
+    /// What the native dialect keeps to.
+    pub(crate) fn policy(&self) -> Policy {
+        let CallRate { per_s: calls_per_s, burst } = self.time_of_day_rate;
+        let exact = Policy { calls_per_s, burst, ..Policy::default() };
+        match self.time_policy {
+            TimePolicy::Exact => exact,
+            TimePolicy::Coarse(quantum_ns) => Policy { quantum_ns, ..exact },
+        }
     }
 
     /// How our own engine is to work.
@@ -295,6 +367,34 @@ pub enum Invalid {
     /// Not built.
     #[error("the cordial dialect is not part of the kvm engine yet: use --engine translate, or --dialect kvm")]
     Dialect,
+    /// RDTSC cannot be made to leave the guest.
+    #[error(
+        "a coarse time policy cannot be kept on KVM, where RDTSC reads the processor's counter and cannot be made to exit: use --engine translate, or --time-policy exact"
+    )]
+    TimePolicy,
+    /// Too fine or too coarse.
+    #[error("a time quantum of {0} ns asked for; it has 1 us to 100 ms: change --time-policy")]
+    Quantum(u32),
+    /// None, or too many.
+    #[error(
+        "{per_s} time_of_day calls a second asked for, {burst} at once; both are 1 to {MOST_CALLS}: change --time-of-day-rate"
+    )]
+    CallRate {
+        /// Calls a second.
+        per_s: u32,
+        /// At once.
+        burst: u32,
+    },
+    /// The clock steps too coarsely for it.
+    #[error(
+        "a burst of {burst} time_of_day calls is less than what comes in at one step of the clock, {least}: change --time-of-day-rate, or --time-policy"
+    )]
+    Burst {
+        /// What was asked for.
+        burst: u32,
+        /// What would do.
+        least: u64,
+    },
     /// A NUL ends a command line for the guest.
     #[error("a command line contains a NUL byte; the guest would see only what stands before it: remove it")]
     CommandLine,
@@ -353,6 +453,23 @@ mod tests {
             (plan.engine, plan.engine_check) = (EngineChoice::Kvm, EngineCheck::Interpret);
         };
         assert_eq!(with(checked_kvm), Invalid::EngineCheck);
+        assert_eq!(with(|plan| plan.time_policy = TimePolicy::Coarse(999)), Invalid::Quantum(999));
+        assert_eq!(with(|plan| plan.time_policy = TimePolicy::Coarse(100_000_001)), Invalid::Quantum(100_000_001));
+        for engine in [EngineChoice::Kvm, EngineChoice::KvmUnprobed] {
+            let plan = Plan { engine, time_policy: TimePolicy::Coarse(1000), ..Plan::new("vmlinuz") };
+            assert_eq!(plan.check(), Err(Invalid::TimePolicy));
+            assert_eq!(Plan { time_policy: TimePolicy::Exact, ..plan }.check(), Ok(()));
+        }
+        let rate = |per_s, burst| Plan {
+            time_of_day_rate: CallRate { per_s, burst },
+            time_policy: TimePolicy::Coarse(1_000_000),
+            dialects: Dialects { cordial: true, ..Dialects::NONE },
+            ..Plan::new("vmlinuz")
+        };
+        assert_eq!(rate(0, 1).check(), Err(Invalid::CallRate { per_s: 0, burst: 1 }));
+        assert_eq!(rate(1, 1_000_000_001).check(), Err(Invalid::CallRate { per_s: 1, burst: 1_000_000_001 }));
+        assert_eq!(rate(10_000, 9).check(), Err(Invalid::Burst { burst: 9, least: 10 }));
+        assert_eq!(rate(10_000, 10).check(), Ok(()));
         assert_eq!(with(|plan| plan.command_line = "a\0b".into()), Invalid::CommandLine);
         let disk = |serial: &str| DiskPlan { path: "d".into(), mode: DiskMode::ReadOnly, serial: Some(serial.into()) };
         let mut plan = Plan::new("vmlinuz");

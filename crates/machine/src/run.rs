@@ -8,7 +8,7 @@ use device::virtio;
 use device::virtio::console::ConsoleSize;
 use engine::cpu_model::{self, Feature};
 use engine::{CpuState, CpuidTable, Engine, GuestTsc, Ledger, Signal, VcpuConfig, VcpuId};
-use host::{Clock, HostClock, HostEntropy, HostTimers, Timers};
+use host::{Clock, HostClock, HostEntropy, HostTimers, Timers, TscGrid};
 use memory::GuestRam;
 
 use crate::announce::{Announcer, Events};
@@ -21,7 +21,7 @@ use crate::pins::Pins;
 use crate::plan::Invalid;
 use crate::processor::Processor;
 use crate::select::select_engine;
-use crate::time::TscClock;
+use crate::time::{GuestTime, TscClock};
 use crate::{Attachments, Error, Event, Layout, MemoryFigures, Plan, Report, acpi, boot, firmware, smbios};
 
 /// A machine that has not run yet.
@@ -52,7 +52,7 @@ impl Machine {
     /// [`Error`], before anything of the guest has run.
     pub fn assemble(plan: &Plan, ends: Attachments) -> Result<Self, Error> {
         plan.check()?;
-        let selected = select_engine(plan.engine, plan.engine_check)?;
+        let selected = select_engine(plan.engine, plan.engine_check, plan.time_policy)?;
         Self::on(plan, ends, |ram| selected.make(plan, ram))
     }
 
@@ -71,13 +71,14 @@ impl Machine {
 
         let timers = HostTimers::start().map_err(|source| Error::Host { what: "a thread for timers", source })?;
         let engine = engine(ram.clone())?;
+        let time = GuestTime::new(plan.time_policy, Arc::new(HostClock), Arc::new(timers));
         let host = HostParts {
-            clock: Arc::new(HostClock),
-            timers: Arc::new(timers),
+            clock: time.clock,
+            timers: time.timers,
             entropy: Arc::new(HostEntropy),
             doorbells: engine.doorbells().map(|doorbells| Arc::new(KernelDoorbells(doorbells)) as _),
         };
-        let slots = slots(plan, &*engine, &*host.clock)?;
+        let slots = slots(plan, &*engine, &*host.clock, time.grid)?;
         let chips = interrupt_chips(plan, &slots, &*engine, &host);
         chips.virtual_wire();
         let power = PowerSwitch::default();
@@ -160,7 +161,7 @@ impl Machine {
 }
 
 /// Signals, counters and CPUID of all vCPUs.
-fn slots(plan: &Plan, engine: &dyn Engine, clock: &dyn Clock) -> Result<Vec<Slot>, Error> {
+fn slots(plan: &Plan, engine: &dyn Engine, clock: &dyn Clock, grid: Option<TscGrid>) -> Result<Vec<Slot>, Error> {
     let model = cpu_model::lookup(&plan.cpu_model).ok_or_else(|| Error::UnknownCpuModel {
         name: plan.cpu_model.clone(),
         known: cpu_model::names().collect::<Vec<_>>().join(", "),
@@ -170,11 +171,15 @@ fn slots(plan: &Plan, engine: &dyn Engine, clock: &dyn Clock) -> Result<Vec<Slot
     (0..plan.cpus)
         .map(|index| {
             let mut cpuid = model.table(&host_cpu, index, plan.cpus)?;
+            let tsc = GuestTsc::new(khz, zero, 0);
             dialects::speak(&mut cpuid, plan, engine.kvm_dialect(), khz);
             Ok(Slot {
                 signal: Arc::default(),
                 ledger: Arc::default(),
-                tsc: Arc::new(GuestTsc::new(khz, zero, 0)),
+                tsc: Arc::new(match grid {
+                    Some(grid) => tsc.on(grid),
+                    None => tsc,
+                }),
                 cpuid: Arc::new(cpuid),
             })
         })

@@ -278,7 +278,7 @@ fn the_dialect_is_spoken_only_when_asked_for() {
     }
     for kvm in [true, false] {
         let plan = Plan { dialects: Dialects { kvm, ..Dialects::NONE }, ..Plan::new("vmlinuz") };
-        let cpuid = &slots(&plan, &ScriptedEngine(Mutex::default()), &HostClock).unwrap()[0].cpuid;
+        let cpuid = &slots(&plan, &ScriptedEngine(Mutex::default()), &HostClock, None).unwrap()[0].cpuid;
         assert_eq!((cpuid.get(0x4000_0000, 0).is_some(), cpuid.has(Feature::Hypervisor)), (kvm, kvm));
     }
 }
@@ -370,7 +370,7 @@ fn a_vcpu_that_waits_for_ever_ends_with_the_machine() {
 fn dialects_and_features_are_shown_as_asked() {
     let shown = |dialects| {
         let plan = Plan { dialects, ..Plan::new("vmlinuz") };
-        let cpuid = Arc::clone(&slots(&plan, &ScriptedEngine(Mutex::default()), &HostClock).unwrap()[0].cpuid);
+        let cpuid = Arc::clone(&slots(&plan, &ScriptedEngine(Mutex::default()), &HostClock, None).unwrap()[0].cpuid);
         let eax = |leaf| cpuid.get(leaf, 0).map(|leaf| leaf.eax);
         let native = cpuid.get(0x4000_0101, 0).map(|leaf| u64::from(leaf.ecx) << 32 | u64::from(leaf.ebx));
         (eax(0x4000_0001), native, cpuid.has(Feature::Hypervisor), cpuid.has(Feature::Invtsc))

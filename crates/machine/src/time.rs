@@ -1,10 +1,34 @@
-//! The guest's TSC in terms of the host's clock, for the local APIC's deadline timer.
+//! The guest's time: how much of the host's it may have, and its TSC in terms of that, for the local APIC's deadline timer.
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use device::interrupt::TscReference;
 use engine::GuestTsc;
-use host::Clock;
+use host::{Clock, CoarseClock, CoarseTimers, Timers, TscGrid};
+use paravirt::TscScale;
+
+use crate::plan::TimePolicy;
+
+/// What a machine has instead of the host's time. Everything that a guest can read, or be woken by, takes its time here.
+pub(crate) struct GuestTime {
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) timers: Arc<dyn Timers>,
+    /// Where the vCPUs' counters step; absent where each tick is one.
+    pub(crate) grid: Option<TscGrid>,
+}
+
+impl GuestTime {
+    pub(crate) fn new(policy: TimePolicy, clock: Arc<dyn Clock>, timers: Arc<dyn Timers>) -> Self {
+        let TimePolicy::Coarse(quantum_ns) = policy else { return Self { clock, timers, grid: None } };
+        let ticks = TscScale::new(clock.tsc_khz()).ticks_of(quantum_ns.into());
+        let period = NonZeroU64::new(ticks).unwrap_or(NonZeroU64::MIN);
+        let coarse = Arc::new(CoarseClock::new(clock, period, quantum_ns.into()));
+        let timers = Arc::new(CoarseTimers::new(timers, Arc::clone(&coarse)));
+        let grid = Some(coarse.grid());
+        Self { clock: coarse, timers, grid }
+    }
+}
 
 /// One vCPU's TSC against the host's clock.
 pub(crate) struct TscClock {

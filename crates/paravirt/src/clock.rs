@@ -40,6 +40,14 @@ impl TscScale {
         Self { mul: mul(shift) as u32, shift }
     }
 
+    /// How many ticks a step of the counter has to be for each step of what the guest makes of it to be `ns` nanoseconds or
+    /// more: the fewest, in multiples of what the guest shifts out.
+    pub fn ticks_of(self, ns: u64) -> u64 {
+        let shifted = (u128::from(ns) << 32).div_ceil(self.mul.max(1).into());
+        let ticks = if self.shift >= 0 { shifted.div_ceil(1 << self.shift) } else { shifted << -self.shift };
+        u64::try_from(ticks).unwrap_or(u64::MAX)
+    }
+
     /// What the guest makes of `ticks`, to the nanosecond.
     pub fn nanoseconds(self, ticks: u64) -> u64 {
         let ticks = u128::from(ticks);
@@ -287,6 +295,22 @@ mod tests {
         #[test]
         fn impossible_rates_are_no_panic(khz: u64, ticks: u64) {
             TscScale::new(khz).nanoseconds(ticks);
+            TscScale::new(khz).ticks_of(ticks);
+        }
+
+        #[test]
+        fn steps_of_a_coarse_counter_are_the_quantum_and_hardly_more(
+            khz in 100_000_u64..10_000_000,
+            quantum in 1_000_u64..100_000_000,
+            step in 0_u64..1 << 20,
+        ) {
+            let scale = TscScale::new(khz);
+            let ticks = scale.ticks_of(quantum);
+            let ns = scale.nanoseconds((step + 1) * ticks) - scale.nanoseconds(step * ticks);
+            let most = quantum + (1 << scale.shift.unsigned_abs()) + 2;
+            prop_assert!((quantum..=most).contains(&ns), "{ns} {quantum} {scale:?}");
+            // And so by exact arithmetic, which other clocks are read by.
+            prop_assert!(u128::from(ticks) * 1_000_000 / u128::from(khz) >= u128::from(quantum));
         }
     }
 

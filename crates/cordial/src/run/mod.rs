@@ -38,8 +38,12 @@ pub fn run(arguments: &RunArguments) -> Result<u8, Failure> {
         return Ok(0);
     }
     let options = Options::read(&settings)?;
-    let engine = machine::select_engine(options.engine, options.engine_check)
-        .map_err(|error| Failure::other(format!("{error}; `cordial doctor` shows each step")))?;
+    let engine = machine::select_engine(options.engine, options.engine_check, options.time_policy).map_err(
+        |error| match error {
+            machine::Error::Plan(invalid) => Failure::usage(invalid.to_string()),
+            error => Failure::other(format!("{error}; `cordial doctor` shows each step")),
+        },
+    )?;
     let quiet = options.quiet || arguments.json.is_some() || arguments.dry_run;
     let mut progress = Progress::new(quiet, options.events.as_deref())?;
     progress.line(&format!("engine: {} ({})", engine.name, engine.reason));

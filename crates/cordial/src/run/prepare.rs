@@ -10,7 +10,7 @@ use crate::settings::Settings;
 use crate::userland::{Busybox, PATH};
 use crate::values::{self, Console, human};
 use machine::Plan;
-use machine::plan::{Dialects, DiskPlan, EngineCheck, EngineChoice, Payload};
+use machine::plan::{CallRate, Dialects, DiskPlan, EngineCheck, EngineChoice, Payload, TimePolicy};
 use protocol::Command;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -33,6 +33,10 @@ pub struct Options {
     pub engine_check: EngineCheck,
     /// Which dialects.
     pub dialects: Dialects,
+    /// How finely the guest may measure time.
+    pub time_policy: TimePolicy,
+    /// How often it may call `time_of_day`.
+    pub time_of_day_rate: CallRate,
     /// A name the engine knows.
     pub cpu_model: String,
     /// Disks that can be opened.
@@ -75,6 +79,8 @@ impl Options {
             code_cache: values::code_cache(settings)?,
             engine_check: values::engine_check(settings)?,
             dialects: values::dialects(settings)?,
+            time_policy: values::time_policy(settings)?,
+            time_of_day_rate: values::time_of_day_rate(settings)?,
             cpu_model: cpu_model(settings)?,
             disks: values::disks(settings)?,
             copies: Copy::of_settings(settings)?,
@@ -145,6 +151,8 @@ pub fn prepare(options: Options, arguments: &RunArguments, settings: &Settings) 
         engine_check: options.engine_check,
         cpu_model: options.cpu_model.clone(),
         dialects: options.dialects,
+        time_policy: options.time_policy,
+        time_of_day_rate: options.time_of_day_rate,
         initrd: match &options.initrd {
             Some(file) => Some(Payload::File(file.clone())),
             None if ours => {

@@ -3,7 +3,8 @@
 /// The limits of one VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
-    /// What `time_of_day` and the VM page's wall clock are multiples of, nanoseconds, at least 1.
+    /// What `time_of_day` and the VM page's wall clock are multiples of, nanoseconds, at least 1. Where time is coarse, what all
+    /// clocks step by.
     pub quantum_ns: u32,
     /// `time_of_day` calls a second, at least 1.
     pub calls_per_s: u32,
@@ -26,25 +27,32 @@ impl Policy {
     }
 }
 
-/// A token bucket: calls that are spread out pass, a burst passes up to its size.
+/// A token bucket: calls that are spread out pass, a burst passes up to its size. Filled a token at a time: a burst is had
+/// again once it could have been.
 #[derive(Debug)]
 pub(crate) struct Bucket {
-    interval_ns: u64,
-    burst_ns: u64,
-    /// When the bucket will be full again.
-    full_at: u64,
+    /// Tokens a second, at least 1.
+    rate: u128,
+    /// A full bucket, in billionths of a token.
+    burst: u128,
+    /// When the bucket will be full again, nanoseconds times [`Bucket::rate`]: whole numbers at any rate.
+    full_at: u128,
 }
 
 impl Bucket {
+    /// Nanoseconds times tokens a second: a token.
+    const TOKEN: u128 = 1_000_000_000;
+
     pub(crate) fn new(policy: &Policy) -> Self {
-        let interval_ns = 1_000_000_000 / u64::from(policy.calls_per_s.clamp(1, 1_000_000_000));
-        Self { interval_ns, burst_ns: interval_ns * u64::from(policy.burst.max(1)), full_at: 0 }
+        let [rate, burst] = [policy.calls_per_s, policy.burst].map(|value| u128::from(value.max(1)));
+        Self { rate, burst: burst * Self::TOKEN, full_at: 0 }
     }
 
-    /// True where a call may pass at `now`.
+    /// True where a call may pass at `now`, nanoseconds.
     pub(crate) fn take(&mut self, now: u64) -> bool {
-        let full_at = self.full_at.max(now) + self.interval_ns;
-        let passes = full_at - now <= self.burst_ns;
+        let now = u128::from(now) * self.rate;
+        let full_at = self.full_at.max(now) + Self::TOKEN;
+        let passes = full_at - now <= self.burst;
         if passes {
             self.full_at = full_at;
         }
@@ -63,6 +71,31 @@ mod tests {
         assert_eq!([1_000_000, 1_000_001, 2_000_001].map(|now| bucket.take(now)), [true, false, true]);
         let later = 10_000_000_000;
         assert_eq!([0, 1, 2, 3].map(|after| bucket.take(later + after)), [true, true, true, false]);
+    }
+
+    #[test]
+    fn the_rate_is_kept_whatever_it_is() {
+        for calls_per_s in [1, 3, 7_777, 1_000_000, 333_333_333, u32::MAX] {
+            let mut bucket = Bucket::new(&Policy { calls_per_s, burst: 4, ..Policy::default() });
+            // As often as could pass and more, for 100,000 calls' time: the clock moves by less than a call's time.
+            let span = 100_000_000_000_000_u128.div_ceil(calls_per_s.into()) as u64;
+            let passed = (0..=1_000_000).filter(|step| bucket.take(span / 1_000_000 * step)).count();
+            let most = 4 + span as u128 * u128::from(calls_per_s) / 1_000_000_000;
+            assert!(passed as u128 <= most, "{passed} at {calls_per_s}");
+            if span >= 1_000_000 {
+                assert!((99_000..=101_000).contains(&passed), "{passed} at {calls_per_s}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_clock_that_steps_lets_the_rate_pass_where_the_burst_covers_a_step() {
+        // Asked each microsecond of ten seconds, on a clock that steps by a millisecond.
+        let count = |burst| {
+            let mut bucket = Bucket::new(&Policy { calls_per_s: 10_000, burst, ..Policy::default() });
+            (0..10_000_000_u64).filter(|us| bucket.take(us / 1000 * 1_000_000)).count()
+        };
+        assert_eq!((count(10), count(5)), (100_000, 50_000));
     }
 
     #[test]

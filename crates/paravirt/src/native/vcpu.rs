@@ -30,7 +30,7 @@ pub struct Vcpu {
     pub(super) vm: Arc<Vm>,
     pub(super) index: u32,
     page: Option<Gpa>,
-    /// When the present wait is over, on the host's monotonic clock.
+    /// When the present wait is over, on the host's monotonic clock as far as the guest may know it.
     deadline: Option<u64>,
     grace: Grace,
     /// vCPUs that the present call has forget their translations, and what it answers once they have.
@@ -140,8 +140,7 @@ impl Vcpu {
         if self.vm.waits.is_woken(self.index) {
             return Asleep::Over(self.end_wait(Ended::Interrupted));
         }
-        let now = self.vm.host.monotonic_ns();
-        match self.deadline.map(|deadline| deadline.saturating_sub(now)) {
+        match self.deadline.map(|deadline| self.vm.host.ns_until(deadline)) {
             Some(0) => Asleep::Over(self.end_wait(Ended::TimedOut)),
             left => Asleep::For(left.map(Duration::from_nanos)),
         }

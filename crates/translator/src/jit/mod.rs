@@ -170,7 +170,8 @@ fn mode_of(cpu: &Cpu) -> u16 {
     if cr0 & cr0::TS == 0 && cr4 & cr4::OSXSAVE != 0 && cpu.state.xcr0 & 6 == 6 {
         mode |= AVX;
     }
-    if cr4 & cr4::TSD == 0 || cpu.mode.cpl == 0 {
+    // A coarse counter is not the processor's: the handler reads it.
+    if !cpu.config.tsc.is_coarse() && (cr4 & cr4::TSD == 0 || cpu.mode.cpl == 0) {
         mode |= TIME;
     }
     if cr4 & cr4::SMAP != 0 {

@@ -55,7 +55,7 @@ const IS_PREEMPTED: u8 = 1;
 const FLUSH: u8 = 2;
 
 /// Base leaf of the dialect, if it is there.
-fn base() -> Option<u32> {
+pub fn base() -> Option<u32> {
     (0x4000_0000..0x4001_0000).step_by(0x100).find(|&leaf| {
         let r = core::arch::x86_64::__cpuid(leaf);
         [r.ebx, r.ecx, r.edx].map(u32::to_le_bytes).concat_eq(b"KVMKVMKVM\0\0\0")
@@ -134,7 +134,7 @@ fn signature(t: &mut T) {
 }
 
 /// The pvclock page, read as msr.rst says: nanoseconds, or `None` while the version is odd.
-fn read_clock(page: *const u8) -> Option<u64> {
+pub fn read_clock(page: *const u8) -> Option<u64> {
     // SAFETY: the page is the suite's own, and the offsets are inside of it.
     let word = |offset: usize| unsafe { page.add(offset).cast::<u32>().read_volatile() };
     let version = word(0);

@@ -29,5 +29,7 @@ groups![
     smp,
     kvm,
     #[cfg(not(integer_only))] // what reads its pages has arithmetic on floats, unused
-    cordial
+    cordial,
+    #[cfg(not(integer_only))] // as that one
+    time
 ];
