@@ -232,7 +232,7 @@ fn the_native_dialect_conforms() {
 #[test]
 fn each_feature_of_the_native_dialect_can_be_left_out() {
     for (left_out, skipped) in
-        [("-wait", 6), ("-timer,-multicall", 6), ("-clock", 9), ("-interrupts,-generation", 3), ("-eoi,-steal", 2)]
+        [("-wait", 6), ("-timer,-multicall", 6), ("-clock", 10), ("-interrupts,-generation", 3), ("-eoi,-steal", 2)]
     {
         let tap = run(guest(), "2", "cordial", &["--dialect", "cordial", "--pv", left_out]);
         assert_eq!(tap.skipped, skipped, "without {left_out}");

@@ -120,7 +120,7 @@ pub struct TimeInfo {
     pub tsc_to_system_mul: u32,
     /// Left shift of the tick count before multiplying; a right shift where negative.
     pub tsc_shift: i8,
-    /// [`TIME_INFO_STABLE`].
+    /// [`TIME_INFO_STABLE`] and [`TIME_INFO_STOPPED`].
     pub flags: u8,
     /// Zero.
     pub pad: [u8; 2],
@@ -128,6 +128,8 @@ pub struct TimeInfo {
 
 /// [`TimeInfo::flags`]: the clocks of all vCPUs are one.
 pub const TIME_INFO_STABLE: u8 = 1 << 0;
+/// [`TimeInfo::flags`]: the host had the vCPU stand still, since the guest last cleared this bit. Linux forgives its watchdogs.
+pub const TIME_INFO_STOPPED: u8 = 1 << 1;
 
 /// The time of day at which the VM's clock was zero (`pvclock_wall_clock`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]

@@ -141,6 +141,10 @@ pub trait Vcpu: Send {
         Err(Error::State("this engine keeps nothing beside the processor's state".into()))
     }
 
+    /// The vCPU has stood still, and time has not: an engine that serves the guest's clock by itself tells the guest. Only
+    /// between runs.
+    fn stopped(&mut self) {}
+
     /// The architectural state. Only between runs.
     fn save(&mut self) -> Box<CpuState>;
 

@@ -380,6 +380,11 @@ fn impossible(what: &'static str, error: &dyn std::fmt::Display) -> Error {
 }
 
 impl Vcpu for Runner {
+    /// KVM_KVMCLOCK_CTRL (Linux, Documentation/virt/kvm/api.rst, 4.70). A guest without kvmclock is not to be told: EINVAL.
+    fn stopped(&mut self) {
+        let _ = self.fd.kvmclock_ctrl();
+    }
+
     fn answer(&mut self, value: u64) {
         let set = self.fd.get_regs().and_then(|regs| self.fd.set_regs(&kvm_bindings::kvm_regs { rax: value, ..regs }));
         if let Err(error) = set {

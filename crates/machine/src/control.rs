@@ -1,7 +1,13 @@
-//! How a run ends, from whichever thread it is decided on: once, for all vCPUs.
+//! How a run ends, from whichever thread it is decided on: once, for all vCPUs. And how it pauses.
+//!
+//! ```text
+//!              ┌─────── pause: STOP to all ──────┐
+//!   vCPUs:  running ─> Exit::Stopped ─> hold ─> held ─> running       pause returns once none runs
+//!                                         └── resume, or the end ──┘
+//! ```
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use device::power::{PowerEvent, PowerSwitch};
 use engine::{Signal, Signals};
@@ -15,11 +21,29 @@ pub(crate) struct Control {
     outcome: OnceLock<Outcome>,
     finding: OnceLock<String>,
     ending: AtomicBool,
+    pause: Mutex<Pause>,
+    /// Of what `pause` says, or of the end.
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Pause {
+    wanted: bool,
+    /// vCPU threads that are not held.
+    running: usize,
 }
 
 impl Control {
     pub(crate) fn new(signals: Vec<Arc<Signal>>, power: PowerSwitch) -> Self {
-        Self { signals, power, outcome: OnceLock::new(), finding: OnceLock::new(), ending: AtomicBool::new(false) }
+        Self {
+            signals,
+            power,
+            outcome: OnceLock::new(),
+            finding: OnceLock::new(),
+            ending: AtomicBool::new(false),
+            pause: Mutex::default(),
+            changed: Condvar::new(),
+        }
     }
 
     /// Ends the run. The first reason counts.
@@ -42,7 +66,60 @@ impl Control {
     /// Gets every vCPU out of guest code and out of its sleep, for good.
     pub(crate) fn stop_all(&self) {
         self.ending.store(true, Ordering::SeqCst);
+        drop(self.lock()); // nobody is between looking and waiting
+        self.changed.notify_all();
         self.signals.iter().for_each(|signal| signal.raise(Signals::STOP));
+    }
+
+    /// Has all vCPUs stand still, and returns once they do. Not from a vCPU's thread.
+    pub(crate) fn pause(&self) {
+        self.ask_to_pause();
+        let mut pause = self.lock();
+        while pause.wanted && pause.running > 0 {
+            pause = self.changed.wait(pause).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Has all vCPUs stand still soon.
+    pub(crate) fn ask_to_pause(&self) {
+        self.lock().wanted = true; // before they stop and look
+        self.signals.iter().for_each(|signal| signal.raise(Signals::STOP));
+    }
+
+    /// Has them go on.
+    pub(crate) fn resume(&self) {
+        self.lock().wanted = false;
+        self.changed.notify_all();
+    }
+
+    /// A vCPU's thread begins.
+    pub(crate) fn enter(&self) {
+        self.lock().running += 1;
+    }
+
+    /// It ends.
+    pub(crate) fn leave(&self) {
+        self.lock().running -= 1;
+        self.changed.notify_all();
+    }
+
+    /// Holds a vCPU's thread while the run is paused. True where it was.
+    pub(crate) fn hold(&self) -> bool {
+        let mut pause = self.lock();
+        if !pause.wanted {
+            return false;
+        }
+        pause.running -= 1;
+        self.changed.notify_all();
+        while pause.wanted && !self.is_ending() {
+            pause = self.changed.wait(pause).unwrap_or_else(PoisonError::into_inner);
+        }
+        pause.running += 1;
+        true
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Pause> {
+        self.pause.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends the run where a device asked for it.

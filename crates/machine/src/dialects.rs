@@ -7,12 +7,13 @@ use device::bus::{Bus, PortDevice};
 use device::interrupt::lapic::{FREQUENCY_HZ, msr};
 use device::interrupt::{DeliveryMode, Destination, InterruptChips, InterruptSink, Message, Refused};
 use engine::{Cpuid, CpuidTable, Engine, GuestTsc};
-use host::ThreadRunDelay;
+use host::{ThreadRunDelay, Timer};
 use memory::GuestRam;
 use paravirt::native::{self, Calling, Parts};
 use paravirt::{Clock, Features, Interrupts, Place, Rates, kvm};
 
 use crate::board::HostParts;
+use crate::control::Control;
 use crate::run::Slot;
 use crate::{Error, Plan};
 
@@ -112,9 +113,16 @@ impl Spoken {
     }
 
     /// The host's say in the contract, for a test guest to have.
-    pub(crate) fn place_test_ports(&self, bus: &Bus) -> Result<(), Error> {
+    pub(crate) fn place_test_ports(&self, bus: &Bus, control: &Arc<Control>, host: &HostParts) -> Result<(), Error> {
         if let Some(vm) = &self.native {
-            bus.add_ports(TEST_PORTS, 12, Arc::new(Mutex::new(TestPorts(Arc::clone(vm)))))?;
+            let resumes = Arc::clone(control);
+            let ports = TestPorts {
+                vm: Arc::clone(vm),
+                control: Arc::clone(control),
+                clock: Arc::clone(&host.clock),
+                resume: host.timers.timer(Box::new(move || resumes.resume())),
+            };
+            bus.add_ports(TEST_PORTS, 16, Arc::new(Mutex::new(ports)))?;
         }
         Ok(())
     }
@@ -146,8 +154,14 @@ impl Interrupts for ToChips {
 const TEST_PORTS: u16 = 0x2100;
 
 /// What the host does of its own accord, at the wish of a test guest. 32-bit writes: at offset 0 features to revoke, at
-/// offset 4 the rate in kHz that the TSC counts at from now on, at offset 8 a new generation id.
-struct TestPorts(Arc<native::Vm>);
+/// offset 4 the rate in kHz that the TSC counts at from now on, at offset 8 a new generation id, at offset 12 the milliseconds
+/// that the machine pauses for.
+struct TestPorts {
+    vm: Arc<native::Vm>,
+    control: Arc<Control>,
+    clock: Arc<dyn host::Clock>,
+    resume: Box<dyn Timer>,
+}
 
 impl PortDevice for TestPorts {
     fn port_read(&mut self, _offset: u16, data: &mut [u8]) {
@@ -157,9 +171,14 @@ impl PortDevice for TestPorts {
     fn port_write(&mut self, offset: u16, data: &[u8]) {
         let Ok(value) = data.try_into().map(u32::from_le_bytes) else { return };
         match offset {
-            0 => drop(self.0.revoke(value.into())),
-            4 => self.0.rescale(value.into()),
-            8 => self.0.regenerate(),
+            0 => drop(self.vm.revoke(value.into())),
+            4 => self.vm.rescale(value.into()),
+            8 => self.vm.regenerate(),
+            12 => {
+                // This is a vCPU's thread: it stops with the others behind this access.
+                self.control.ask_to_pause();
+                self.resume.arm(self.clock.monotonic_ns().saturating_add(u64::from(value) * 1_000_000));
+            }
             _ => {}
         }
     }

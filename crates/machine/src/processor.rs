@@ -60,7 +60,8 @@ pub(crate) struct Processor {
 impl Processor {
     /// Runs the processor to the end of the run.
     pub(crate) fn run(mut self) {
-        let _guard = EndOnPanic(Arc::clone(&self.control));
+        let _guard = InRun::enter(&self.control);
+        self.hold();
         if !self.profiled {
             return self.run_to_end();
         }
@@ -96,10 +97,7 @@ impl Processor {
             }
             Exit::Init => return self.init(),
             Exit::Stopped => {
-                // For the end of the run, which the caller sees; any other stop has been served by stopping.
-                if !self.control.is_ending() {
-                    self.signal.take(Signals::STOP);
-                }
+                self.stopped();
             }
             Exit::Device => self.control.follow_power(),
             Exit::Difference => {
@@ -119,6 +117,22 @@ impl Processor {
             }
         }
         Stage::Running
+    }
+
+    /// Asked to stop: for the end of the run, which the caller sees; for a pause; any other stop has been served by stopping.
+    fn stopped(&mut self) {
+        if !self.control.is_ending() {
+            self.signal.take(Signals::STOP);
+            self.hold();
+        }
+    }
+
+    /// Stands still while the run is paused.
+    fn hold(&mut self) {
+        if self.control.hold() {
+            self.vcpu.stopped();
+            self.io.paravirt.stopped();
+        }
     }
 
     /// HLT: sleeps until something is for this processor.
@@ -185,7 +199,8 @@ impl Processor {
     fn wait_for_startup(&mut self) -> Stage {
         let pending = self.sleep(Signals::STARTUP | Signals::INIT | Signals::STOP, None);
         if pending.contains(Signals::STOP) {
-            return Stage::Ended;
+            self.stopped();
+            return Stage::Waiting;
         }
         if self.signal.take(Signals::INIT) == Signals::INIT {
             return self.init();
@@ -217,11 +232,19 @@ impl Processor {
     }
 }
 
-/// A vCPU thread that panics takes the others with it, so that the run ends and says so.
-struct EndOnPanic(Arc<Control>);
+/// A vCPU's thread in the run. One that panics takes the others with it, so that the run ends and says so.
+struct InRun(Arc<Control>);
 
-impl Drop for EndOnPanic {
+impl InRun {
+    fn enter(control: &Arc<Control>) -> Self {
+        control.enter();
+        Self(Arc::clone(control))
+    }
+}
+
+impl Drop for InRun {
     fn drop(&mut self) {
+        self.0.leave();
         if std::thread::panicking() {
             self.0.stop_all();
         }

@@ -95,7 +95,7 @@ impl Machine {
         }
         let spoken = Spoken::new(plan, &*engine, &slots, &shared.chips, &host, &ram);
         if plan.test_devices {
-            spoken.place_test_ports(&board.bus)?;
+            spoken.place_test_ports(&board.bus, &control, &host)?;
         }
         let processors = processors(plan, &slots, &shared, &*engine, &spoken, &loaded.state)?;
         let handle = Handle {
@@ -268,6 +268,17 @@ impl Handle {
     /// Ends the run with [`Outcome::Stopped`](crate::Outcome::Stopped), unless it has ended otherwise.
     pub fn stop(&self) {
         self.control.end(crate::Outcome::Stopped);
+    }
+
+    /// Has all vCPUs stand still; returns once none executes guest code. Devices and time go on: timers that end meanwhile are
+    /// served when the guest runs again, and its clock says that it stood still. Before the run, none begins.
+    pub fn pause(&self) {
+        self.control.pause();
+    }
+
+    /// Has them go on where they are.
+    pub fn resume(&self) {
+        self.control.resume();
     }
 
     /// Presses the power button: asks the guest to switch itself off.

@@ -3,9 +3,11 @@
 use std::collections::VecDeque;
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, PoisonError};
 
+use contract::kvm::{TIME_INFO_STOPPED, TimeInfo};
 use contract::native::{call, feature, waited};
 use engine::state::{rflags, seg};
 use engine::{Answer, Cause, CpuIo, Exit, HypercallArgs, MsrRefused, Signals, Vcpu};
@@ -259,6 +261,46 @@ fn timers_run_while_the_machine_does() {
     });
     let report = bench("timer", |_| {}, vec![vec![arm, woken]]).machine.run().unwrap();
     assert_eq!((report.outcome, report.ledgers[0].count(Cause::Halt)), (Outcome::Reset, 1));
+}
+
+#[test]
+fn a_paused_machine_stands_still_and_its_clock_says_so() {
+    let turns = Arc::new(AtomicU64::new(0));
+    let register = step(|io, _| {
+        io.msr_write(0x4b56_4d01, 0x1001).unwrap();
+        Exit::Yielded
+    });
+    let count = |_| {
+        let turns = Arc::clone(&turns);
+        step(move |_, _| {
+            turns.fetch_add(1, Ordering::SeqCst);
+            std::thread::sleep(std::time::Duration::from_micros(100)); // so that they are not used up
+            Exit::Yielded
+        })
+    };
+    let steps: Vec<Step> = std::iter::once(register).chain((0..100_000).map(count)).collect();
+    let Bench { machine, _kernel, .. } = bench("pause", |_| {}, vec![steps, vec![]]);
+    let (handle, ram) = (machine.handle(), machine.ram.clone());
+    let stopped = || ram.read_value::<TimeInfo>(Gpa(0x1000)).unwrap().flags & TIME_INFO_STOPPED != 0;
+    handle.pause(); // nobody runs yet
+    let running = std::thread::spawn(move || machine.run().unwrap());
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert_eq!(turns.load(Ordering::SeqCst), 0, "a run that is paused does not begin");
+    for _ in 0..10 {
+        let before = turns.load(Ordering::SeqCst);
+        handle.resume();
+        while turns.load(Ordering::SeqCst) == before {
+            std::thread::yield_now();
+        }
+        handle.pause();
+        let stands = turns.load(Ordering::SeqCst);
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        assert_eq!(turns.load(Ordering::SeqCst), stands);
+    }
+    assert!(stopped(), "it was told by the first pause, and has not taken note");
+    handle.stop(); // ends it although it is paused
+    assert_eq!(running.join().unwrap().outcome, Outcome::Stopped);
+    handle.pause(); // of what has ended: at once
 }
 
 #[test]

@@ -11,7 +11,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use contract::kvm::{TIME_INFO_STABLE, TimeInfo, WallClock};
+use contract::kvm::{TIME_INFO_STABLE, TIME_INFO_STOPPED, TimeInfo, WallClock};
 use engine::GuestTsc;
 use memory::{Gpa, GuestRam};
 use zerocopy::IntoBytes;
@@ -158,6 +158,18 @@ impl Clock {
         });
     }
 
+    /// vCPU `index` has stood still, and time has not: its pages say so until the guest has taken note.
+    pub fn stopped(&self, index: u32) {
+        let state = self.lock();
+        let Some(vcpu) = state.vcpus.get(index as usize) else { return };
+        for &page in vcpu.pages.iter().flatten() {
+            let page = self.page(page);
+            let odd = seqlock::begin(&page);
+            page.set_flags(page.flags() | TIME_INFO_STOPPED);
+            seqlock::end(&page, odd);
+        }
+    }
+
     /// Writes all pages, after `change` and while readers wait.
     fn rewrite(&self, state: &mut State, change: impl FnOnce(&mut Line)) {
         let stable = all_equal(&state.vcpus);
@@ -170,7 +182,9 @@ impl Clock {
         }
         change(&mut state.line);
         for (odd, page, tsc) in open {
-            page.set_body(&time_info(&state.line, tsc, stable).as_bytes()[4..]);
+            let mut info = time_info(&state.line, tsc, stable);
+            info.flags |= page.flags() & TIME_INFO_STOPPED; // the guest has not looked yet
+            page.set_body(&info.as_bytes()[4..]);
             seqlock::end(&page, odd);
         }
     }
@@ -249,6 +263,19 @@ impl RamPage<'_> {
     /// Replaces what follows the version.
     pub(crate) fn set_body(&self, body: &[u8]) {
         let _ = self.ram.write(Gpa(self.gpa.0 + 4), body);
+    }
+
+    /// The flags of a [`TimeInfo`].
+    fn flags(&self) -> u8 {
+        self.ram.read_value(self.flags_at()).unwrap_or(0)
+    }
+
+    fn set_flags(&self, flags: u8) {
+        let _ = self.ram.write_value(self.flags_at(), &flags);
+    }
+
+    fn flags_at(&self) -> Gpa {
+        Gpa(self.gpa.0 + std::mem::offset_of!(TimeInfo, flags) as u64)
     }
 }
 
@@ -402,6 +429,27 @@ mod tests {
         tscs[0].adjust(1_000_000);
         clock.tsc_moved();
         assert_eq!(page(&ram, 0x100).flags, TIME_INFO_STABLE);
+    }
+
+    #[test]
+    fn a_vcpu_that_stood_still_is_told_until_it_has_taken_note() {
+        let (host, ram) = (FakeClock::new(), ram());
+        let tscs = [0, 0].map(|start| Arc::new(GuestTsc::new(1_000_000, 0, start)));
+        let clock = Clock::new(Arc::new(host), ram.clone(), 0, tscs);
+        clock.set_page(0, ClockPage::Kvm, Some(Gpa(0x100))).unwrap();
+        clock.set_page(0, ClockPage::Native, Some(Gpa(0x180))).unwrap();
+        clock.set_page(1, ClockPage::Kvm, Some(Gpa(0x200))).unwrap();
+        let flags = || [0x100, 0x180, 0x200].map(|gpa| page(&ram, gpa).flags);
+        clock.stopped(0);
+        clock.stopped(7); // nobody
+        let both = TIME_INFO_STABLE | TIME_INFO_STOPPED;
+        assert_eq!((flags(), page(&ram, 0x100).version), ([both, both, TIME_INFO_STABLE], 4));
+        clock.rescale(2_000_000);
+        assert_eq!(flags(), [both, both, TIME_INFO_STABLE], "not forgotten over a change");
+        let noted = TimeInfo { flags: TIME_INFO_STABLE, ..page(&ram, 0x100) };
+        ram.write_value(Gpa(0x100), &noted).unwrap();
+        clock.rescale(1_000_000);
+        assert_eq!(flags(), [TIME_INFO_STABLE, both, TIME_INFO_STABLE], "each by itself");
     }
 
     #[test]

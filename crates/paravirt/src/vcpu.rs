@@ -112,6 +112,11 @@ impl Vcpu {
         self.vm.clock.tsc_moved();
     }
 
+    /// The vCPU has stood still, and time has not.
+    pub fn stopped(&self) {
+        self.vm.clock.stopped(self.index);
+    }
+
     /// From now on the vCPU executes guest code; what it has left for so far is in `ledger`.
     pub fn enter_guest(&self, ledger: &Ledger) {
         if let Some(native) = &self.native {

@@ -4,6 +4,7 @@
 //!   bench [NAME...] ──> for each workload: itself again, as `--alone NAME`, with a time limit
 //!                             └─> set up ─> calibrate ─> rounds ─> one JSON line (Record)
 //!   bench --command NAME -- COMMAND... ──> the same with a command for a workload
+//!   bench --clocks ... ──> what the clocks of a guest do
 //! ```
 //!
 //! A process of its own for each workload: what one leaves in the heap or the page tables does not change the next,
@@ -13,6 +14,7 @@
 //! Neighbours: `cargo xtask bench cpu` builds and runs it in all places and compares the lines. It knows nothing of
 //! `init` or of where it runs.
 
+mod clocks;
 mod command;
 mod floats;
 mod kernel;
@@ -31,9 +33,10 @@ use measure::{Kind, Plan, Record, Workload};
 
 const USAGE: &str = "\
 Usage: bench [--rounds N] [--seconds S] [--limit S] [--list] [NAME...]
+       bench --clocks steps N | kept ROUNDS
        bench --command NAME [--output same|varies] [--rounds N] [--seconds S] [--limit S] -- COMMAND...
 
-Runs the named workloads, or all, and prints one JSON object a line for each; or measures a command.
+Runs the named workloads, or all, and prints one JSON object a line for each; or measures a command; or looks at clocks.
 
   --rounds N    measured rounds of each workload; default 3
   --seconds S   length of a round; default 0.1
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let outcome = match words.first().map(String::as_str) {
         Some(NOTHING) => return ExitCode::SUCCESS,
+        Some(clocks::CLOCKS) => clocks::look(&words[1..]),
         Some(ALONE) => parse(&words[1..]).and_then(|asked| alone(&asked)),
         Some("--list") => list(),
         _ => parse(&words).and_then(|asked| all(&asked, &words)),

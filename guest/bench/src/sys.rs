@@ -22,12 +22,54 @@ pub(crate) fn pin_to_this_cpu() -> io::Result<()> {
     checked(unsafe { libc::sched_setaffinity(0, size_of_val(&cpus), &cpus) }).map(drop)
 }
 
+/// A clock that exists on every Linux.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Clock {
+    Monotonic = libc::CLOCK_MONOTONIC as isize,
+    MonotonicRaw = libc::CLOCK_MONOTONIC_RAW as isize,
+    Realtime = libc::CLOCK_REALTIME as isize,
+}
+
+/// A clock, nanoseconds.
+pub(crate) fn clock_ns(clock: Clock) -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is that of a live value. The clock exists, so the call does not fail.
+    unsafe { libc::clock_gettime(clock as libc::clockid_t, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
 /// `CLOCK_MONOTONIC`, nanoseconds.
 pub(crate) fn monotonic_ns() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the pointer is that of a live value. The clock exists on every Linux, so the call does not fail.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+    clock_ns(Clock::Monotonic)
+}
+
+/// The time-stamp counter, behind what was read before it and before what is read behind it.
+pub(crate) fn tsc() -> u64 {
+    // SAFETY: instructions of every 64-bit processor that touch no memory.
+    unsafe {
+        std::arch::x86_64::_mm_lfence();
+        let tsc = std::arch::x86_64::_rdtsc();
+        std::arch::x86_64::_mm_lfence();
+        tsc
+    }
+}
+
+/// EAX, EBX, ECX and EDX of a leaf.
+pub(crate) fn cpuid(leaf: u32) -> [u32; 4] {
+    let answer = std::arch::x86_64::__cpuid(leaf);
+    [answer.eax, answer.ebx, answer.ecx, answer.edx]
+}
+
+/// Lets this process use ports: root may.
+pub(crate) fn allow_ports() -> io::Result<()> {
+    // SAFETY: a plain number.
+    checked(unsafe { libc::iopl(3) }).map(drop)
+}
+
+/// OUT, after [`allow_ports`]. Ports reach devices, whose memory accesses are the kernel's to know.
+pub(crate) fn out(port: u16, value: u32) {
+    // SAFETY: the ports that this program names are a test device's, which writes to no memory of this process.
+    unsafe { std::arch::asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags)) };
 }
 
 /// The system call itself: nothing in the C library answers in its place.

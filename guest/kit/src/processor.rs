@@ -2,6 +2,7 @@
 
 use core::mem::offset_of;
 
+use contract::kvm::{TIME_INFO_STOPPED, TimeInfo};
 use contract::native::{EXIT_CAUSES, VcpuPage, call, feature};
 
 use crate::call::Status;
@@ -24,6 +25,18 @@ impl<'a> Processor<'a> {
     /// Nanoseconds since the VM started; zero where the clock is not accepted. No exit.
     pub fn now(&self) -> u64 {
         clock::now(self.page)
+    }
+
+    /// True where the host had this vCPU stand still since this was last asked: time went on, and who waited is not to blame.
+    /// No exit.
+    pub fn stood_still(&self) -> bool {
+        let place = offset_of!(TimeInfo, flags);
+        let flags: u8 = self.page.read(place);
+        let stood = flags & TIME_INFO_STOPPED != 0;
+        if stood {
+            self.page.write(place, flags & !TIME_INFO_STOPPED);
+        }
+        stood
     }
 
     /// Raises `vector` on this vCPU at `deadline` (on the clock of [`Processor::now`]), or up to `slack` later. One exit.

@@ -27,8 +27,7 @@ impl Policy {
     }
 }
 
-/// A token bucket: calls that are spread out pass, a burst passes up to its size. Filled a token at a time: a burst is had
-/// again once it could have been.
+/// A token bucket: calls that are spread out pass, a burst passes up to its size.
 #[derive(Debug)]
 pub(crate) struct Bucket {
     /// Tokens a second, at least 1.

@@ -30,7 +30,7 @@ const NS_PER_S: u64 = 1_000_000_000;
 /// Steps of a source that are looked at.
 const STEPS: u32 = 20;
 /// Reads, at most.
-const READS: u32 = 5_000_000;
+const READS: u32 = 500_000;
 /// Timers that are set, one after the other.
 const TIMERS: u32 = 20;
 
