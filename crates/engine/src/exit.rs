@@ -1,4 +1,4 @@
-//! Why a vCPU stopped running: only what a scheduler must decide on.
+//! Why a vCPU stopped running, or sleeping: only what a scheduler must decide on.
 
 /// What [`Vcpu::run`](crate::Vcpu::run) returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,4 +23,15 @@ pub enum Exit {
     Failed,
     /// Triple fault: the processor is in the shutdown state.
     Shutdown,
+}
+
+/// Why [`Vcpu::doze`](crate::Vcpu::doze) returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Doze {
+    /// The vCPU's [`Signal`](crate::Signal) may have something that is not an interrupt; or nothing has happened.
+    Again,
+    /// An interrupt or NMI can be delivered, and is at the next run.
+    Deliverable,
+    /// The processor was reset (INIT): there is no call any more.
+    Gone,
 }

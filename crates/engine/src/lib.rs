@@ -22,7 +22,7 @@ pub mod state;
 mod tsc;
 
 pub use cpu_model::{Cpuid, CpuidTable, HostCpu};
-pub use exit::Exit;
+pub use exit::{Doze, Exit};
 pub use io::{Answer, CpuIo, HypercallArgs, MsrRefused};
 pub use kernel::{Doorbells, KernelState, LocalApics, PendingEvent};
 pub use ledger::{Cause, Ledger};
@@ -102,6 +102,17 @@ pub trait Engine: Send + Sync {
         None
     }
 
+    /// The port whose stores are hypercalls, on an engine that has no instruction to give away for them: the registers are
+    /// those of a VMCALL.
+    fn hypercall_port(&self) -> Option<u16> {
+        None
+    }
+
+    /// Whether vCPUs sleep by [`Vcpu::doze`] while a hypercall waits. Asked only of an engine with local APICs of its own.
+    fn dozes(&self) -> bool {
+        false
+    }
+
     /// The features of the kvm dialect (leaf 0x4000_0001, EAX) that the engine serves by itself; `None` where the machine
     /// has to.
     fn kvm_dialect(&self) -> Option<u32> {
@@ -117,6 +128,12 @@ pub trait Vcpu: Send {
     /// The value for RAX that a hypercall waited for. After [`Exit::Waiting`], before the next run; not where the state
     /// has been loaded anew meanwhile.
     fn answer(&mut self, value: u64);
+
+    /// Sleeps while a hypercall waits, on an engine that has the local APIC, and so alone knows what can be delivered. After
+    /// [`Exit::Waiting`], as often as needed before [`Vcpu::answer`]; no guest code runs. Looks before it sleeps.
+    fn doze(&mut self, _io: &mut dyn CpuIo) -> Doze {
+        Doze::Again
+    }
 
     /// What [`Exit::Difference`] was about, for people; once.
     fn difference(&mut self) -> Option<String> {

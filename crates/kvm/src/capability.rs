@@ -24,7 +24,7 @@ const fn used(number: u32, name: &'static str, since: &'static str) -> Capabilit
 }
 
 /// All that this engine looks for; docs/kvm.md says what for.
-pub const CAPABILITIES: [Capability; 20] = [
+pub const CAPABILITIES: [Capability; 21] = [
     needed(k::KVM_CAP_USER_MEMORY, "USER_MEMORY", "2.6.25"),
     needed(k::KVM_CAP_EXT_CPUID, "EXT_CPUID", "2.6.26"),
     needed(k::KVM_CAP_MP_STATE, "MP_STATE", "2.6.26"),
@@ -43,6 +43,7 @@ pub const CAPABILITIES: [Capability; 20] = [
     needed(k::KVM_CAP_VCPU_ATTRIBUTES, "VCPU_ATTRIBUTES", "5.16"),
     used(k::KVM_CAP_TSC_DEADLINE_TIMER, "TSC_DEADLINE_TIMER", "3.1"),
     used(k::KVM_CAP_IOEVENTFD_ANY_LENGTH, "IOEVENTFD_ANY_LENGTH", "4.4"),
+    used(k::KVM_CAP_SET_GUEST_DEBUG2, "SET_GUEST_DEBUG2", "5.13"),
     used(k::KVM_CAP_HYPERV_ENFORCE_CPUID, "HYPERV_ENFORCE_CPUID", "5.14"),
     used(k::KVM_CAP_BINARY_STATS_FD, "BINARY_STATS_FD", "5.14"),
 ];

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use engine::{CpuidTable, Doorbells, Engine, Error, HostCpu, LocalApics, Vcpu, VcpuConfig};
 use kvm_bindings::{
     KVM_API_VERSION, KVM_CAP_BINARY_STATS_FD, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_HYPERV_ENFORCE_CPUID,
-    KVM_CAP_IOEVENTFD_ANY_LENGTH, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_X86_USER_SPACE_MSR,
-    KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL,
-    KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_CAP_IOEVENTFD_ANY_LENGTH, KVM_CAP_SET_GUEST_DEBUG2, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_TSC_DEADLINE_TIMER,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MSR_EXIT_REASON_FILTER,
+    KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 use memory::GuestRam;
@@ -18,7 +18,7 @@ use memory::GuestRam;
 use crate::doorbell::KernelDoorbells;
 use crate::interrupt::{IO_APIC_PINS, KernelApics};
 use crate::vcpu::Runner;
-use crate::{capability, cpuid};
+use crate::{capability, cpuid, doze};
 
 const DEVICE: &str = "/dev/kvm";
 /// Four pages that KVM needs for real mode on Intel's processors before 2010, in the gap that machines leave below 4 GiB.
@@ -47,6 +47,8 @@ pub(crate) struct Vm {
     pub(crate) has_stats: bool,
     enforces_hyperv: bool,
     has_doorbells: bool,
+    /// A sleep ends before guest code has run: see `doze.rs`.
+    dozes: bool,
 }
 
 /// The engine: one VM of the host's KVM.
@@ -102,6 +104,7 @@ impl Kvm {
         let has = |number: u32| kvm.check_extension_raw(number.into()) > 0;
         let list =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|e| refused("KVM's list of CPUID leaves", e))?;
+        let debugs = kvm.check_extension_raw(KVM_CAP_SET_GUEST_DEBUG2.into()) as u32;
         let vm = Vm {
             fd: kvm.create_vm().map_err(|e| refused("a VM", e))?,
             ram,
@@ -111,6 +114,7 @@ impl Kvm {
             has_stats: has(KVM_CAP_BINARY_STATS_FD),
             enforces_hyperv: has(KVM_CAP_HYPERV_ENFORCE_CPUID),
             has_doorbells: has(KVM_CAP_IOEVENTFD_ANY_LENGTH),
+            dozes: debugs & doze::NEEDED == doze::NEEDED,
         };
         vm.fd.set_identity_map_address(IDENTITY_MAP).map_err(|e| refused("an identity map", e))?;
         vm.fd.set_tss_address(TASK_STATE).map_err(|e| refused("a task state segment", e))?;
@@ -192,6 +196,14 @@ impl Engine for Kvm {
 
     fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
         self.vm.has_doorbells.then(|| Arc::new(KernelDoorbells(Arc::clone(&self.vm))) as _)
+    }
+
+    fn hypercall_port(&self) -> Option<u16> {
+        self.vm.config.hypercall_port
+    }
+
+    fn dozes(&self) -> bool {
+        self.vm.dozes
     }
 
     fn kvm_dialect(&self) -> Option<u32> {

@@ -10,7 +10,7 @@
 //! * `kvm.rs`: the VM: memory slots, what guests may be given, the engine's traits; `capability.rs`: what it needs.
 //! * `vcpu.rs`: the loop around `KVM_RUN`; `leave.rs`: what it returned; `failure.rs`: what cannot be gone on with.
 //! * `state.rs`, `kernel_state.rs`, `cpuid.rs`: pure translations between the engine's structures and KVM's.
-//! * `kick.rs`, `run_page.rs`: how other threads reach a vCPU.
+//! * `kick.rs`, `run_page.rs`: how other threads reach a vCPU; `doze.rs`: how it sleeps while a hypercall waits.
 //! * `probe/`: whether a guest as Linux would be runs here, found out by running one.
 //!
 //! Interrupt chips are split: local APICs in the host's kernel, I/O APIC and PIC in the machine. docs/kvm.md says why.
@@ -22,6 +22,7 @@ mod capability;
 mod cpuid;
 mod dirty;
 mod doorbell;
+mod doze;
 mod failure;
 mod interrupt;
 mod kernel_state;

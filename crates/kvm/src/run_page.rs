@@ -60,6 +60,12 @@ impl RunPage {
         std::mem::take(ready) != 0
     }
 
+    /// The same without taking it.
+    pub(crate) fn is_ready(&self) -> bool {
+        // SAFETY: as in `exit`.
+        unsafe { (*self.start.as_ptr()).ready_for_interrupt_injection != 0 }
+    }
+
     /// Whether KVM_RUN is to return as soon as one can.
     pub(crate) fn ask_for_window(&self, wanted: bool) {
         // SAFETY: as in `answer`.

@@ -13,7 +13,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use engine::state::{cr0, efer, seg};
-use engine::{Answer, Cause, CpuIo, CpuState, Error, Exit, HypercallArgs, KernelState, Signals, Vcpu, VcpuConfig};
+use engine::{
+    Answer, Cause, CpuIo, CpuState, Doze, Error, Exit, HypercallArgs, KernelState, Signals, Vcpu, VcpuConfig,
+};
 use kvm_bindings::{
     CpuId, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
 };
@@ -38,14 +40,16 @@ const WIDEST_PORT: usize = 4;
 
 /// A vCPU of the host's KVM.
 pub(crate) struct Runner {
-    fd: VcpuFd,
+    pub(crate) fd: VcpuFd,
     vm: Arc<Vm>,
-    config: VcpuConfig,
-    kick: Arc<Kick>,
+    pub(crate) config: VcpuConfig,
+    pub(crate) kick: Arc<Kick>,
     stats: Option<Stats>,
     exits: u32,
     /// The PIC may have something.
-    external: bool,
+    pub(crate) external: bool,
+    /// What the vCPU left for after it was reset in its sleep.
+    pub(crate) left: Option<Leave>,
     /// The last exit's access is not over.
     unfinished: bool,
     failure: Option<String>,
@@ -65,7 +69,18 @@ impl Runner {
         let kicks = Arc::clone(&kick);
         config.signal.on_raise(move || kicks.kick());
         let stats = if vm.has_stats { Stats::new(&fd).ok() } else { None };
-        let runner = Self { fd, vm, config, kick, stats, exits: 0, external: false, unfinished: false, failure: None };
+        let runner = Self {
+            fd,
+            vm,
+            config,
+            kick,
+            stats,
+            exits: 0,
+            external: false,
+            left: None,
+            unfinished: false,
+            failure: None,
+        };
         runner.set_tsc_offset(offset)?;
         runner.follow_tsc()?;
         Ok(runner)
@@ -73,6 +88,9 @@ impl Runner {
 
     fn run_until_exit(&mut self, io: &mut dyn CpuIo) -> Exit {
         let thread = this_thread();
+        if let Some(exit) = self.left.take().and_then(|leave| self.answer(io, Ok(leave))) {
+            return exit;
+        }
         loop {
             self.kick.arm(thread);
             if let Some(exit) = self.boundary(io) {
@@ -186,6 +204,9 @@ impl Runner {
             }
             Leave::MsrWrite { index, value } => {
                 self.unfinished = true;
+                if let Err(error) = self.follow_tsc() {
+                    tracing::warn!(vcpu = self.config.id.0, "{error}"); // the machine may write a clock's page now
+                }
                 let error = io.msr_write(index, value).is_err().into();
                 self.kick.page().answer(|answer| answer.msr.error = error);
             }
@@ -232,6 +253,7 @@ impl Runner {
 
     /// A store to the hypercall port: number and arguments are in registers, the result goes to RAX.
     fn hypercall(&mut self, io: &mut dyn CpuIo) -> Option<Exit> {
+        self.count(); // the guest can have been promised counters that are as of its last call
         let (regs, sregs) = match (self.fd.get_regs(), sys::sregs(&self.fd)) {
             (Ok(regs), Ok(sregs)) => (regs, sregs),
             _ => return Some(self.fail("KVM does not tell a vCPU's registers".into())),
@@ -241,7 +263,8 @@ impl Runner {
             .map(|value| if wide { value } else { u64::from(value as u32) });
         let result = match io.hypercall(HypercallArgs { number, args, cpl: sregs.ss.dpl, wide }) {
             Answer::Now(result) => result,
-            Answer::Later => return Some(Exit::Waiting),
+            // Behind the instruction, as the vCPU is to sleep there.
+            Answer::Later => return Some(self.finish(io).unwrap_or(Exit::Waiting)),
         };
         // The registers again: the call may have taken a while, and it is RAX alone that changes.
         let set = self.fd.set_regs(&kvm_bindings::kvm_regs { rax: result, ..regs });
@@ -390,6 +413,10 @@ impl Vcpu for Runner {
         if let Err(error) = set {
             tracing::error!("KVM refuses a hypercall's result: {error}");
         }
+    }
+
+    fn doze(&mut self, io: &mut dyn CpuIo) -> Doze {
+        self.sleep(io)
     }
 
     fn run(&mut self, io: &mut dyn CpuIo) -> Exit {

@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
-use contract::kvm::feature;
+use contract::kvm::feature as kvm_feature;
+use contract::native::feature;
 use device::bus::{Bus, PortDevice};
 use device::interrupt::lapic::{FREQUENCY_HZ, msr};
 use device::interrupt::{DeliveryMode, Destination, InterruptChips, InterruptSink, Message, Refused};
@@ -30,9 +31,23 @@ pub(crate) struct Spoken {
     pub(crate) native: Option<Arc<native::Vm>>,
 }
 
-/// Shows the dialects in CPUID, or hides that there is anyone to speak them. Of the kvm dialect, what the engine `serves` by
+/// What cannot be honoured where the local APICs are the host kernel's: it delivers and ends interrupts whatever a byte says, runs
+/// HLT and spins without telling, comes back to us too seldom to tell what was stolen, and has no call that is sure to forget a
+/// guest's translations.
+const NOT_ON_KERNEL_APICS: u64 = feature::INTERRUPTS
+    | feature::EOI
+    | feature::RUN_STATE
+    | feature::STEAL
+    | feature::CRITICAL
+    | feature::FLUSH_TLB;
+
+/// The port that hypercalls of the native dialect go through on engines that have no instruction for them: of those that
+/// OUT names in its second byte, one that no PC has used.
+pub(crate) const HYPERCALL_PORT: u8 = 0xe4;
+
+/// Shows the dialects in CPUID, or hides that there is anyone to speak them. Of the kvm dialect, what the engine serves by
 /// itself, or else what `paravirt` does.
-pub(crate) fn speak(cpuid: &mut CpuidTable, plan: &Plan, serves: Option<u32>, tsc_khz: u64) {
+pub(crate) fn speak(cpuid: &mut CpuidTable, plan: &Plan, engine: &dyn Engine, tsc_khz: u64) {
     let dialects = plan.dialects;
     paravirt::hide(cpuid);
     if dialects.is_none() {
@@ -42,14 +57,14 @@ pub(crate) fn speak(cpuid: &mut CpuidTable, plan: &Plan, serves: Option<u32>, ts
     if dialects.kvm {
         let apic_khz = FREQUENCY_HZ / 1000;
         paravirt::offer(cpuid, kvm_features(plan), Rates { tsc_khz, apic_khz });
-        if let Some(eax) = serves {
+        if let Some(eax) = engine.kvm_dialect() {
             let eax = eax & !dialects.without.kvm;
             cpuid.set(contract::kvm::leaf::FEATURES, 0, Cpuid { eax, ..Cpuid::default() });
         }
     }
     if dialects.cordial {
-        let way = calling(cpuid);
-        native::offer(cpuid, native_features(plan), way, &plan.policy(), tsc_khz, plan.cpus);
+        let way = calling(cpuid, engine);
+        native::offer(cpuid, native_features(plan, engine), way, &plan.policy(), tsc_khz, plan.cpus);
     }
 }
 
@@ -59,15 +74,23 @@ fn kvm_features(plan: &Plan) -> Features {
 
 /// Whether devices' messages have extended destination ids.
 pub(crate) fn extended_ids(plan: &Plan) -> bool {
-    kvm_features(plan).has(feature::MSI_EXT_DEST_ID)
+    kvm_features(plan).has(kvm_feature::MSI_EXT_DEST_ID)
 }
 
-fn native_features(plan: &Plan) -> u64 {
-    native::BUILT & !plan.dialects.without.cordial
+fn native_features(plan: &Plan, engine: &dyn Engine) -> u64 {
+    let missing = match engine.local_apics() {
+        None => 0,
+        Some(_) if engine.dozes() => NOT_ON_KERNEL_APICS,
+        Some(_) => NOT_ON_KERNEL_APICS | feature::WAIT,
+    };
+    native::BUILT & !missing & !plan.dialects.without.cordial
 }
 
-/// The instruction that suits the processor the guest sees. The engine knows both.
-fn calling(cpuid: &CpuidTable) -> Calling {
+/// The engine's port, or else the instruction that suits the processor the guest sees: the engine knows both.
+fn calling(cpuid: &CpuidTable, engine: &dyn Engine) -> Calling {
+    if engine.hypercall_port().is_some() {
+        return Calling::Port(HYPERCALL_PORT);
+    }
     let vendor = cpuid.answer(0, 0).ebx.to_le_bytes();
     if [*b"Auth", *b"Hygo"].contains(&vendor) { Calling::Vmmcall } else { Calling::Vmcall }
 }
@@ -88,8 +111,8 @@ impl Spoken {
         let places: Arc<[Place]> = slots.iter().map(|slot| Place::new(Arc::clone(&slot.signal))).collect();
         let native = plan.dialects.cordial.then(|| {
             native::Vm::new(Parts {
-                offered: native_features(plan),
-                calling: slots.first().map_or(Calling::Vmcall, |slot| calling(&slot.cpuid)),
+                offered: native_features(plan, engine),
+                calling: slots.first().map_or(Calling::Vmcall, |slot| calling(&slot.cpuid, engine)),
                 policy: plan.policy(),
                 ram: ram.clone(),
                 clock: Arc::clone(&clock),

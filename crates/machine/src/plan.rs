@@ -364,9 +364,6 @@ pub enum Invalid {
     /// The other engine has nothing to compare with.
     #[error("--engine-check is for the translating engine: use --engine translate, or leave it out")]
     EngineCheck,
-    /// Not built.
-    #[error("the cordial dialect is not part of the kvm engine yet: use --engine translate, or --dialect kvm")]
-    Dialect,
     /// RDTSC cannot be made to leave the guest.
     #[error(
         "a coarse time policy cannot be kept on KVM, where RDTSC reads the processor's counter and cannot be made to exit: use --engine translate, or --time-policy exact"

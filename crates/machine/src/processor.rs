@@ -15,8 +15,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine::state::rflags;
-use engine::{Cause, CpuIo, CpuState, Exit, Ledger, Signal, Signals, Vcpu};
-use host::{Clock as _, HostClock};
+use engine::{Cause, CpuIo, CpuState, Doze, Exit, Ledger, Signal, Signals, Vcpu};
+use host::{Clock as _, HostClock, Timer};
 use paravirt::native::Asleep;
 
 use crate::Outcome;
@@ -30,6 +30,8 @@ const WAKES: Signals = Signals::INTERRUPT
     .union(Signals::STOP)
     .union(Signals::ENGINE)
     .union(Signals::UNHALT);
+/// A sleep in the engine is looked at this often: nobody tells us when a processor is reset there.
+const LONGEST_DOZE: Duration = Duration::from_millis(100);
 /// The bootstrap processor: it has no start-up IPI to wait for.
 const BOOTSTRAP: u32 = 0;
 
@@ -55,6 +57,8 @@ pub(crate) struct Processor {
     pub(crate) profiled: bool,
     /// The engine has the local APIC: it waits for start-up IPIs and sleeps in HLT by itself.
     pub(crate) waits_in_engine: bool,
+    /// Ends its sleep there while a hypercall waits; absent where it sleeps on its signal.
+    pub(crate) alarm: Option<Box<dyn Timer>>,
 }
 
 impl Processor {
@@ -156,6 +160,15 @@ impl Processor {
         if let Some(value) = self.io.paravirt.native().and_then(|native| native.finish_flush()) {
             return self.vcpu.answer(value);
         }
+        if self.waits_in_engine {
+            self.io.paravirt.go_away();
+            let value = self.wait_in_engine();
+            self.io.paravirt.come_back();
+            if let Some(value) = value {
+                self.vcpu.answer(value);
+            }
+            return;
+        }
         let state = self.vcpu.save();
         let mut wakes = Signals::WAKE | Signals::INIT | Signals::STOP;
         wakes.set(Signals::INTERRUPT, state.rflags & rflags::IF != 0);
@@ -181,6 +194,42 @@ impl Processor {
         self.signal.take(Signals::WAKE);
         self.signal.raise(owed); // the engine has not seen it
         self.vcpu.answer(value);
+    }
+
+    /// The same where the engine has the local APIC. `None` where the processor was reset meanwhile.
+    fn wait_in_engine(&mut self) -> Option<u64> {
+        loop {
+            // Taken before the look at what it stands for.
+            self.signal.take(Signals::WAKE);
+            let asked = self.signal.pending().intersects(Signals::INIT | Signals::STOP);
+            let native = self.io.paravirt.native()?;
+            let left = match native.asleep() {
+                Asleep::Over(value) => return Some(value),
+                Asleep::For(_) if asked => return Some(native.interrupt_wait()),
+                Asleep::For(left) => left,
+            };
+            let start = HostClock.monotonic_ns();
+            if let Some(alarm) = &self.alarm {
+                let left = left.map_or(LONGEST_DOZE, |left| left.min(LONGEST_DOZE));
+                alarm.arm(start.saturating_add(left.as_nanos() as u64));
+            }
+            let doze = self.vcpu.doze(&mut self.io);
+            if let Some(alarm) = &self.alarm {
+                alarm.disarm();
+            }
+            if self.profiled {
+                self.ledger.profile.slept(HostClock.monotonic_ns() - start);
+            }
+            let native = self.io.paravirt.native()?;
+            match doze {
+                Doze::Again => {}
+                Doze::Deliverable => return Some(native.interrupt_wait()),
+                Doze::Gone => {
+                    native.interrupt_wait();
+                    return None;
+                }
+            }
+        }
     }
 
     /// INIT, from wherever the processor was.

@@ -7,7 +7,7 @@ use device::power::PowerSwitch;
 use device::virtio;
 use device::virtio::console::ConsoleSize;
 use engine::cpu_model::{self, Feature};
-use engine::{CpuState, CpuidTable, Engine, GuestTsc, Ledger, Signal, VcpuConfig, VcpuId};
+use engine::{CpuState, CpuidTable, Engine, GuestTsc, Ledger, Signal, Signals, VcpuConfig, VcpuId};
 use host::{Clock, HostClock, HostEntropy, HostTimers, Timers, TscGrid};
 use memory::GuestRam;
 
@@ -18,7 +18,6 @@ use crate::dialects::{self, Spoken};
 use crate::guest_io::{GuestIo, SharedIo};
 use crate::kernel_parts::{KernelApics, KernelDoorbells, set_virtual_wire};
 use crate::pins::Pins;
-use crate::plan::Invalid;
 use crate::processor::Processor;
 use crate::select::select_engine;
 use crate::time::{GuestTime, TscClock};
@@ -90,14 +89,11 @@ impl Machine {
         let control = Arc::new(Control::new(slots.iter().map(|slot| Arc::clone(&slot.signal)).collect(), power));
         let announcer = Arc::new(Announcer::new(board.devices.clone(), events.clone()));
         let shared = SharedIo { bus: Arc::clone(&board.bus), chips, control: Arc::clone(&control), announcer };
-        if plan.dialects.cordial && engine.local_apics().is_some() {
-            return Err(Invalid::Dialect.into());
-        }
         let spoken = Spoken::new(plan, &*engine, &slots, &shared.chips, &host, &ram);
         if plan.test_devices {
             spoken.place_test_ports(&board.bus, &control, &host)?;
         }
-        let processors = processors(plan, &slots, &shared, &*engine, &spoken, &loaded.state)?;
+        let processors = processors(plan, &slots, &shared, &*engine, (&spoken, &*host.timers), &loaded.state)?;
         let handle = Handle {
             control,
             ledgers: slots.iter().map(|slot| Arc::clone(&slot.ledger)).collect(),
@@ -172,7 +168,7 @@ fn slots(plan: &Plan, engine: &dyn Engine, clock: &dyn Clock, grid: Option<TscGr
         .map(|index| {
             let mut cpuid = model.table(&host_cpu, index, plan.cpus)?;
             let tsc = GuestTsc::new(khz, zero, 0);
-            dialects::speak(&mut cpuid, plan, engine.kvm_dialect(), khz);
+            dialects::speak(&mut cpuid, plan, engine, khz);
             Ok(Slot {
                 signal: Arc::default(),
                 ledger: Arc::default(),
@@ -210,7 +206,7 @@ fn processors(
     slots: &[Slot],
     shared: &SharedIo,
     engine: &dyn Engine,
-    spoken: &Spoken,
+    (spoken, timers): (&Spoken, &dyn Timers),
     entry: &CpuState,
 ) -> Result<Vec<Processor>, Error> {
     let make = |(index, slot): (usize, &Slot)| {
@@ -229,6 +225,11 @@ fn processors(
             }
         }
         let paravirt = spoken.vcpu(index as u32);
+        let waits_in_engine = engine.local_apics().is_some();
+        let alarm = waits_in_engine.then(|| {
+            let signal = Arc::clone(&slot.signal);
+            timers.timer(Box::new(move || signal.raise(Signals::WAKE)))
+        });
         Ok(Processor {
             index: index as u32,
             vcpu,
@@ -237,7 +238,8 @@ fn processors(
             ledger: Arc::clone(&slot.ledger),
             control: Arc::clone(&shared.control),
             profiled: plan.profile,
-            waits_in_engine: engine.local_apics().is_some(),
+            waits_in_engine,
+            alarm,
         })
     };
     slots.iter().enumerate().map(make).collect()

@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use contract::kvm::{TIME_INFO_STOPPED, TimeInfo};
 use contract::native::{call, feature, waited};
 use engine::state::{rflags, seg};
-use engine::{Answer, Cause, CpuIo, Exit, HypercallArgs, MsrRefused, Signals, Vcpu};
+use engine::{Answer, Cause, CpuIo, Doze, Exit, HypercallArgs, MsrRefused, Signals, Vcpu};
 use memory::Gpa;
 
 use super::*;
@@ -24,6 +24,8 @@ struct ScriptedVcpu {
     steps: VecDeque<Step>,
     state: Box<CpuState>,
     signal: Arc<Signal>,
+    /// What ends its next sleeps in the engine; then wakes do.
+    dozes: VecDeque<Doze>,
 }
 
 impl Vcpu for ScriptedVcpu {
@@ -45,6 +47,13 @@ impl Vcpu for ScriptedVcpu {
         self.state.gpr[0] = value;
     }
 
+    fn doze(&mut self, _io: &mut dyn CpuIo) -> Doze {
+        self.dozes.pop_front().unwrap_or_else(|| {
+            self.signal.wait(Signals::WAKE | Signals::STOP, None);
+            Doze::Again
+        })
+    }
+
     fn difference(&mut self) -> Option<String> {
         Some("as this test says".into())
     }
@@ -59,7 +68,22 @@ impl Vcpu for ScriptedVcpu {
     }
 }
 
-struct ScriptedEngine(Mutex<Vec<VecDeque<Step>>>);
+#[derive(Default)]
+struct ScriptedEngine {
+    scripts: Mutex<Vec<VecDeque<Step>>>,
+    /// It has local APICs of its own, as far as anyone can see.
+    own_apics: bool,
+}
+
+/// Local APICs that take everything.
+struct Takers;
+
+impl engine::LocalApics for Takers {
+    fn message(&self, _address: u64, _data: u32) -> bool {
+        true
+    }
+    fn route(&self, _pin: usize, _message: Option<(u64, u32)>) {}
+}
 
 impl Engine for ScriptedEngine {
     fn name(&self) -> &'static str {
@@ -67,8 +91,26 @@ impl Engine for ScriptedEngine {
     }
 
     fn vcpu(&self, config: VcpuConfig) -> Result<Box<dyn Vcpu>, engine::Error> {
-        let steps = std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner)[config.id.0 as usize]);
-        Ok(Box::new(ScriptedVcpu { steps, state: Box::new(CpuState::reset()), signal: config.signal }))
+        let steps =
+            std::mem::take(&mut self.scripts.lock().unwrap_or_else(PoisonError::into_inner)[config.id.0 as usize]);
+        Ok(Box::new(ScriptedVcpu {
+            steps,
+            state: Box::new(CpuState::reset()),
+            signal: config.signal,
+            dozes: VecDeque::new(),
+        }))
+    }
+
+    fn local_apics(&self) -> Option<Arc<dyn engine::LocalApics>> {
+        self.own_apics.then(|| Arc::new(Takers) as _)
+    }
+
+    fn hypercall_port(&self) -> Option<u16> {
+        self.own_apics.then_some(dialects::HYPERCALL_PORT.into())
+    }
+
+    fn dozes(&self) -> bool {
+        true
     }
 }
 
@@ -115,13 +157,19 @@ struct Bench {
 }
 
 fn bench(name: &str, change: impl FnOnce(&mut Plan), scripts: Vec<Vec<Step>>) -> Bench {
+    bench_on(name, change, scripts, false)
+}
+
+/// The same on an engine that may have local APICs of its own.
+fn bench_on(name: &str, change: impl FnOnce(&mut Plan), scripts: Vec<Vec<Step>>, own_apics: bool) -> Bench {
     let kernel = KernelFile::new(name);
     let mut plan = Plan { memory: 16 << 20, cpus: scripts.len() as u32, ..Plan::new(&kernel.0) };
     change(&mut plan);
     let (screen, (sender, events)) = (Screen::default(), channel());
     let serial = SerialEnds { output: Box::new(screen.clone()), input: None };
     let ends = Attachments { serial, ports: Vec::new(), events: Some(sender) };
-    let engine = ScriptedEngine(Mutex::new(scripts.into_iter().map(VecDeque::from).collect()));
+    let scripts = Mutex::new(scripts.into_iter().map(VecDeque::from).collect());
+    let engine = ScriptedEngine { scripts, own_apics };
     let machine = Machine::on(&plan, ends, |_| Ok(Box::new(engine))).unwrap();
     Bench { machine, screen, events, _kernel: kernel }
 }
@@ -190,7 +238,12 @@ fn other_processors_start_where_they_are_told_and_stop_with_the_rest() {
         waits.recv().unwrap();
         exit_step()(
             io,
-            &mut ScriptedVcpu { steps: VecDeque::new(), state: Box::new(CpuState::reset()), signal: Arc::default() },
+            &mut ScriptedVcpu {
+                steps: VecDeque::new(),
+                state: Box::new(CpuState::reset()),
+                signal: Arc::default(),
+                dozes: VecDeque::new(),
+            },
         )
     });
     let application = step(move |_, vcpu| {
@@ -320,7 +373,7 @@ fn the_dialect_is_spoken_only_when_asked_for() {
     }
     for kvm in [true, false] {
         let plan = Plan { dialects: Dialects { kvm, ..Dialects::NONE }, ..Plan::new("vmlinuz") };
-        let cpuid = &slots(&plan, &ScriptedEngine(Mutex::default()), &HostClock, None).unwrap()[0].cpuid;
+        let cpuid = &slots(&plan, &ScriptedEngine::default(), &HostClock, None).unwrap()[0].cpuid;
         assert_eq!((cpuid.get(0x4000_0000, 0).is_some(), cpuid.has(Feature::Hypervisor)), (kvm, kvm));
     }
 }
@@ -389,6 +442,57 @@ fn a_waiting_vcpu_sleeps_and_is_woken() {
 }
 
 #[test]
+fn a_call_that_waits_in_an_engine_with_local_apics_ends_as_the_engine_says() {
+    let then = |dozes: &'static [Doze], expected: Option<u64>| {
+        step(move |_, vcpu| {
+            if let Some(expected) = expected {
+                assert_eq!((vcpu.state.gpr[0], vcpu.signal.pending()), (expected, Signals::empty()));
+            }
+            vcpu.state.gpr[0] = 0x1234;
+            vcpu.dozes = dozes.iter().copied().collect();
+            Exit::Yielded
+        })
+    };
+    let accept = step(|io, _| {
+        assert_eq!(native(io, call::ACCEPT, [feature::WAIT, 0, 0, 0]), Some(1));
+        Exit::Yielded
+    });
+    let end = step(|io, vcpu| {
+        assert_eq!(vcpu.state.gpr[0], 0x1234, "a processor that was reset gets no answer");
+        // Nor is it woken of what it waited for before.
+        assert_eq!(native(io, call::WAKE, [0x5000, 1, 0, 0]), Some(0));
+        io.port_write(0xcf9, &[6]);
+        Exit::Device
+    });
+    let script = vec![
+        accept,
+        then(&[], None),
+        wait_for_zero(1_000_000),
+        then(&[Doze::Again, Doze::Deliverable], Some(waited::TIMED_OUT)),
+        wait_for_zero(u64::MAX),
+        then(&[Doze::Gone], Some(waited::INTERRUPTED)),
+        wait_for_zero(u64::MAX),
+        end,
+    ];
+    let change = |plan: &mut Plan| plan.dialects = Dialects { cordial: true, ..Dialects::NONE };
+    let report = bench_on("dozes", change, vec![script], true).machine.run().unwrap();
+    assert_eq!((report.outcome, report.ledgers[0].count(Cause::Hypercall)), (Outcome::Reset, 5));
+}
+
+#[test]
+fn an_engine_with_local_apics_is_offered_what_it_can_honour() {
+    let dialects = Dialects { cordial: true, ..Dialects::NONE };
+    let plan = Plan { dialects, ..Plan::new("vmlinuz") };
+    let engine = ScriptedEngine { own_apics: true, ..ScriptedEngine::default() };
+    let cpuid = &slots(&plan, &engine, &HostClock).unwrap()[0].cpuid;
+    let missing = feature::INTERRUPTS | feature::EOI | feature::RUN_STATE | feature::STEAL;
+    let missing = missing | feature::CRITICAL | feature::FLUSH_TLB;
+    let offered = cpuid.get(0x4000_0101, 0).map(|leaf| u64::from(leaf.ebx));
+    assert_eq!(offered, Some(paravirt::native::BUILT & !missing));
+    assert_eq!(cpuid.get(0x4000_0102, 0).map(|leaf| leaf.eax), Some(1), "by the page alone");
+}
+
+#[test]
 fn a_vcpu_that_waits_for_ever_ends_with_the_machine() {
     let accept = step(|io, _| {
         assert_eq!(native(io, call::ACCEPT, [feature::WAIT, 0, 0, 0]), Some(1));
@@ -412,7 +516,7 @@ fn a_vcpu_that_waits_for_ever_ends_with_the_machine() {
 fn dialects_and_features_are_shown_as_asked() {
     let shown = |dialects| {
         let plan = Plan { dialects, ..Plan::new("vmlinuz") };
-        let cpuid = Arc::clone(&slots(&plan, &ScriptedEngine(Mutex::default()), &HostClock, None).unwrap()[0].cpuid);
+        let cpuid = Arc::clone(&slots(&plan, &ScriptedEngine::default(), &HostClock, None).unwrap()[0].cpuid);
         let eax = |leaf| cpuid.get(leaf, 0).map(|leaf| leaf.eax);
         let native = cpuid.get(0x4000_0101, 0).map(|leaf| u64::from(leaf.ecx) << 32 | u64::from(leaf.ebx));
         (eax(0x4000_0001), native, cpuid.has(Feature::Hypervisor), cpuid.has(Feature::Invtsc))

@@ -2,12 +2,14 @@
 
 use std::sync::OnceLock;
 
+use contract::native::msr;
 use engine::Engine;
 use kvm::Kvm;
 use memory::GuestRam;
 use serde::Serialize;
 use translator::Translator;
 
+use crate::dialects::HYPERCALL_PORT;
 use crate::plan::{EngineCheck, EngineChoice, Invalid, TimePolicy};
 use crate::{Error, Plan};
 
@@ -71,9 +73,20 @@ impl SelectedEngine {
     /// Makes the engine.
     pub(crate) fn make(&self, plan: &Plan, ram: GuestRam) -> Result<Box<dyn Engine>, Error> {
         if self.name == KVM {
-            return Ok(Box::new(Kvm::new(ram, kvm::Config::default())?));
+            return Ok(Box::new(Kvm::new(ram, kvm_config(plan))?));
         }
         Ok(Box::new(Translator::new(ram, plan.translator())))
+    }
+}
+
+/// What of the native dialect the kernel has to leave to us.
+fn kvm_config(plan: &Plan) -> kvm::Config {
+    if !plan.dialects.cordial {
+        return kvm::Config::default();
+    }
+    kvm::Config {
+        machine_msrs: vec![msr::BASE..=msr::BASE + msr::COUNT - 1],
+        hypercall_port: Some(HYPERCALL_PORT.into()),
     }
 }
 

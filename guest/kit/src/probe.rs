@@ -1,6 +1,6 @@
 //! Is there a host that speaks the dialect? By signature, never by the hypervisor-present bit.
 
-use contract::native::{SIGNATURE, VERSION, leaf};
+use contract::native::{SIGNATURE, VERSION, calling, leaf};
 
 /// What the host's leaves say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,6 +11,8 @@ pub struct Found {
     pub version: u32,
     /// Features that can be accepted.
     pub offered: u64,
+    /// Calls are made by the page alone: VMCALL and VMMCALL are not this host's.
+    pub page_only: bool,
     /// Number of the first MSR.
     pub msrs: u32,
     /// Number of the first call.
@@ -42,7 +44,7 @@ pub fn find(cpuid: impl Fn(u32) -> [u32; 4]) -> Option<Found> {
         text.eq(SIGNATURE) && last.checked_sub(base).is_some_and(|offset| offset >= leaf::LAST_OFFSET)
     })?;
     let [version, low, high, _] = cpuid(base + leaf::FEATURES);
-    let [_, msrs, calls, _] = cpuid(base + leaf::CALLING);
+    let [way, msrs, calls, _] = cpuid(base + leaf::CALLING);
     let [tsc_khz, quantum_ns, calls_per_s, burst] = cpuid(base + leaf::TIME);
     let [timers, batch, ranges, vcpus] = cpuid(base + leaf::LIMITS);
     let offered = u64::from(high) << 32 | u64::from(low);
@@ -50,6 +52,7 @@ pub fn find(cpuid: impl Fn(u32) -> [u32; 4]) -> Option<Found> {
         base,
         version,
         offered,
+        page_only: way != calling::INSTRUCTION,
         msrs,
         calls,
         tsc_khz,
@@ -93,6 +96,7 @@ mod tests {
         for at in [0x4000_0000, 0x4000_0100, 0x4000_ff00] {
             let found = find(host(at, 0x1_0007)).unwrap();
             assert_eq!((found.base, found.version, found.offered), (at, 0x1_0007, 0x22_0000_0011));
+            assert!(!found.page_only);
             assert_eq!((found.timers, found.batch, found.ranges, found.vcpus), (8, 64, 32, 2));
         }
     }

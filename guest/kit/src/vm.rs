@@ -57,6 +57,11 @@ impl Contract {
         contract
     }
 
+    /// Where the calling sequence is, which the host has filled in.
+    pub fn calling_page(&self) -> usize {
+        self.memory.calls.address()
+    }
+
     /// What was found.
     pub fn found(&self) -> &Found {
         &self.found

@@ -1,6 +1,7 @@
 //! Small guests in assembly, of integer instructions only, on the host's KVM. Where `/dev/kvm` does not open, these tests
 //! say so on standard error and pass without having run anything.
 
+mod doze;
 mod interrupts;
 mod memory_and_ports;
 mod processors;
@@ -69,6 +70,8 @@ struct Io {
     /// The PIC's requests.
     pic: VecDeque<u8>,
     done: bool,
+    /// Hypercalls wait.
+    later: bool,
 }
 
 impl Io {
@@ -109,7 +112,7 @@ impl CpuIo for Io {
     }
     fn hypercall(&mut self, call: HypercallArgs) -> Answer {
         self.events.push(Event::Hypercall(call));
-        Answer::Now(0x5a5a_0000_0000_a5a5)
+        if self.later { Answer::Later } else { Answer::Now(0x5a5a_0000_0000_a5a5) }
     }
     fn take_interrupt(&mut self) -> Option<u8> {
         self.pic.pop_front()
