@@ -42,6 +42,9 @@ fn flags_and_values() {
     refused(&["--code-cache", "1K"], SETUP, "code-cache \"1K\" (command line): not between 64 KiB and 1 GiB");
     refused(&["--code-cache", "some"], SETUP, "not a size");
     refused(&["--engine-check", "on"], SETUP, "not one of off, interpret, lockstep");
+    refused(&["--virt", "full"], SETUP, "not one of para, classic");
+    refused(&["--virt", "classic", "--engine", "kvm"], SETUP, "the hardware decides");
+    refused(&["--virt", "classic", "--engine-check", "lockstep"], SETUP, "--virt classic does not go with");
     refused(&["--pv", "-wate"], SETUP, "did you mean \"wait\"?");
     refused(&["--console", "vga"], SETUP, "not one of");
     refused(&["--timeout", "0"], SETUP, "not a duration");

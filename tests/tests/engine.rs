@@ -42,3 +42,18 @@ fn an_interpreted_guest_translates_nothing() {
     assert_eq!(document["exits"]["work"]["translate"], 0);
     assert_eq!(document["plan"]["engine_check"], "interpret");
 }
+
+#[test]
+fn a_guest_whose_sensitive_instructions_are_all_exits_does_the_same() {
+    let words = ["--json", "--engine", "translate", "--virt", "classic", "-c", "1", "--", "sh", "-c", WORK];
+    let done = Cordial::run(&words).done();
+    assert_eq!(done.status, 0, "{}", done.stderr);
+    let document: Value = serde_json::from_slice(&done.stdout).expect("one JSON document");
+    assert_eq!(document["stdout"]["text"], expected().as_str(), "{}", done.stderr);
+    let exits = document["exits"]["causes"].as_array().expect("a row a cause");
+    let count =
+        |cause: &str| exits.iter().find(|row| row["cause"] == cause).map_or(0, |row| row["count"].as_u64().unwrap());
+    for cause in ["interrupt-flag", "control-register", "descriptor-table", "tlb", "tsc", "iret", "swapgs", "sysret"] {
+        assert!(count(cause) > 0, "{cause}: {exits:?}");
+    }
+}

@@ -78,13 +78,18 @@ fn conforms(image: &Path, cpus: &str, groups: &str) -> Tap {
     run(image, cpus, groups, &["--engine", "translate"])
 }
 
-/// The same with more words for the program.
-fn run(image: &Path, cpus: &str, groups: &str, more: &[&str]) -> Tap {
+/// The program with the guest and what it is to run.
+fn guest_run(image: &Path, cpus: &str, groups: &str, more: &[&str]) -> Cordial {
     let image = image.to_str().expect("a path in UTF-8");
     let mut words = vec!["run", "--kernel", image, "--test-devices", "-q", "-c", cpus, "-m", "128M"];
     words.extend(["--timeout", "300", "-a", groups]);
     words.extend(more);
-    let done = Cordial::new(&words).done();
+    Cordial::new(&words)
+}
+
+/// The same with more words for the program.
+fn run(image: &Path, cpus: &str, groups: &str, more: &[&str]) -> Tap {
+    let done = guest_run(image, cpus, groups, more).done();
     let tap = parse(&done.text());
     let unexpected: String = tap
         .failed
@@ -246,6 +251,51 @@ fn the_native_dialect_conforms() {
     }
     let tap = conforms(guest(), "1", "cordial");
     assert_eq!(tap.skipped, tap.planned, "nothing of it is there where it is not asked for");
+}
+
+/// What operations cost in exits, by each way: operation, way, exits, and exits where each sensitive instruction is one.
+const COSTS: [(&str, &str, f64, f64); 12] = [
+    ("mask", "instruction", 0.0, 2.0),
+    ("mask", "call", 1.0, 1.0),
+    ("mask", "memory", 0.0, 0.0),
+    ("clock", "instruction", 0.0, 1.0),
+    ("clock", "device", 1.0, 1.0),
+    ("clock", "call", 1.0, 1.0),
+    ("clock", "memory", 0.0, 1.0), // its RDTSC
+    ("end", "instruction", 1.0, 1.0),
+    ("end", "call", 1.0, 1.0),
+    ("timer", "instruction", 1.0, 1.0),
+    ("timer", "call", 1.0, 1.0),
+    ("timer", "memory", 0.125, 0.125), // eight in a call
+];
+
+#[test]
+fn each_way_to_reach_the_host_costs_its_exits() {
+    for virt in ["para", "classic"] {
+        let words = ["--engine", "translate", "--virt", virt, "--dialect", "cordial"];
+        let done = guest_run(guest(), "1", "cost", &words).done();
+        let text = done.text();
+        assert_eq!(done.status, 1, "{text}{}", done.stderr);
+        let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).expect("a number") as f64;
+        for (operation, way, para, classic) in COSTS {
+            let start = format!("# cost {operation} {way} ");
+            let rounds: Vec<_> = text.lines().filter_map(|line| line.strip_prefix(&start)).collect();
+            assert_eq!(rounds.len(), 5, "{start}: {text}");
+            for round in rounds {
+                let words: Vec<_> = round.split(' ').map(number).collect();
+                let exits = if virt == "classic" { classic } else { para };
+                assert_eq!(words[2] / words[0], exits, "{start} with --virt {virt}");
+            }
+        }
+    }
+}
+
+/// Traps and their emulation are no difference to a guest.
+#[test]
+fn sensitive_instructions_do_the_same_as_exits() {
+    for (cpus, groups) in [("1", "exceptions debug control segments syscalls apic realmode"), ("2", "smp")] {
+        run(guest(), cpus, groups, &["--engine", "translate", "--virt", "classic"]);
+    }
 }
 
 /// A feature that is taken out of the offer is refused, and the others work without it.

@@ -27,7 +27,7 @@ Usage: cargo xtask COMMAND
                      --cases N, --class NAME, --seed N
   fuzz contract [OPTION...]
                      hypercalls and MSRs of both dialects with hostile arguments: --minutes N (default 10), --seed N
-  bench boot|cpu|programs [OPTION...]
+  bench boot|cpu|programs|contract [OPTION...]
                      Cordial beside QEMU's software engine and the processor itself; `bench` alone lists the options
   soak [OPTION...]   Debian's programs over and over in one guest, then in lockstep: right results, no growth;
                      --minutes N (default 60), --lockstep-minutes N (default 10), --only NAME,..., --cordial FILE";

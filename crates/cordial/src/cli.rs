@@ -118,6 +118,10 @@ pub struct RunArguments {
     /// translated block, each time it runs, is compared with the interpreter; slower).
     #[arg(long, value_name = "CHECK")]
     engine_check: Option<String>,
+    /// What a kernel's sensitive instructions are: para (translated code does what it can by itself) or classic (each is an exit
+    /// to the monitor, as for a kernel without privileges; for comparison, on the translating engine).
+    #[arg(long, value_name = "MODE")]
+    virt: Option<String>,
     /// CPU model the guest sees.
     #[arg(long, value_name = "MODEL")]
     cpu: Option<String>,
@@ -214,6 +218,7 @@ impl RunArguments {
             ("engine", &self.engine),
             ("code-cache", &self.code_cache),
             ("engine-check", &self.engine_check),
+            ("virt", &self.virt),
             ("cpu", &self.cpu),
             ("dialect", &self.dialect),
             ("time-policy", &self.time_policy),

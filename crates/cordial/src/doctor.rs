@@ -6,8 +6,7 @@ use crate::failure::Failure;
 use crate::kernel::Search;
 use crate::userland::Busybox;
 use crate::values::human;
-use machine::plan::{EngineCheck, EngineChoice, TimePolicy};
-use machine::{Attachments, KvmReport, Machine, Outcome, Plan, SerialEnds};
+use machine::{Attachments, EngineWish, KvmReport, Machine, Outcome, Plan, SerialEnds};
 use serde::Serialize;
 use std::process::Command;
 use std::sync::mpsc::channel;
@@ -89,7 +88,7 @@ fn row(probe: &'static str, outcome: Result<String, String>, says: [&'static str
 }
 
 fn engine() -> Row {
-    let outcome = machine::select_engine(EngineChoice::Auto, EngineCheck::Off, TimePolicy::Exact)
+    let outcome = machine::select_engine(EngineWish::default())
         .map_err(|error| error.to_string())
         .and_then(|engine| {
             let ran = probe_guest()?;

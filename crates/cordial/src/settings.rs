@@ -31,7 +31,7 @@ const fn key(name: &'static str, default: Option<&'static str>, help: &'static s
 }
 
 /// Everything that can be set, in the order `--print-config` shows it.
-pub const KEYS: [Key; 26] = [
+pub const KEYS: [Key; 27] = [
     key("cpus", None, "virtual CPUs; default: the host's, at most 2"),
     key("mem", Some("1G"), "memory; K, M, G or T; a plain number is MiB"),
     key("engine", Some("auto"), "auto, translate, kvm or kvm-unprobed"),
@@ -41,6 +41,7 @@ pub const KEYS: [Key; 26] = [
         Some("off"),
         "off, interpret (nothing is translated) or lockstep (translator and interpreter are compared)",
     ),
+    key("virt", Some("para"), "para, or classic: each sensitive instruction of a kernel is an exit to the monitor"),
     key("cpu", Some(engine::cpu_model::DEFAULT), "the CPU model the guest sees"),
     key("dialect", Some("kvm"), "paravirtual dialects offered: kvm, cordial, both (kvm,cordial), or none"),
     Key { name: "pv", default: None, list: true, help: "-NAME, a paravirtual feature not to offer; may be repeated" },

@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 use crate::settings::{Setting, Settings};
-use machine::plan::{CallRate, Dialects, DiskMode, DiskPlan, EngineCheck, EngineChoice, TimePolicy, Without};
+use machine::plan::{CallRate, Dialects, DiskMode, DiskPlan, EngineCheck, EngineChoice, TimePolicy, Virt, Without};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -141,6 +141,15 @@ pub fn code_cache(settings: &Settings) -> Result<u64, Failure> {
 pub fn engine_check(settings: &Settings) -> Result<EngineCheck, Failure> {
     let known = [("off", EngineCheck::Off), ("interpret", EngineCheck::Interpret), ("lockstep", EngineCheck::Lockstep)];
     Ok(read(settings, "engine-check", |text| one_of(text, &known))?.unwrap_or_default())
+}
+
+/// What sensitive instructions of kernels are.
+///
+/// # Errors
+/// An unknown name.
+pub fn virt(settings: &Settings) -> Result<Virt, Failure> {
+    let known = [("para", Virt::Para), ("classic", Virt::Classic)];
+    Ok(read(settings, "virt", |text| one_of(text, &known))?.unwrap_or_default())
 }
 
 /// Which dialects, and what of them is left out.

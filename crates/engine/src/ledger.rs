@@ -40,11 +40,29 @@ pub enum Cause {
     Startup,
     /// Triple fault.
     Shutdown,
+    /// CLI, STI, PUSHF or POPF of a kernel. This and what follows leave guest code only where everything sensitive does.
+    InterruptFlag,
+    /// MOV to or from a control register, CLTS, LMSW.
+    ControlRegister,
+    /// MOV to or from a debug register.
+    DebugRegister,
+    /// LGDT, LIDT, LLDT, LTR.
+    DescriptorTable,
+    /// INVLPG, INVPCID.
+    Tlb,
+    /// RDTSC, RDTSCP of a kernel.
+    Tsc,
+    /// IRET of a kernel.
+    Iret,
+    /// SWAPGS.
+    Swapgs,
+    /// SYSRET, SYSEXIT.
+    Sysret,
 }
 
 impl Cause {
     /// All causes, in table order.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 23] = [
         Self::PortRead,
         Self::PortWrite,
         Self::MmioRead,
@@ -59,6 +77,15 @@ impl Cause {
         Self::Pause,
         Self::Startup,
         Self::Shutdown,
+        Self::InterruptFlag,
+        Self::ControlRegister,
+        Self::DebugRegister,
+        Self::DescriptorTable,
+        Self::Tlb,
+        Self::Tsc,
+        Self::Iret,
+        Self::Swapgs,
+        Self::Sysret,
     ];
 
     /// The name in tables and JSON.
@@ -78,6 +105,15 @@ impl Cause {
             Self::Pause => "pause",
             Self::Startup => "startup",
             Self::Shutdown => "shutdown",
+            Self::InterruptFlag => "interrupt-flag",
+            Self::ControlRegister => "control-register",
+            Self::DebugRegister => "debug-register",
+            Self::DescriptorTable => "descriptor-table",
+            Self::Tlb => "tlb",
+            Self::Tsc => "tsc",
+            Self::Iret => "iret",
+            Self::Swapgs => "swapgs",
+            Self::Sysret => "sysret",
         }
     }
 }

@@ -34,4 +34,4 @@ pub use layout::Layout;
 pub use outcome::{Attachments, DeviceFigures, Event, MemoryFigures, Outcome, Protocol, Report, SerialEnds};
 pub use plan::Plan;
 pub use run::{Handle, Machine};
-pub use select::{KvmReport, KvmStep, SelectedEngine, probe_kvm, select_engine};
+pub use select::{EngineWish, KvmReport, KvmStep, SelectedEngine, probe_kvm, select_engine};

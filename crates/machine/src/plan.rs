@@ -85,6 +85,17 @@ impl Default for CallRate {
     }
 }
 
+/// How a guest's kernel reaches what is not its own to change.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Virt {
+    /// Translated code does what it can without the monitor.
+    #[default]
+    Para,
+    /// Each sensitive instruction of a kernel is an exit to the monitor, for comparison.
+    Classic,
+}
+
 /// Which paravirtual dialects the guest is offered, and what of them is not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Dialects {
@@ -230,6 +241,8 @@ pub struct Plan {
     pub code_cache: u64,
     /// What the engine checks of itself.
     pub engine_check: EngineCheck,
+    /// What kernels' sensitive instructions are.
+    pub virt: Virt,
     /// A name `engine::cpu_model` knows.
     pub cpu_model: String,
     /// Which dialects.
@@ -263,6 +276,7 @@ impl Plan {
             engine: EngineChoice::Auto,
             code_cache: Config::default().code_cache,
             engine_check: EngineCheck::Off,
+            virt: Virt::Para,
             cpu_model: engine::cpu_model::DEFAULT.into(),
             dialects: Dialects::default(),
             time_policy: TimePolicy::Exact,
@@ -296,6 +310,14 @@ impl Plan {
             return Err(Invalid::EngineCheck);
         }
         self.check_time()?;
+        if self.virt == Virt::Classic {
+            if matches!(self.engine, EngineChoice::Kvm | EngineChoice::KvmUnprobed) {
+                return Err(Invalid::Virt("--engine kvm: there the hardware decides what leaves guest code"));
+            }
+            if self.engine_check == EngineCheck::Lockstep {
+                return Err(Invalid::Virt("--engine-check lockstep, which compares what is translated"));
+            }
+        }
         for text in std::iter::once(&self.command_line).chain(self.modules.iter().map(|module| &module.command_line)) {
             if text.contains('\0') {
                 return Err(Invalid::CommandLine);
@@ -345,6 +367,7 @@ impl Plan {
             check: if self.engine_check == EngineCheck::Lockstep { Check::Lockstep } else { Check::Off },
             translate: self.engine_check != EngineCheck::Interpret,
             count: self.profile,
+            classic: self.virt == Virt::Classic,
         }
     }
 }
@@ -392,6 +415,9 @@ pub enum Invalid {
         /// What would do.
         least: u64,
     },
+    /// Another engine's, or nothing to compare.
+    #[error("--virt classic does not go with {0}: leave one out")]
+    Virt(&'static str),
     /// A NUL ends a command line for the guest.
     #[error("a command line contains a NUL byte; the guest would see only what stands before it: remove it")]
     CommandLine,
@@ -412,7 +438,7 @@ mod tests {
     #[test]
     fn checks_become_the_engines_settings() {
         let config = |engine_check| Plan { engine_check, code_cache: 1 << 20, ..Plan::new("vmlinuz") }.translator();
-        let off = Config { code_cache: 1 << 20, check: Check::Off, translate: true, count: false };
+        let off = Config { code_cache: 1 << 20, check: Check::Off, translate: true, count: false, classic: false };
         assert_eq!(config(EngineCheck::Off), off);
         assert_eq!(config(EngineCheck::Interpret), Config { translate: false, ..off });
         assert_eq!(config(EngineCheck::Lockstep), Config { check: Check::Lockstep, ..off });
@@ -467,6 +493,14 @@ mod tests {
         assert_eq!(rate(1, 1_000_000_001).check(), Err(Invalid::CallRate { per_s: 1, burst: 1_000_000_001 }));
         assert_eq!(rate(10_000, 9).check(), Err(Invalid::Burst { burst: 9, least: 10 }));
         assert_eq!(rate(10_000, 10).check(), Ok(()));
+        let classic = |change: fn(&mut Plan)| {
+            let mut plan = Plan { virt: Virt::Classic, ..Plan::new("vmlinuz") };
+            change(&mut plan);
+            plan.check().map(|()| plan.translator().classic).map_err(|error| error.to_string())
+        };
+        assert_eq!(classic(|_| {}), Ok(true));
+        assert!(classic(|plan| plan.engine = EngineChoice::KvmUnprobed).unwrap_err().contains("the hardware decides"));
+        assert!(classic(|plan| plan.engine_check = EngineCheck::Lockstep).unwrap_err().contains("lockstep"));
         assert_eq!(with(|plan| plan.command_line = "a\0b".into()), Invalid::CommandLine);
         let disk = |serial: &str| DiskPlan { path: "d".into(), mode: DiskMode::ReadOnly, serial: Some(serial.into()) };
         let mut plan = Plan::new("vmlinuz");

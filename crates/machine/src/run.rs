@@ -19,7 +19,7 @@ use crate::guest_io::{GuestIo, SharedIo};
 use crate::kernel_parts::{KernelApics, KernelDoorbells, set_virtual_wire};
 use crate::pins::Pins;
 use crate::processor::Processor;
-use crate::select::select_engine;
+use crate::select::{EngineWish, select_engine};
 use crate::time::{GuestTime, TscClock};
 use crate::{Attachments, Error, Event, Layout, MemoryFigures, Plan, Report, acpi, boot, firmware, smbios};
 
@@ -51,7 +51,7 @@ impl Machine {
     /// [`Error`], before anything of the guest has run.
     pub fn assemble(plan: &Plan, ends: Attachments) -> Result<Self, Error> {
         plan.check()?;
-        let selected = select_engine(plan.engine, plan.engine_check, plan.time_policy)?;
+        let selected = select_engine(EngineWish::of(plan))?;
         Self::on(plan, ends, |ram| selected.make(plan, ram))
     }
 

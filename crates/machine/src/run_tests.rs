@@ -484,7 +484,7 @@ fn an_engine_with_local_apics_is_offered_what_it_can_honour() {
     let dialects = Dialects { cordial: true, ..Dialects::NONE };
     let plan = Plan { dialects, ..Plan::new("vmlinuz") };
     let engine = ScriptedEngine { own_apics: true, ..ScriptedEngine::default() };
-    let cpuid = &slots(&plan, &engine, &HostClock).unwrap()[0].cpuid;
+    let cpuid = &slots(&plan, &engine, &HostClock, None).unwrap()[0].cpuid;
     let missing = feature::INTERRUPTS | feature::EOI | feature::RUN_STATE | feature::STEAL;
     let missing = missing | feature::CRITICAL | feature::FLUSH_TLB;
     let offered = cpuid.get(0x4000_0101, 0).map(|leaf| u64::from(leaf.ebx));

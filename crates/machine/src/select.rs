@@ -10,7 +10,7 @@ use serde::Serialize;
 use translator::Translator;
 
 use crate::dialects::HYPERCALL_PORT;
-use crate::plan::{EngineCheck, EngineChoice, Invalid, TimePolicy};
+use crate::plan::{EngineCheck, EngineChoice, Invalid, TimePolicy, Virt};
 use crate::{Error, Plan};
 
 pub use kvm::probe::{Report as KvmReport, Step as KvmStep};
@@ -33,21 +33,35 @@ pub fn probe_kvm() -> &'static KvmReport {
     REPORT.get_or_init(kvm::probe::run)
 }
 
-/// Says which engine `choice` means on this host, with what the translating engine is to check of itself and how finely the
-/// guest may measure time.
-///
-/// # Errors
-/// [`Error::Engine`] where the engine asked for does not work here, [`Error::Plan`] where it cannot keep to `time`.
-pub fn select_engine(choice: EngineChoice, check: EngineCheck, time: TimePolicy) -> Result<SelectedEngine, Error> {
-    decide(choice, check, time, || probe_kvm().verdict())
+/// What decides on the engine.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct EngineWish {
+    /// Which one.
+    pub choice: EngineChoice,
+    /// What it is to check of itself: the translating engine's.
+    pub check: EngineCheck,
+    /// How finely the guest may measure time: KVM cannot keep it from doing so.
+    pub time: TimePolicy,
+    /// Whether sensitive instructions are to trap: the translating engine's.
+    pub virt: Virt,
 }
 
-fn decide(
-    choice: EngineChoice,
-    check: EngineCheck,
-    time: TimePolicy,
-    kvm: impl FnOnce() -> Result<(), engine::Error>,
-) -> Result<SelectedEngine, Error> {
+impl EngineWish {
+    pub(crate) fn of(plan: &Plan) -> Self {
+        Self { choice: plan.engine, check: plan.engine_check, time: plan.time_policy, virt: plan.virt }
+    }
+}
+
+/// Says which engine is meant on this host.
+///
+/// # Errors
+/// [`Error::Engine`] where the engine asked for does not work here, [`Error::Plan`] where it cannot do what is wished.
+pub fn select_engine(wish: EngineWish) -> Result<SelectedEngine, Error> {
+    decide(wish, || probe_kvm().verdict())
+}
+
+fn decide(wish: EngineWish, kvm: impl FnOnce() -> Result<(), engine::Error>) -> Result<SelectedEngine, Error> {
+    let EngineWish { choice, check, time, virt } = wish;
     let selected = |name, reason: String| Ok(SelectedEngine { name, reason });
     match choice {
         EngineChoice::Translate => selected(TRANSLATE, "as asked".into()),
@@ -55,6 +69,7 @@ fn decide(
         EngineChoice::Auto if time != TimePolicy::Exact => {
             selected(TRANSLATE, "time is to be coarse: on kvm, RDTSC cannot be made to exit".into())
         }
+        EngineChoice::Auto if virt == Virt::Classic => selected(TRANSLATE, "--virt classic is its own".into()),
         EngineChoice::Auto => match kvm() {
             Ok(()) => selected(KVM, "a probe guest ran".into()),
             Err(engine::Error::Unusable { reason, .. }) => selected(TRANSLATE, format!("no kvm: {reason}")),
@@ -98,11 +113,13 @@ mod tests {
         Err(engine::Error::Unusable { engine: "kvm", reason: "SSE: no such instruction".into() })
     }
 
+    fn wish(choice: EngineChoice) -> EngineWish {
+        EngineWish { choice, ..EngineWish::default() }
+    }
+
     #[test]
     fn auto_takes_kvm_where_a_guest_ran_and_says_why_not_elsewhere() {
-        let exact = TimePolicy::Exact;
-        let auto =
-            |kvm: fn() -> Result<(), engine::Error>| decide(EngineChoice::Auto, EngineCheck::Off, exact, kvm).unwrap();
+        let auto = |kvm: fn() -> Result<(), engine::Error>| decide(EngineWish::default(), kvm).unwrap();
         assert_eq!((auto(|| Ok(())).name, auto(|| Ok(())).reason.as_str()), ("kvm", "a probe guest ran"));
         let fallen_back = auto(unusable);
         assert_eq!((fallen_back.name, fallen_back.reason.as_str()), ("translate", "no kvm: SSE: no such instruction"));
@@ -110,22 +127,26 @@ mod tests {
 
     #[test]
     fn kvm_asked_for_fails_with_the_reason_and_the_other_looks_at_nothing() {
-        let exact = TimePolicy::Exact;
-        let error = decide(EngineChoice::Kvm, EngineCheck::Off, exact, unusable).unwrap_err().to_string();
+        let error = decide(wish(EngineChoice::Kvm), unusable).unwrap_err().to_string();
         assert_eq!(error, "the kvm engine is not usable here: SSE: no such instruction");
-        assert_eq!(decide(EngineChoice::Kvm, EngineCheck::Off, exact, || Ok(())).unwrap().name, "kvm");
-        let unprobed = decide(EngineChoice::KvmUnprobed, EngineCheck::Off, exact, || panic!("not asked for")).unwrap();
+        assert_eq!(decide(wish(EngineChoice::Kvm), || Ok(())).unwrap().name, "kvm");
+        let unprobed = decide(wish(EngineChoice::KvmUnprobed), || panic!("not asked for")).unwrap();
         assert_eq!(unprobed.name, "kvm");
-        for (choice, check) in
-            [(EngineChoice::Translate, EngineCheck::Off), (EngineChoice::Auto, EngineCheck::Lockstep)]
-        {
-            assert_eq!(decide(choice, check, exact, || panic!("not asked for")).unwrap().name, "translate");
+        for wish in [
+            wish(EngineChoice::Translate),
+            EngineWish { check: EngineCheck::Lockstep, ..EngineWish::default() },
+            EngineWish { virt: Virt::Classic, ..EngineWish::default() },
+        ] {
+            assert_eq!(decide(wish, || panic!("not asked for")).unwrap().name, "translate", "{wish:?}");
         }
     }
 
     #[test]
     fn coarse_time_is_the_translators_and_nobody_else_is_run_instead() {
-        let decide = |choice| decide(choice, EngineCheck::Off, TimePolicy::Coarse(1000), || panic!("not asked for"));
+        let decide = |choice| {
+            let wish = EngineWish { choice, time: TimePolicy::Coarse(1000), ..EngineWish::default() };
+            decide(wish, || panic!("not asked for"))
+        };
         let auto = decide(EngineChoice::Auto).unwrap();
         assert_eq!(auto.name, "translate");
         assert_eq!(auto.reason, "time is to be coarse: on kvm, RDTSC cannot be made to exit");
@@ -138,7 +159,7 @@ mod tests {
 
     #[test]
     fn this_host_gets_an_engine() {
-        let selected = select_engine(EngineChoice::Auto, EngineCheck::Off, TimePolicy::Exact).unwrap();
+        let selected = select_engine(EngineWish::default()).unwrap();
         assert_eq!(selected.name == KVM, probe_kvm().verdict().is_ok(), "{selected:?}");
     }
 }

@@ -17,11 +17,13 @@ pub struct Config {
     pub translate: bool,
     /// Translated code counts the instructions it runs ([`engine::ledger::Work::NativeInstructions`]); it is slower then.
     pub count: bool,
+    /// Trap and emulate: each sensitive instruction of a kernel is an exit to the monitor, counted by its cause.
+    pub classic: bool,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { code_cache: 64 << 20, check: Check::Off, translate: true, count: false }
+        Self { code_cache: 64 << 20, check: Check::Off, translate: true, count: false, classic: false }
     }
 }
 

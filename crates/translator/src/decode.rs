@@ -13,6 +13,7 @@ use crate::block::{Block, Key, Version};
 use crate::cpu::{Cpu, Mode, size_mask};
 use crate::mmu::{Access, Rights};
 use crate::op::{AddressForm, Done, Handler, LOCK, Leave, Mem, NO_REG, Op, REP, REPNE};
+use crate::trap;
 
 /// Most instructions in a block.
 const MOST_OPS: usize = 32;
@@ -196,6 +197,11 @@ impl Cpu {
             return op;
         }
         operands(instruction, &mut op);
+        if self.shared.config.classic
+            && let Some(cause) = trap::cause(instruction)
+        {
+            op.note_cause(cause);
+        }
         match self.select(instruction, bytes, &mut op) {
             Some(handler) => op.handler = handler,
             None if crate::offered::missed(instruction, &self.features) => report_unknown(instruction),

@@ -37,6 +37,7 @@ mod random;
 mod run;
 mod shared;
 mod system;
+mod trap;
 mod vector;
 mod width;
 

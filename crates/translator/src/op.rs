@@ -14,6 +14,8 @@ pub(crate) enum Leave {
     Boundary,
     /// The instruction is not done, but made progress (REP): look at the machine, then start it again.
     Again,
+    /// Translated code is to be left before the instruction, for the loop to run it.
+    Monitor,
 }
 
 /// What a handler returns.
@@ -89,7 +91,8 @@ pub(crate) struct Op {
     pub length: u8,
     /// log2 of the operand size in bytes, for handlers that serve several.
     pub size: u8,
-    /// Prefixes and the like that handlers ask about; see the constants.
+    /// Prefixes and the like that handlers ask about; see the constants. Above them, what the instruction leaves for
+    /// (`trap.rs`).
     pub prefixes: u8,
 }
 

@@ -247,9 +247,27 @@ impl Runner {
                 Err(_) => return self.raised(),
             },
         };
-        let result = self.execute(&block, limit);
+        let classic = self.cpu.shared.config.classic;
+        let result = if classic { self.execute_trapping(&block, limit) } else { self.execute(&block, limit) };
         if keep {
             self.blocks.put(block);
+        }
+        result
+    }
+
+    /// The same up to the first sensitive instruction of a kernel; that one alone, as an exit.
+    fn execute_trapping(&mut self, block: &Block, limit: usize) -> Result<(), Exit> {
+        let cause = match self.cpu.first_trap(&block.ops) {
+            None => return self.execute(block, limit),
+            Some((0, cause)) => cause,
+            Some((before, _)) => return self.execute(block, limit.min(before)),
+        };
+        let ledger = Arc::clone(&self.cpu.config.ledger);
+        let (counted, start) = (ledger.count(cause), host::read_tsc());
+        let result = self.execute(block, 1);
+        // What reaches the machine is counted there; HLT with the sleep that follows.
+        if cause != Cause::Halt && ledger.count(cause) == counted {
+            ledger.record(cause, host::read_tsc().wrapping_sub(start));
         }
         result
     }
@@ -271,7 +289,7 @@ impl Runner {
                 match done {
                     Ok(()) if position + 1 < ops.len() => cpu.state.rip = op.next,
                     Ok(()) | Err(Leave::Boundary) => {}
-                    Err(Leave::Again) => {
+                    Err(Leave::Again | Leave::Monitor) => {
                         cpu.state.rip = op.address(cpu.code_mask());
                         cpu.flags_loaded = true; // not done: RF stays as it was
                     }

@@ -121,7 +121,7 @@ impl Drop for Masked<'_> {
         if self.before == 0 && self.processor.interrupt_waits() {
             page.write(offset_of!(VcpuPage, irq_pending), 0_u8);
             if self.processor.contract.uses(feature::INTERRUPTS) {
-                let _ = self.processor.contract.call(call::IRQ_WINDOW, [0; 4]); // given up meanwhile: delivered anyway
+                let _ = self.processor.contract.open_window(); // given up meanwhile: delivered anyway
             }
         }
     }

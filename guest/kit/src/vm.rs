@@ -168,6 +168,15 @@ impl Contract {
         let _ = self.call(number::NOP, [0; 4]); // cannot fail at privilege level 0
     }
 
+    /// Has the host look for interrupts that could not be delivered while they were masked: what the end of
+    /// [`Processor::mask`] does where one came. One exit.
+    ///
+    /// # Errors
+    /// [`Status::NotAccepted`] where the feature is not in use.
+    pub fn open_window(&self) -> Result<(), Status> {
+        self.call(number::IRQ_WINDOW, [0; 4]).map(drop)
+    }
+
     /// Gives the processor to `vcpu`, or to whoever can use it. True where it was given. One exit.
     ///
     /// # Errors

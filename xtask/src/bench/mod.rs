@@ -6,6 +6,7 @@
 //!   boot     from the monitor's start to the first process
 //!   cpu      workloads that time themselves (guest/bench)
 //!   programs real programs of Debian's, timed by the same program
+//!   contract one operation as a trap, a hypercall and through shared memory (guest/suite)
 //!   report   medians, tables, JSON
 //!   soak     the programs for hours: no measurement, but all that it takes is here      (curve: memory over time)
 //! ```
@@ -14,6 +15,7 @@
 //! same static program on the host; runs in alternation, so that a busy minute of the machine hits all alike; medians.
 
 mod boot;
+mod contract;
 mod cpu;
 mod curve;
 mod guest;
@@ -33,13 +35,14 @@ use self::guest::{Machine, Place};
 use crate::{run, workspace};
 
 const USAGE: &str = "\
-Usage: cargo xtask bench boot|cpu|programs [OPTION...]
+Usage: cargo xtask bench boot|cpu|programs|contract [OPTION...]
 
   boot      from the monitor's start to the guest's first process, and the monitor's memory
   cpu       workloads in user and kernel mode, natively, in Cordial and in QEMU
   programs  the same with programs of Debian 12 (needs mmdebstrap, once)
+  contract  one operation as a trap, as a hypercall and through shared memory, on our engine and on KVM
 
-  --rounds N        runs in each place, in alternation; default 5 (boot), 3 (cpu), 2 (programs)
+  --rounds N        runs in each place, in alternation; default 5 (boot, contract), 3 (cpu), 2 (programs)
   --only NAME,...   these workloads or programs only
   --seconds S       length of a measured round; default 0.1 (cpu), 0.5 (programs)
   --best            the best round of each place instead of the median: for a machine that has other work
@@ -123,6 +126,7 @@ pub(crate) fn run(words: &[&str]) -> Result<bool> {
         ["boot", rest @ ..] => boot::run(&Options::parse(rest)?),
         ["cpu", rest @ ..] => cpu::run(&Options::parse(rest)?),
         ["programs", rest @ ..] => programs::run(&Options::parse(rest)?),
+        ["contract", rest @ ..] => contract::run(&Options::parse(rest)?),
         _ => bail!("say what to measure\n{USAGE}"),
     }
 }

@@ -88,10 +88,24 @@ pub(super) fn figure(value: f64) -> String {
 
 /// What must be known to make sense of the figures: versions, processor, kernels, date.
 pub(super) fn surroundings(root: &Path, machine: &Machine, options: &Options) -> Value {
-    let said = |command: &mut Command| {
-        let output = command.output().ok().filter(|output| output.status.success())?;
-        Some(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
-    };
+    let mut about = host(root, options);
+    about["cordial"] = json!(said(Command::new(&machine.cordial).arg("--version")));
+    about["qemu"] = json!(qemu::version());
+    about["qemu_options"] = json!(qemu::machine_words(machine));
+    about["guest_kernel"] = json!(machine.kernel.file_name().map(|name| name.to_string_lossy()));
+    about["command_line"] = json!(machine.command_line);
+    about["memory_mib"] = json!(machine.memory);
+    about
+}
+
+/// Output of a command, where it succeeds.
+fn said(command: &mut Command) -> Option<String> {
+    let output = command.output().ok().filter(|output| output.status.success())?;
+    Some(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
+}
+
+/// What of that no guest has a part in.
+pub(super) fn host(root: &Path, options: &Options) -> Value {
     let first = |path: &str, name: &str| {
         let text = std::fs::read_to_string(path).unwrap_or_default();
         text.lines().find_map(|line| Some(line.strip_prefix(name)?.trim_start_matches([' ', '\t', ':']).to_owned()))
@@ -99,18 +113,12 @@ pub(super) fn surroundings(root: &Path, machine: &Machine, options: &Options) ->
     let git = |words: &[&str]| said(Command::new("git").arg("-C").arg(root).args(words));
     json!({
         "date": said(Command::new("date").args(["--utc", "--iso-8601=seconds"])),
-        "cordial": said(Command::new(&machine.cordial).arg("--version")),
         "revision": git(&["rev-parse", "HEAD"]),
         "changed": git(&["status", "--porcelain"]).map(|text| !text.is_empty()),
         "given_program": options.cordial,
-        "qemu": qemu::version(),
-        "qemu_options": qemu::machine_words(machine),
         "processor": first("/proc/cpuinfo", "model name"),
         "processors": std::thread::available_parallelism().map_or(0, std::num::NonZero::get),
         "host_kernel": first("/proc/version", ""),
-        "guest_kernel": machine.kernel.file_name().map(|name| name.to_string_lossy()),
-        "command_line": machine.command_line,
-        "memory_mib": machine.memory,
         "load": first("/proc/loadavg", ""),
     })
 }

@@ -223,7 +223,7 @@ pub mod waited {
 }
 
 /// Names of the counters in [`VcpuPage::exits`], in their order.
-pub const EXIT_CAUSES: [&str; 14] = [
+pub const EXIT_CAUSES: [&str; 23] = [
     "port-read",
     "port-write",
     "mmio-read",
@@ -238,6 +238,15 @@ pub const EXIT_CAUSES: [&str; 14] = [
     "pause",
     "startup",
     "shutdown",
+    "interrupt-flag",
+    "control-register",
+    "debug-register",
+    "descriptor-table",
+    "tlb",
+    "tsc",
+    "iret",
+    "swapgs",
+    "sysret",
 ];
 
 /// The counter of hypercalls in [`VcpuPage::exits`].

@@ -77,18 +77,18 @@ impl Table {
         let vcpus = self.causes.first().map_or(0, |row| row.vcpus.len());
         let columns = if (2..=8).contains(&vcpus) { vcpus } else { 0 };
         let mut text = format!(
-            "{:<12} {:>10} {:>6} {:>10} {:>6} {:>9} {:>9}",
+            "{:<16} {:>10} {:>6} {:>10} {:>6} {:>9} {:>9}",
             "EXIT", "COUNT", "%", "TIME ms", "TIME%", "P50 us", "P99 us"
         );
         (0..columns).for_each(|vcpu| text += &format!(" {:>9}", format!("vCPU {vcpu}")));
         for row in &self.causes {
             text += &format!(
-                "\n{:<12} {:>10} {:>6.1} {:>10.1} {:>6.1} {:>9.2} {:>9.2}",
+                "\n{:<16} {:>10} {:>6.1} {:>10.1} {:>6.1} {:>9.2} {:>9.2}",
                 row.cause, row.count, row.share, row.time_ms, row.time_share, row.p50_us, row.p99_us
             );
             row.vcpus.iter().take(columns).for_each(|count| text += &format!(" {count:>9}"));
         }
-        text += &format!("\n{:<12} {:>10}\n", "total", self.total);
+        text += &format!("\n{:<16} {:>10}\n", "total", self.total);
         let work: Vec<_> = self.work.iter().filter(|(_, amount)| **amount > 0).collect();
         if !work.is_empty() {
             let work: Vec<_> = work.iter().map(|(name, amount)| format!("{name} {amount}")).collect();
@@ -119,7 +119,7 @@ mod tests {
         assert!((table.causes[0].time_share - 75.0).abs() < 1e-9);
         let printed = table.print();
         assert!(printed.contains("vCPU 1"), "{printed}");
-        assert!(printed.contains("total                 7"), "{printed}");
+        assert!(printed.contains("total                     7"), "{printed}");
         assert!(printed.contains("decode 5"), "{printed}");
         assert_eq!(Table::of(&[], 0).total, 0);
     }

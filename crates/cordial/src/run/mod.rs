@@ -19,6 +19,7 @@ use crate::cli::RunArguments;
 use crate::failure::Failure;
 use crate::settings::Settings;
 use crate::terminal;
+use machine::EngineWish;
 use prepare::{Options, Prepared, prepare};
 use progress::Progress;
 use report::Document;
@@ -38,12 +39,16 @@ pub fn run(arguments: &RunArguments) -> Result<u8, Failure> {
         return Ok(0);
     }
     let options = Options::read(&settings)?;
-    let engine = machine::select_engine(options.engine, options.engine_check, options.time_policy).map_err(
-        |error| match error {
-            machine::Error::Plan(invalid) => Failure::usage(invalid.to_string()),
-            error => Failure::other(format!("{error}; `cordial doctor` shows each step")),
-        },
-    )?;
+    let wish = EngineWish {
+        choice: options.engine,
+        check: options.engine_check,
+        time: options.time_policy,
+        virt: options.virt,
+    };
+    let engine = machine::select_engine(wish).map_err(|error| match error {
+        machine::Error::Plan(invalid) => Failure::usage(invalid.to_string()),
+        error => Failure::other(format!("{error}; `cordial doctor` shows each step")),
+    })?;
     let quiet = options.quiet || arguments.json.is_some() || arguments.dry_run;
     let mut progress = Progress::new(quiet, options.events.as_deref())?;
     progress.line(&format!("engine: {} ({})", engine.name, engine.reason));

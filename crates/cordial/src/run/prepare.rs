@@ -10,7 +10,7 @@ use crate::settings::Settings;
 use crate::userland::{Busybox, PATH};
 use crate::values::{self, Console, human};
 use machine::Plan;
-use machine::plan::{CallRate, Dialects, DiskPlan, EngineCheck, EngineChoice, Payload, TimePolicy};
+use machine::plan::{CallRate, Dialects, DiskPlan, EngineCheck, EngineChoice, Payload, TimePolicy, Virt};
 use protocol::Command;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -31,6 +31,8 @@ pub struct Options {
     pub code_cache: u64,
     /// What the engine checks of itself.
     pub engine_check: EngineCheck,
+    /// What sensitive instructions of kernels are.
+    pub virt: Virt,
     /// Which dialects.
     pub dialects: Dialects,
     /// How finely the guest may measure time.
@@ -78,6 +80,7 @@ impl Options {
             engine: values::engine(settings)?,
             code_cache: values::code_cache(settings)?,
             engine_check: values::engine_check(settings)?,
+            virt: values::virt(settings)?,
             dialects: values::dialects(settings)?,
             time_policy: values::time_policy(settings)?,
             time_of_day_rate: values::time_of_day_rate(settings)?,
@@ -149,6 +152,7 @@ pub fn prepare(options: Options, arguments: &RunArguments, settings: &Settings) 
         engine: options.engine,
         code_cache: options.code_cache,
         engine_check: options.engine_check,
+        virt: options.virt,
         cpu_model: options.cpu_model.clone(),
         dialects: options.dialects,
         time_policy: options.time_policy,

@@ -79,7 +79,7 @@ pub(crate) enum After {
     Raised,
     /// An exception could not be delivered, nor those that followed.
     Shutdown,
-    /// The interpreter has to make the access of the instruction at RIP.
+    /// The interpreter has to run the instruction at RIP.
     One,
 }
 
@@ -175,6 +175,11 @@ fn ended(cpu: &mut Cpu, op: &Op, done: Result<(), Leave>) -> u64 {
         Err(Leave::Again) => {
             cpu.state.rip = op.address(cpu.code_mask());
             at_rip(cpu)
+        }
+        Err(Leave::Monitor) => {
+            cpu.state.rip = op.address(cpu.code_mask());
+            cpu.after = After::One;
+            LEAVE
         }
         Err(Leave::Raised) => {
             cpu.state.rip = op.address(cpu.code_mask());

@@ -326,6 +326,8 @@ pub(crate) struct Jit {
     emptied: u64,
     /// Blocks are run one at a time.
     lone: Option<Lone>,
+    /// Sensitive instructions of kernels leave for the monitor.
+    classic: bool,
     #[cfg(test)]
     pub wrong: bool,
 }
@@ -400,6 +402,7 @@ impl Jit {
             full: false,
             emptied: 0,
             lone,
+            classic: cpu.shared.config.classic,
             #[cfg(test)]
             wrong: false,
         };

@@ -15,6 +15,7 @@ use crate::cpu::Cpu;
 use crate::decode::CodePlace;
 use crate::mmu::{Access, Rights};
 use crate::op::Leave;
+use crate::trap;
 
 /// Most instructions in a block.
 const MOST: usize = 24;
@@ -152,7 +153,8 @@ impl Jit {
             }
             let constants = decoder.get_constant_offsets(&instruction);
             let mut template = self.templates.get(&instruction, &cpu.features);
-            if !key.allows(template.unit) || !key.may(template.kind) {
+            let traps = self.classic && !key.is_user() && trap::cause(&instruction).is_some();
+            if traps || !key.allows(template.unit) || !key.may(template.kind) {
                 template.kind = Kind::Interpret;
             }
             if template.kind == Kind::Interpret && (instruction.is_invalid() || disturbs_stack_pointer(&instruction)) {

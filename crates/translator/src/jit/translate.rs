@@ -19,6 +19,7 @@ use super::strings;
 use super::template::{Kind, Unit, disturbs_stack_pointer};
 use super::{APART, Exit, Jit, Key, NEAR};
 use crate::cpu::Cpu;
+use crate::trap;
 
 /// A translated block, not yet in the code cache.
 pub(super) struct Translation {
@@ -289,7 +290,10 @@ impl<'a> Block<'a> {
     /// The interpreter does it. True where the block ends with it.
     fn interpret(&mut self, cpu: &mut Cpu, source: &Source<'_>) -> bool {
         let instruction = &source.instruction;
-        let op = cpu.op(instruction, source.bytes, instruction.ip(), u64::MAX);
+        let mut op = cpu.op(instruction, source.bytes, instruction.ip(), u64::MAX);
+        if op.cause().is_some() && !self.key.is_user() {
+            op.handler = trap::leave;
+        }
         let op = Box::new(Interpreted::new(op, instruction, self.emit.anchor));
         let address = std::ptr::from_ref::<Interpreted>(&op).expose_provenance() as u64;
         self.ops.push(op);

@@ -10,7 +10,8 @@ use crate::config::{Check, Config};
 /// Where the program has its array, and room behind it.
 const DATA: u64 = 0x10_0000;
 
-const CONFIG: Config = Config { code_cache: 1 << 20, check: Check::Lockstep, translate: true, count: false };
+const CONFIG: Config =
+    Config { code_cache: 1 << 20, check: Check::Lockstep, translate: true, count: false, classic: false };
 
 /// Fills an array, adds it up by a function, with the stack, an access across two pages and vectors.
 const PROGRAM: [u8; 84] = [

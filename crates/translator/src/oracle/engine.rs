@@ -18,7 +18,7 @@ use crate::jit::{Jit, Ran};
 use crate::op::Leave;
 use crate::shared::Shared;
 
-const CONFIG: Config = Config { code_cache: 4 << 20, check: Check::Off, translate: true, count: false };
+const CONFIG: Config = Config { code_cache: 4 << 20, check: Check::Off, translate: true, count: false, classic: false };
 
 /// Guest-physical places: four levels of page tables, code, data.
 const TABLES: u64 = 0x1000;
@@ -173,7 +173,7 @@ fn execute(cpu: &mut Cpu) -> Result<(), ()> {
         cpu.state.rip = op.next;
         match (op.handler)(cpu, &op) {
             Ok(()) | Err(Leave::Boundary) => return Ok(()),
-            Err(Leave::Again) => cpu.state.rip = start,
+            Err(Leave::Again | Leave::Monitor) => cpu.state.rip = start,
             Err(Leave::Raised | Leave::RaisedInTask) => {
                 cpu.state.rip = start;
                 return Err(());

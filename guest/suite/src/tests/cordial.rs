@@ -22,7 +22,7 @@ tests![
 ];
 
 static MEMORY: VmMemory = VmMemory::new();
-static PAGES: [Shared<VcpuPage>; MAX_CPUS] = [const { Shared::new() }; MAX_CPUS];
+pub(super) static PAGES: [Shared<VcpuPage>; MAX_CPUS] = [const { Shared::new() }; MAX_CPUS];
 static mut CONTRACT: Option<Contract> = None;
 
 /// What the host offers a test guest to have it do: see docs/contract.md.
@@ -35,13 +35,15 @@ mod port {
 
 const VECTOR: u8 = 0x61;
 const MILLISECOND: u64 = 1_000_000;
-/// Reads of the clock: fewer where each instruction is emulated.
-const READS: u64 = if cfg!(integer_only) { 5_000 } else { 1_000_000 };
+/// Reads of the clock, and rounds through locks: fewer where each instruction is emulated.
+const READS: u64 = if cfg!(integer_only) { 2_000 } else { 1_000_000 };
+const LOCKS: u64 = if cfg!(integer_only) { 200 } else { 10_000 };
+const CONTENDED: u64 = if cfg!(integer_only) { 100 } else { 2_000 };
 /// Addresses that are no RAM: between RAM and devices, local APIC, I/O APIC, beyond all.
 const NO_RAM: [u64; 4] = [0xB000_0000, apic::BASE, 0xFEC0_0000, 1 << 45];
 
 /// The VM's contract, or a skipped test.
-fn contract(t: &mut T) -> Option<&'static Contract> {
+pub(super) fn contract(t: &mut T) -> Option<&'static Contract> {
     // SAFETY: the first processor alone changes it, and only here, before anyone else looks.
     let place = unsafe { &mut *addr_of_mut!(CONTRACT) };
     if place.is_none() {
@@ -55,7 +57,7 @@ fn contract(t: &mut T) -> Option<&'static Contract> {
 }
 
 /// The contract with `features` in use, or a skipped test where they are not offered.
-fn using(t: &mut T, features: u64) -> Option<(&'static Contract, Processor<'static>)> {
+pub(super) fn using(t: &mut T, features: u64) -> Option<(&'static Contract, Processor<'static>)> {
     let contract = contract(t)?;
     let features = features | feature::LEDGER;
     if contract.found().offered & features != features {
@@ -437,7 +439,7 @@ fn free_locks(t: &mut T) {
     let Some((contract, processor)) = using(t, feature::WAIT) else { return };
     let (mutex, spin, semaphore) = (Mutex::new(0u64), SpinLock::new(0u64), Semaphore::new(1));
     let cost = exits(contract, &processor, || {
-        for _ in 0..10_000 {
+        for _ in 0..LOCKS {
             *mutex.lock(contract) += 1;
             *spin.lock(contract) += 1;
             semaphore.acquire(contract);
@@ -445,7 +447,7 @@ fn free_locks(t: &mut T) {
         }
     });
     t.eq("exits", cost, 0);
-    t.eq("counted", *mutex.lock(contract) + *spin.lock(contract), 20_000);
+    t.eq("counted", *mutex.lock(contract) + *spin.lock(contract), 2 * LOCKS);
 }
 
 /// Several calls are one exit; a bad one among them fails alone.
@@ -686,10 +688,9 @@ fn contended_locks(t: &mut T) {
     static GUARDED: AtomicU64 = AtomicU64::new(0);
     static TURN: Mutex<u64> = Mutex::new(0);
     static MOVED: Condvar = Condvar::new();
-    const ROUNDS: u64 = 2_000;
     fn work(cpu: usize) {
         let contract = shared();
-        for _ in 0..ROUNDS {
+        for _ in 0..CONTENDED {
             *MUTEX.lock(contract) += 1;
             *SPIN.lock(contract) += 1;
             PERMITS.acquire(contract);
@@ -717,7 +718,7 @@ fn contended_locks(t: &mut T) {
     for cpu in 1..count {
         t.is("finished", finished(cpu));
     }
-    let all = ROUNDS * count as u64;
+    let all = CONTENDED * count as u64;
     let sums = [*MUTEX.lock(contract), *SPIN.lock(contract), GUARDED.load(SeqCst), *TURN.lock(contract)];
     t.same("sums", sums, [all, all, all, 50 * count as u64]);
 }

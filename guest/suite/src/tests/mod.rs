@@ -14,5 +14,5 @@ macro_rules! groups {
 
 groups![
     exceptions, debug, paging, tlb, control, segments, syscalls, apic, ioapic, integer, vector, protected, realmode,
-    smp, kvm, cordial, time,
+    smp, kvm, cost, cordial, time,
 ];
