@@ -34,12 +34,8 @@ pub(crate) struct Spoken {
 /// What cannot be honoured where the local APICs are the host kernel's: it delivers and ends interrupts whatever a byte says, runs
 /// HLT and spins without telling, comes back to us too seldom to tell what was stolen, and has no call that is sure to forget a
 /// guest's translations.
-const NOT_ON_KERNEL_APICS: u64 = feature::INTERRUPTS
-    | feature::EOI
-    | feature::RUN_STATE
-    | feature::STEAL
-    | feature::CRITICAL
-    | feature::FLUSH_TLB;
+const NOT_ON_KERNEL_APICS: u64 =
+    feature::INTERRUPTS | feature::EOI | feature::RUN_STATE | feature::STEAL | feature::CRITICAL | feature::FLUSH_TLB;
 
 /// The port that hypercalls of the native dialect go through on engines that have no instruction for them: of those that
 /// OUT names in its second byte, one that no PC has used.
