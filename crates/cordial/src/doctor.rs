@@ -88,12 +88,10 @@ fn row(probe: &'static str, outcome: Result<String, String>, says: [&'static str
 }
 
 fn engine() -> Row {
-    let outcome = machine::select_engine(EngineWish::default())
-        .map_err(|error| error.to_string())
-        .and_then(|engine| {
-            let ran = probe_guest()?;
-            Ok(format!("{} ran a guest in {ran} ms ({})", engine.name, engine.reason))
-        });
+    let outcome = machine::select_engine(EngineWish::default()).map_err(|error| error.to_string()).and_then(|engine| {
+        let ran = probe_guest()?;
+        Ok(format!("{} ran a guest in {ran} ms ({})", engine.name, engine.reason))
+    });
     let row = row("engine", outcome, ["machines run on it", "no machine can run here"]);
     Row { vital: true, fix: Some("run on an x86-64 Linux host"), ..row }
 }
