@@ -454,6 +454,10 @@ fn extended_ids(t: &mut T) {
 /// What a processor has to say.
 static SEEN: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
 
+fn seen(cpu: usize) -> &'static AtomicU64 {
+    &SEEN[cpu]
+}
+
 /// Processors, where there are several and a feature is offered; else the test is skipped.
 fn several(t: &mut T, bit: u32) -> Option<usize> {
     if !offered(t, bit) {
@@ -471,9 +475,9 @@ fn several(t: &mut T, bit: u32) -> Option<usize> {
 
 /// The APIC id of a processor.
 fn id_of(cpu: usize) -> u64 {
-    begin(cpu, |cpu| SEEN[cpu].store(apic_id(), SeqCst));
+    begin(cpu, |cpu| seen(cpu).store(apic_id(), SeqCst));
     finish(cpu);
-    SEEN[cpu].swap(0, SeqCst)
+    seen(cpu).swap(0, SeqCst)
 }
 
 /// Waits for what takes long where the host is busy with others. Says whether it came true.
@@ -504,7 +508,7 @@ fn preempted_flush(t: &mut T) {
             let after = value();
             apic::write(reg::EOI, 0);
             wrmsr(pv::STEAL_TIME, 0);
-            SEEN[cpu].store(before << 8 | after, SeqCst);
+            seen(cpu).store(before << 8 | after, SeqCst);
         });
         t.is("preempted", patiently(|| look(flag) == IS_PREEMPTED));
         *window.entry(3, 0) = physical(frame(new)) | pte::ALL;
@@ -516,7 +520,7 @@ fn preempted_flush(t: &mut T) {
         apic::write(reg::ICR_LOW, VECTOR.into());
         t.is("finished", patiently(|| finish(1)));
         let [before, after] = [frame(old)[0], frame(new)[0]].map(u64::from);
-        t.eq("before and after", SEEN[1].load(SeqCst), before << 8 | after);
+        t.eq("before and after", seen(1).load(SeqCst), before << 8 | after);
         t.eq("runs", look(flag), 0);
     }
 }
@@ -530,12 +534,12 @@ fn pv_eoi_and_others(t: &mut T) {
     let byte = &raw mut frame(0)[0];
     let mut in_memory = 0;
     t.event("enable", &write_msr(pv::EOI, physical(frame(0)) | 1), DONE);
-    SEEN[0].store(apic_id(), SeqCst);
+    seen(0).store(apic_id(), SeqCst);
     for _ in 0..20 {
         apic::send_self(VECTOR.into());
         t.same("taken", apic::take(), Some(VECTOR.into()));
         begin(1, |_| {
-            apic::write(reg::ICR_HIGH, (SEEN[0].load(SeqCst) as u32) << 24);
+            apic::write(reg::ICR_HIGH, (seen(0).load(SeqCst) as u32) << 24);
             apic::write(reg::ICR_LOW, LOWER.into());
         });
         t.is("sent", finish(1));
@@ -560,14 +564,14 @@ fn kick_others(t: &mut T) {
     for cpu in 1..count {
         let id = id_of(cpu);
         begin(cpu, |cpu| {
-            SEEN[cpu].store(1, SeqCst);
+            seen(cpu).store(1, SeqCst);
             crate::run::run_on(cpu, &code!("cli", "hlt").kernel_on(cpu));
-            SEEN[cpu].store(2, SeqCst);
+            seen(cpu).store(2, SeqCst);
         });
-        t.is("begins", patiently(|| SEEN[cpu].load(SeqCst) == 1));
+        t.is("begins", patiently(|| seen(cpu).load(SeqCst) == 1));
         t.same("kicked", hypercall(call::KICK_CPU, [0, id, 0, 0]), 0);
         t.is("finished", patiently(|| finish(cpu)));
-        t.eq("woken", SEEN[cpu].load(SeqCst), 2);
+        t.eq("woken", seen(cpu).load(SeqCst), 2);
     }
 }
 
@@ -578,10 +582,10 @@ fn ipi_to_others(t: &mut T) {
     for cpu in 1..count {
         others |= 1 << id_of(cpu);
         begin(cpu, |cpu| {
-            while SEEN[cpu].load(SeqCst) == 0 {
+            while seen(cpu).load(SeqCst) == 0 {
                 if let Some(vector) = apic::take_on(cpu) {
                     apic::write(reg::EOI, 0);
-                    SEEN[cpu].store(vector, SeqCst);
+                    seen(cpu).store(vector, SeqCst);
                 }
             }
         });
@@ -589,6 +593,6 @@ fn ipi_to_others(t: &mut T) {
     t.same("sent", hypercall(call::SEND_IPI, [others, 0, 0, VECTOR.into()]), count as i64 - 1);
     for cpu in 1..count {
         t.is("finished", patiently(|| finish(cpu)));
-        t.eq("vector", SEEN[cpu].load(SeqCst), VECTOR.into());
+        t.eq("vector", seen(cpu).load(SeqCst), VECTOR.into());
     }
 }
