@@ -312,7 +312,7 @@ impl Plan {
         self.check_time()?;
         if self.virt == Virt::Classic {
             if matches!(self.engine, EngineChoice::Kvm | EngineChoice::KvmUnprobed) {
-                return Err(Invalid::Virt("--engine kvm: there the hardware decides what leaves guest code"));
+                return Err(Invalid::CLASSIC_ON_KVM);
             }
             if self.engine_check == EngineCheck::Lockstep {
                 return Err(Invalid::Virt("--engine-check lockstep, which compares what is translated"));
@@ -424,6 +424,12 @@ pub enum Invalid {
     /// virtio-blk has 20 bytes for it.
     #[error("disk serial \"{0}\" is longer than 20 bytes: shorten it")]
     Serial(String),
+}
+
+impl Invalid {
+    /// KVM does not trap what the hardware need not.
+    pub(crate) const CLASSIC_ON_KVM: Self =
+        Self::Virt("--engine kvm: there the hardware decides what leaves guest code");
 }
 
 #[cfg(test)]

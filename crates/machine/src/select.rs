@@ -76,6 +76,7 @@ fn decide(wish: EngineWish, kvm: impl FnOnce() -> Result<(), engine::Error>) -> 
             Err(error) => selected(TRANSLATE, error.to_string()),
         },
         EngineChoice::Kvm | EngineChoice::KvmUnprobed if time != TimePolicy::Exact => Err(Invalid::TimePolicy.into()),
+        EngineChoice::Kvm | EngineChoice::KvmUnprobed if virt == Virt::Classic => Err(Invalid::CLASSIC_ON_KVM.into()),
         EngineChoice::Kvm => {
             kvm()?;
             selected(KVM, "as asked; a probe guest ran".into())
@@ -142,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn coarse_time_is_the_translators_and_nobody_else_is_run_instead() {
+    fn what_only_the_translator_can_do_is_refused_elsewhere() {
         let decide = |choice| {
             let wish = EngineWish { choice, time: TimePolicy::Coarse(1000), ..EngineWish::default() };
             decide(wish, || panic!("not asked for"))
@@ -154,6 +155,9 @@ mod tests {
         for choice in [EngineChoice::Kvm, EngineChoice::KvmUnprobed] {
             let error = decide(choice).unwrap_err().to_string();
             assert!(error.contains("a coarse time policy cannot be kept on KVM"), "{error}");
+            let classic = EngineWish { virt: Virt::Classic, ..wish(choice) };
+            let error = super::decide(classic, || panic!("not asked for")).unwrap_err().to_string();
+            assert!(error.contains("there the hardware decides"), "{error}");
         }
     }
 
