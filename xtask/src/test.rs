@@ -34,7 +34,7 @@ pub(crate) fn run(arguments: &[&str]) -> Result<bool> {
     }
     let passed = run::succeeds(tests.args(arguments))?;
     for (test, why) in skipped(&fs::read_to_string(report).unwrap_or_default()) {
-        println!("{test}: {why}");
+        eprintln!("{test}: {why}");
     }
     if !arguments.is_empty() {
         return Ok(passed);

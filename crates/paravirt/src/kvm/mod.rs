@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Deliberately absent: asynchronous page faults (MSRs 4b564d02h, 06h, 07h). All of guest RAM is there, so no page can be
-//! missing; their place is beside [`Vcpu::msr_write`] once one can be. Page encryption and migration control
+//! missing; their place is beside `Vcpu::msr_write` once one can be. Page encryption and migration control
 //! (MSR 4b564d08h, call 12) belong to encrypted guests, MMU operations (call 2) to the past.
 
 mod calls;
