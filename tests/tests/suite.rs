@@ -165,12 +165,12 @@ const ON_AN_EMULATED_KVM: &[(&str, &str, &str)] = &[
         "reserved_bits large_pages cr2_of_crossing read_modify_write implicit_supervisor \
          wrong_privilege_first cr3_bits",
     ),
-    ("tlb", "1", "stale_until_invlpg global_pages pcid invpcid"),
+    ("tlb", "1", "stale_until_invlpg global_pages"),
     (
         "control",
         "1",
         "cr0_reads_back lmsw_and_clts cr4_pae_and_la57 cr8_tpr efer_lme_under_paging msr_canonical \
-         msr_unknown sysenter_msrs star_and_fmask mtrr_encodings apic_base_msr misc_enable smsw \
+         msr_unknown sysenter_msrs star_and_fmask mtrr_encodings apic_base_msr smsw \
          cpuid_dynamic_bits cpuid_not_privileged",
     ),
     ("segments", "1", "data_loads ss_loads accessed_bit null_loads fs_gs_bases store_tables umip lgdt_lidt_canonical"),
