@@ -2,6 +2,12 @@
 //!
 //! One memory file is mapped twice: bytes are written through a mapping that cannot execute, and run through one that
 //! cannot write. The two lie at unrelated addresses.
+//!
+//! ```text
+//!   ┌─ code that runs ────> ┬─ code that rarely does ───> ┐
+//! ```
+//!
+//! What rarely runs lies apart, so that it takes no room in the processor's caches between what does.
 
 use std::ffi::c_void;
 use std::io;
@@ -11,14 +17,29 @@ use std::ptr::NonNull;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
-/// A growing piece of code of bounded size.
+/// Two growing pieces of code of bounded size.
 pub(crate) struct Arena {
     write: View,
     run: View,
     bytes: usize,
+    hot: Part,
+    cold: Part,
+}
+
+/// A part of an arena. Offsets are from the arena's start.
+struct Part {
+    start: usize,
     used: usize,
-    /// Bytes from the start that the host has been asked to keep in large pages.
+    end: usize,
+    /// Up to where the host has been asked to keep it in large pages.
     large: usize,
+}
+
+/// Where the next code will run.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Next {
+    pub hot: u64,
+    pub cold: u64,
 }
 
 /// A mapping of the whole, at a multiple of [`LARGE`].
@@ -31,10 +52,12 @@ struct View {
 // SAFETY: the mappings belong to this value alone; they may move between threads with it.
 unsafe impl Send for Arena {}
 
-/// Pieces start at multiples of this, for the instruction fetch.
+/// Pieces of code that runs start at multiples of this, for the instruction fetch.
 const ALIGN: usize = 32;
 /// The host's large pages.
 const LARGE: usize = 2 << 20;
+/// How much of an arena is for code that runs, about as much as of code is.
+const HOT: f64 = 0.6;
 
 impl View {
     fn new(file: impl AsFd, bytes: usize, protection: ProtFlags) -> io::Result<Self> {
@@ -67,27 +90,21 @@ impl Arena {
         ftruncate(&file, bytes as u64)?;
         let write = View::new(&file, bytes, ProtFlags::READ | ProtFlags::WRITE)?;
         let run = View::new(&file, bytes, ProtFlags::READ | ProtFlags::EXEC)?;
-        Ok(Self { write, run, bytes, used: 0, large: 0 })
+        let middle = (bytes as f64 * HOT) as usize;
+        let middle = middle.next_multiple_of(if bytes < 4 * LARGE { ALIGN } else { LARGE });
+        let part = |start, end| Part { start, used: start, end, large: start };
+        Ok(Self { write, run, bytes, hot: part(0, middle), cold: part(middle, bytes) })
     }
 
-    /// Makes sure that what is used, and will be next, lies in large pages: code is larger than what it was made from, and
-    /// its small pages do not all fit into the processor's TLB.
-    fn enlarge(&mut self) {
-        while self.large < self.used && self.bytes - self.large >= LARGE {
-            // SAFETY: a piece of the mapping. The advice changes the size of pages only; a host may refuse it.
-            unsafe { libc::madvise(self.write.start.as_ptr().add(self.large).cast(), LARGE, libc::MADV_COLLAPSE) };
-            self.large += LARGE;
-        }
+    /// Where the next pieces added will run.
+    pub(crate) fn next(&self) -> Next {
+        let at = |offset| self.run.start.as_ptr() as u64 + offset as u64;
+        Next { hot: at(self.hot.next()), cold: at(self.cold.used) }
     }
 
-    /// Where the next piece added will run.
-    pub(crate) fn next(&self) -> u64 {
-        self.run.start.as_ptr() as u64 + self.used.next_multiple_of(ALIGN) as u64
-    }
-
-    /// Bytes used.
+    /// Bytes used by code that runs.
     pub(crate) fn used(&self) -> usize {
-        self.used
+        self.hot.used
     }
 
     /// The addresses code runs at.
@@ -99,30 +116,56 @@ impl Arena {
     /// Replaces bytes of code that runs at `at`. Nobody may be running them.
     pub(crate) fn patch(&mut self, at: u64, bytes: &[u8]) {
         let offset = at.wrapping_sub(self.run.start.as_ptr() as u64) as usize;
-        assert!(offset < self.used && bytes.len() <= self.used - offset, "patch outside the code");
+        let inside = |part: &Part| (part.start..part.used).contains(&offset) && bytes.len() <= part.used - offset;
+        assert!(inside(&self.hot) || inside(&self.cold), "patch outside the code");
         // SAFETY: within the mapping, as just checked.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.write.start.as_ptr().add(offset), bytes.len()) };
     }
 
     /// Takes out everything but the first `keep` bytes. Nobody may run what goes.
     pub(crate) fn truncate(&mut self, keep: usize) {
-        self.used = self.used.min(keep);
+        self.hot.used = self.hot.used.min(keep);
+        self.cold.used = self.cold.start;
     }
 
     /// Adds code and returns where it runs; `None` where it does not fit any more.
     pub(crate) fn add(&mut self, code: &[u8]) -> Option<NonNull<u8>> {
-        let start = self.used.next_multiple_of(ALIGN);
-        if code.len() > self.bytes - start.min(self.bytes) {
+        self.add_parts(code, &[])
+    }
+
+    /// Adds code that runs and code that rarely does, and returns where the former runs; `None` where they do not fit any
+    /// more.
+    pub(crate) fn add_parts(&mut self, hot: &[u8], cold: &[u8]) -> Option<NonNull<u8>> {
+        let (start, apart) = (self.hot.next(), self.cold.used);
+        if hot.len() > self.hot.end.saturating_sub(start) || cold.len() > self.cold.end - apart {
             return None;
         }
-        // SAFETY: `start + code.len()` lies within the mapping, and nobody runs these bytes before they are returned.
-        unsafe {
-            std::ptr::copy_nonoverlapping(code.as_ptr(), self.write.start.as_ptr().add(start), code.len());
+        for (code, at) in [(hot, start), (cold, apart)] {
+            // SAFETY: `at + code.len()` lies within the mapping, and nobody runs these bytes before they are returned.
+            unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.write.start.as_ptr().add(at), code.len()) };
         }
-        self.used = start + code.len();
-        self.enlarge();
+        self.hot.used = start + hot.len();
+        self.cold.used = apart + cold.len();
+        self.hot.enlarge(&self.write);
+        self.cold.enlarge(&self.write);
         // SAFETY: within the mapping.
         Some(unsafe { self.run.start.add(start) })
+    }
+}
+
+impl Part {
+    fn next(&self) -> usize {
+        self.used.next_multiple_of(ALIGN)
+    }
+
+    /// Makes sure that what is used, and will be next, lies in large pages: code is larger than what it was made from, and
+    /// its small pages do not all fit into the processor's TLB.
+    fn enlarge(&mut self, view: &View) {
+        while self.large < self.used && self.end - self.large >= LARGE {
+            // SAFETY: a piece of the mapping. The advice changes the size of pages only; a host may refuse it.
+            unsafe { libc::madvise(view.start.as_ptr().add(self.large).cast(), LARGE, libc::MADV_COLLAPSE) };
+            self.large += LARGE;
+        }
     }
 }
 
@@ -132,7 +175,8 @@ mod tests {
 
     #[test]
     fn code_runs_until_the_arena_is_full() {
-        let mut arena = Arena::new(4096).unwrap();
+        let mut arena = Arena::new(8192).unwrap();
+        let room = arena.hot.end;
         let mut added = 0;
         while let Some(at) = arena.add(&[0xb8, added as u8, 0, 0, 0, 0xc3]) {
             // SAFETY: `mov eax, imm; ret`.
@@ -140,7 +184,24 @@ mod tests {
             assert_eq!(function(), added & 0xff);
             added += 1;
         }
-        assert_eq!(added, 4096 / ALIGN as u32);
-        assert!(arena.add(&[]).is_some() || arena.used == 4096);
+        assert_eq!(added as usize, room / ALIGN);
+        assert!(arena.add_parts(&[], &[0xc3]).is_some() && arena.add(&[0xc3]).is_none());
+    }
+
+    #[test]
+    fn code_that_rarely_runs_lies_apart() {
+        let mut arena = Arena::new(8192).unwrap();
+        let next = arena.next();
+        let distance = (next.cold.wrapping_sub(next.hot + 5) as u32).to_le_bytes();
+        let jump = [0xe9, distance[0], distance[1], distance[2], distance[3]];
+        let at = arena.add_parts(&jump, &[0xb8, 7, 0, 0, 0, 0xc3]).unwrap();
+        assert_eq!(at.as_ptr() as u64, next.hot);
+        // SAFETY: `jmp` to `mov eax, imm; ret`.
+        let function: extern "sysv64" fn() -> u32 = unsafe { std::mem::transmute(at) };
+        assert_eq!(function(), 7);
+        assert!(arena.add_parts(&jump, &[0; 4096]).is_none(), "no room there");
+        assert_eq!(arena.next().cold, next.cold + 6, "and nothing was added");
+        arena.truncate(0);
+        assert_eq!(arena.next().cold, next.cold);
     }
 }

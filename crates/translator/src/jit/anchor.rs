@@ -94,11 +94,18 @@ impl Jit {
 
     /// The guest instruction whose translation is at a host address.
     pub(super) fn guest_address(&self, cpu: &Cpu, host: u64) -> u64 {
-        let block = self.starts.partition_point(|(start, _)| *start <= host).saturating_sub(1);
-        let Some(&(_, block)) = self.starts.get(block) else { return 0 };
+        let apart = self.apart.partition_point(|(start, ..)| *start <= host).checked_sub(1);
+        let (block, offset) = match apart.map(|at| self.apart[at]) {
+            // As if it stood behind the block.
+            Some((start, block, length)) => (block, host - start + u64::from(length)),
+            None => {
+                let before = self.starts.partition_point(|(start, _)| *start <= host).saturating_sub(1);
+                let Some(&(start, block)) = self.starts.get(before) else { return 0 };
+                (block, host.wrapping_sub(start))
+            }
+        };
         let block = &self.blocks[block as usize];
         let marks = &self.marks[block.marks.start as usize..block.marks.end as usize];
-        let offset = host.wrapping_sub(block.start);
         let mark = marks.partition_point(|mark| u64::from(mark.host) <= offset).saturating_sub(1);
         let rip = block.key.rip.wrapping_add(marks.get(mark).map_or(0, |mark| mark.guest.into()));
         Self::linear(cpu, block.anchor, rip)

@@ -61,6 +61,8 @@ struct Fixup {
 pub(crate) struct Asm {
     bytes: Vec<u8>,
     base: u64,
+    /// How many bytes run there, and where the rest does.
+    rest: Option<(usize, u64)>,
     labels: Vec<u32>,
     fixups: Vec<Fixup>,
     /// A short jump did not reach: the code is of no use.
@@ -70,7 +72,7 @@ pub(crate) struct Asm {
 impl Asm {
     /// Code that will run at `base`.
     pub(crate) fn new(base: u64) -> Self {
-        Self { bytes: Vec::new(), base, labels: Vec::new(), fixups: Vec::new(), broken: false }
+        Self { bytes: Vec::new(), base, rest: None, labels: Vec::new(), fixups: Vec::new(), broken: false }
     }
 
     /// Begins anew, with code that will run at `base`.
@@ -78,7 +80,7 @@ impl Asm {
         self.bytes.clear();
         self.labels.clear();
         self.fixups.clear();
-        (self.base, self.broken) = (base, false);
+        (self.base, self.rest, self.broken) = (base, None, false);
     }
 
     /// Bytes so far.
@@ -88,7 +90,20 @@ impl Asm {
 
     /// Where the next byte will run.
     pub(crate) fn here(&self) -> u64 {
-        self.base + self.bytes.len() as u64
+        self.address(self.bytes.len())
+    }
+
+    /// The rest of the code will run at `base`. What was before does not run on into it.
+    pub(crate) fn go_on_at(&mut self, base: u64) {
+        self.rest = Some((self.bytes.len(), base));
+    }
+
+    /// Where what is at an offset will run.
+    fn address(&self, offset: usize) -> u64 {
+        match self.rest {
+            Some((start, base)) if offset >= start => base + (offset - start) as u64,
+            _ => self.base + offset as u64,
+        }
     }
 
     /// The finished code; `None` where a short jump did not reach.
@@ -107,9 +122,9 @@ impl Asm {
         !self.broken
     }
 
-    /// The code.
-    pub(crate) fn bytes(&self) -> &[u8] {
-        &self.bytes
+    /// The code, and what of it runs elsewhere.
+    pub(crate) fn parts(&self) -> (&[u8], &[u8]) {
+        self.bytes.split_at(self.rest.map_or(self.bytes.len(), |(start, _)| start))
     }
 
     fn resolve(&mut self, fixup: &Fixup, target: u32) {
@@ -120,7 +135,7 @@ impl Asm {
                 Err(_) => self.broken = true,
             }
         } else {
-            let distance = target.wrapping_sub(fixup.at).wrapping_sub(4);
+            let distance = self.address(target as usize).wrapping_sub(self.address(at) + 4) as u32;
             self.bytes[at..at + 4].copy_from_slice(&distance.to_le_bytes());
         }
     }

@@ -1,4 +1,4 @@
-//! Code out of the way: what is rarely gone through stands behind the block.
+//! Code out of the way: what is rarely gone through stands apart from the block.
 
 use super::asm::Label;
 use super::check::Access;
@@ -48,6 +48,7 @@ impl<'a> Emit<'a> {
     /// Ends the block: what was put off. The code before does not run on into it.
     pub(super) fn finish(mut self) -> Option<Room> {
         self.island();
+        self.asm.go_on_at(self.apart);
         for far in std::mem::take(&mut self.fars) {
             self.far(&far)?;
         }

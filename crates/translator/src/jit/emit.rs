@@ -22,6 +22,7 @@ use super::asm::{Asm, At, Label, reg};
 use super::cold::Cold;
 use super::near::Far;
 use super::thunk::Thunks;
+use crate::arena::Next;
 use crate::home::offset;
 
 /// Addend, count, scratch.
@@ -99,9 +100,9 @@ impl Default for Room {
 }
 
 impl Room {
-    /// The finished code.
-    pub(super) fn code(&self) -> &[u8] {
-        self.asm.bytes()
+    /// The finished code, and what stands apart from it.
+    pub(super) fn code(&self) -> (&[u8], &[u8]) {
+        self.asm.parts()
     }
 }
 
@@ -133,6 +134,8 @@ pub(super) struct Emit<'a> {
     pub colds: Vec<Cold>,
     pub fars: Vec<Far<'a>>,
     pub marks: Vec<Mark>,
+    /// Where code runs that is out of the way.
+    pub apart: u64,
     /// Bytes in front of the block.
     head: usize,
     /// Where it may be entered last.
@@ -156,16 +159,16 @@ pub(super) struct Emit<'a> {
 }
 
 impl<'a> Emit<'a> {
-    /// For code that is to run at `at`.
+    /// For code that is to run at `next`.
     pub(super) fn new(
-        at: u64,
+        next: Next,
         (known, anchor): (Known, u32),
         thunks: &'a Thunks,
         sites: &'a mut Vec<Site>,
         room: Room,
     ) -> Self {
         let Room { mut asm, mut colds, mut marks } = room;
-        asm.restart(at);
+        asm.restart(next.hot);
         colds.clear();
         marks.clear();
         Self {
@@ -176,6 +179,7 @@ impl<'a> Emit<'a> {
             colds,
             fars: Vec::new(),
             marks,
+            apart: next.cold,
             head: 0,
             entered: 0,
             pending: Vec::new(),

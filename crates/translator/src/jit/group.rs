@@ -10,10 +10,15 @@
 //! A block's accesses at known distances from where a register was form a group. Before the first, one check makes sure of
 //! all of them. What could fault does so in code that was translated without groups, at the instruction that it belongs to.
 //!
+//! The check takes the flags. Where they are needed, it is made earlier, before the instruction that sets them: `add rsp, 8`
+//! in front of a function's last pops, a comparison with a load between it and its branch.
+//!
 //! * Of the **stack** there is one group at a time: pushes, pops, operands at RSP, the CALL or RET at its end. All are in
 //!   one page, which may be written if any of them writes; its addend is in T3.
 //! * Of **pages in the window** there are several, at whatever sum of registers: nothing has to be kept for them. Reads are
 //!   apart from writes, and the check is that of the last byte (see [`super::near`]), so they may lie across two pages.
+
+use std::ops::Range;
 
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
@@ -70,8 +75,8 @@ impl Group {
 /// What groups mean to an instruction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Part {
-    /// A group begins here.
-    pub begins: Option<Group>,
+    /// Groups begin here.
+    pub begins: [Option<Group>; 2],
     /// The instruction's access belongs to the group that begins at that position.
     pub of: Option<usize>,
     /// T3 is the addend of the group that begins there.
@@ -99,8 +104,10 @@ struct Access {
 /// A group in the making.
 struct Open {
     sum: Sum,
+    /// Where its check is made.
+    begin: usize,
     members: Vec<usize>,
-    /// The sum, from where it was at the first access.
+    /// The sum, from where it was at the check.
     moved: i64,
     start: i64,
     end: i64,
@@ -108,9 +115,10 @@ struct Open {
 }
 
 impl Open {
-    fn new(position: usize, access: &Access) -> Self {
+    fn new((begin, moved): (usize, i64), position: usize, access: &Access) -> Self {
         let &Access { sum, at, bytes, writes } = access;
-        Self { sum, members: vec![position], moved: 0, start: at, end: at + bytes, writes }
+        let start = moved + at;
+        Self { sum, begin, members: vec![position], moved, start, end: start + bytes, writes }
     }
 
     fn add(&mut self, position: usize, access: &Access) -> bool {
@@ -125,28 +133,35 @@ impl Open {
     }
 
     fn close(self, near: bool, parts: &mut [Part]) {
-        let [first, .., last] = self.members[..] else { return };
-        if self.members.len() < FEWEST[usize::from(near)] {
+        let (begin, &[first, ..]) = (self.begin, &self.members[..]) else { return };
+        let last = self.members[self.members.len() - 1];
+        // A check that keeps the flags costs more than two that do not.
+        let fewest = if near && begin != first { 1 } else { FEWEST[usize::from(near)] };
+        let Some(free) = parts[begin].begins.iter().position(Option::is_none).filter(|_| self.members.len() >= fewest)
+        else {
             return;
-        }
+        };
         let (start, bytes) = (self.start as i32, (self.end - self.start) as i32);
-        parts[first].begins = Some(Group { sum: self.sum, start, bytes, writes: self.writes });
-        for part in &mut parts[first..=last] {
-            part.inside = (!near).then_some(first);
+        parts[begin].begins[free] = Some(Group { sum: self.sum, start, bytes, writes: self.writes });
+        for part in &mut parts[begin..=last] {
+            part.inside = (!near).then_some(begin);
         }
-        for part in &mut parts[first + 1..=last] {
+        for part in &mut parts[begin + 1..=last] {
             part.covered = true;
         }
         for member in self.members {
-            parts[member].of = Some(first);
+            parts[member].of = Some(begin);
         }
     }
 }
 
 /// Groups in the making.
-struct Plan {
+struct Plan<'a> {
+    sources: &'a [Source<'a>],
     near: bool,
     open: Vec<Open>,
+    /// The last place where a check may take the flags and holds until here.
+    calm: Option<usize>,
     parts: Vec<Part>,
     infos: InstructionInfoFactory,
 }
@@ -154,13 +169,18 @@ struct Plan {
 /// The groups of a block; `near`: of a program that has most of its pages in the window.
 pub(super) fn plan(sources: &[Source<'_>], near: bool) -> Vec<Part> {
     let parts = vec![Part::default(); sources.len()];
-    let mut plan = Plan { near, open: Vec::new(), parts, infos: InstructionInfoFactory::new() };
+    let mut plan = Plan { sources, near, open: Vec::new(), calm: None, parts, infos: InstructionInfoFactory::new() };
     for (position, source) in sources.iter().enumerate() {
-        if source.met || !goes_through(source, near) {
+        let through = goes_through(source, near);
+        if source.met || !through {
             plan.close_if(|_| true);
+            plan.calm = None;
+        }
+        if !source.live {
+            plan.calm = Some(position);
         }
         if let Some(access) = access(source, near) {
-            plan.take(position, source, &access);
+            plan.take(position, &access);
         }
         plan.follow(source);
     }
@@ -168,49 +188,60 @@ pub(super) fn plan(sources: &[Source<'_>], near: bool) -> Vec<Part> {
     plan.parts
 }
 
-impl Plan {
+impl Plan<'_> {
     /// An access joins a group, or begins one.
-    fn take(&mut self, position: usize, source: &Source<'_>, access: &Access) {
+    fn take(&mut self, position: usize, access: &Access) {
         let near = self.near;
         let same = |open: &Open| !near || open.sum == access.sum && open.writes == access.writes;
         if self.open.iter_mut().find(|open| same(open)).is_some_and(|open| open.add(position, access)) {
             return;
         }
         self.close_if(same);
-        // The check takes the flags.
-        if source.live {
+        let Some(begin) = self.calm else { return };
+        let Some(moved) = self.moved(access.sum, begin..position) else { return };
+        // T3 has room for one addend.
+        if self.parts[begin..position].iter().any(|part| part.inside.is_some()) {
             return;
         }
         if self.open.len() >= MOST_OPEN {
             let oldest = self.open.remove(0);
             oldest.close(near, &mut self.parts);
         }
-        self.open.push(Open::new(position, access));
+        self.open.push(Open::new((begin, moved), position, access));
+    }
+
+    /// How far a sum moves in a stretch of instructions. `None`: nobody knows, or what follows may be meant for some addresses
+    /// only.
+    fn moved(&mut self, sum: Sum, stretch: Range<usize>) -> Option<i64> {
+        let sources = self.sources.get(stretch)?;
+        sources.iter().try_fold(0, |moved, source| {
+            let meant = sum == Sum::STACK || source.template.kind != Kind::JumpIf;
+            let changed = self.changed(source);
+            meant.then(|| moves(source, sum, &changed)).flatten().map(|more| moved + more)
+        })
+    }
+
+    /// The registers that an instruction changes, where that may matter.
+    fn changed(&mut self, source: &Source<'_>) -> Vec<Register> {
+        let used = if self.near { self.infos.info(&source.instruction).used_registers() } else { &[] };
+        used.iter()
+            .filter(|used| !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess))
+            .map(|used| used.register().full_register())
+            .collect()
     }
 
     /// What an instruction does to the registers of the open groups.
     fn follow(&mut self, source: &Source<'_>) {
+        if source.template.kind == Kind::Call || !goes_through(source, self.near) {
+            self.calm = None;
+            return self.close_if(|_| true);
+        }
         if self.open.is_empty() {
             return;
         }
-        if source.template.kind == Kind::Call || !goes_through(source, self.near) {
-            return self.close_if(|_| true);
-        }
-        let used = if self.near { self.infos.info(&source.instruction).used_registers() } else { &[] };
-        let changed: Vec<Register> = used
-            .iter()
-            .filter(|used| !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess))
-            .map(|used| used.register().full_register())
-            .collect();
-        let moves = |open: &Open| {
-            if open.sum == Sum::STACK {
-                return moves_stack(source);
-            }
-            let stays = [open.sum.base, open.sum.index].iter().all(|part| !changed.contains(part));
-            stays.then_some(0)
-        };
+        let changed = self.changed(source);
         for open in std::mem::take(&mut self.open) {
-            match moves(&open) {
+            match moves(source, open.sum, &changed) {
                 Some(by) => self.open.push(Open { moved: open.moved + by, ..open }),
                 None => open.close(self.near, &mut self.parts),
             }
@@ -237,6 +268,15 @@ fn goes_through(source: &Source<'_>, near: bool) -> bool {
         Kind::Same | Kind::Lea => near || !source.is_crowded() && moves_stack(source).is_some(),
         _ => false,
     }
+}
+
+/// How far an instruction, which changes some registers, moves a sum. `None`: nobody knows.
+fn moves(source: &Source<'_>, sum: Sum, changed: &[Register]) -> Option<i64> {
+    if sum == Sum::STACK {
+        return moves_stack(source);
+    }
+    let stays = [sum.base, sum.index].iter().all(|part| !changed.contains(part));
+    stays.then_some(0)
 }
 
 /// How far an instruction moves RSP. `None`: nobody knows.

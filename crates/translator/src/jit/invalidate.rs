@@ -153,6 +153,7 @@ impl Jit {
         self.arena.truncate(self.floor);
         self.blocks.clear();
         self.starts.clear();
+        self.apart.clear();
         self.by_key.clear();
         self.exits.clear();
         self.sites.clear();

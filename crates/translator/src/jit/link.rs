@@ -80,12 +80,15 @@ impl Jit {
         if !bytes.are_current() {
             return Err(Ran::Look); // overwritten meanwhile: once more
         }
-        let start = self.arena.next();
+        let next = self.arena.next();
+        let start = next.hot;
         #[cfg(debug_assertions)]
-        self.verify(translation.room.code(), &[]);
-        if self.arena.add(translation.room.code()).is_none() {
+        self.verify(&translation.room, &[]);
+        let (hot, cold) = translation.room.code();
+        if self.arena.add_parts(hot, cold).is_none() {
             return Ok(None);
         }
+        let length = (hot.len() - translation.head) as u16;
         Self::count_block(cpu, &translation);
         let first = self.marks.len() as u32;
         self.marks.extend_from_slice(&translation.room.marks);
@@ -104,6 +107,7 @@ impl Jit {
             alive: true,
         });
         self.starts.push((start + translation.head as u64, block));
+        self.apart.push((next.cold, block, length));
         self.by_key.insert(key, block);
         self.page(key.gpa).blocks.push(block);
         if key.is_upper() {
@@ -165,7 +169,8 @@ impl Jit {
 
     /// Adds code to the code cache. Returns where it runs; `None`: the cache is full.
     fn keep(&mut self, room: Room) -> Option<u64> {
-        let at = self.arena.add(room.code()).map(|at| at.as_ptr() as u64);
+        let (hot, cold) = room.code();
+        let at = self.arena.add_parts(hot, cold).map(|at| at.as_ptr() as u64);
         self.room = room;
         at
     }
@@ -187,7 +192,7 @@ impl Jit {
         emit.asm.jmp_to(start);
         let room = emit.finish()?;
         #[cfg(debug_assertions)]
-        self.verify(room.code(), &[start, landing]);
+        self.verify(&room, &[start, landing]);
         self.keep(room)
     }
 
@@ -220,7 +225,7 @@ impl Jit {
         emit.asm.jmp_to(start);
         let room = emit.finish()?;
         #[cfg(debug_assertions)]
-        self.verify(room.code(), &[start]);
+        self.verify(&room, &[start]);
         let landing = self.keep(room)?;
         self.blocks[block as usize].landing = landing;
         Some(landing)
@@ -228,7 +233,7 @@ impl Jit {
 
     /// Verifies a piece of code that is about to be added; it may lead to `others`.
     #[cfg(debug_assertions)]
-    fn verify(&self, code: &[u8], others: &[u64]) {
+    fn verify(&self, room: &Room, others: &[u64]) {
         let start = self.arena.range().start;
         let bounds = super::verify::Bounds {
             known: self.known,
@@ -239,7 +244,8 @@ impl Jit {
         };
         // A cache that is emptied again and again is filled with what has been verified before, mostly.
         if self.emptied < VERIFIED_CACHES || self.blocks.len().is_multiple_of(VERIFIED_SHARE) {
-            super::verify::verify(code, self.arena.next(), &bounds);
+            let (next, (hot, cold)) = (self.arena.next(), room.code());
+            super::verify::verify(&[(hot, next.hot), (cold, next.cold)], &bounds);
         }
     }
 
@@ -270,7 +276,7 @@ impl Jit {
             at: Some(start + 1),
             instead: Some(block),
         });
-        let mut asm = Asm::new(self.arena.next());
+        let mut asm = Asm::new(self.arena.next().hot);
         asm.constant(super::emit::T1, exit);
         asm.jmp_to(self.thunks.chain);
         let code = asm.finish()?;

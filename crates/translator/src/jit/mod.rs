@@ -301,6 +301,8 @@ pub(crate) struct Jit {
     blocks: Vec<Block>,
     /// Where code of blocks begins, ascending, and the numbers of these. Blocks inside others are not among them.
     starts: Vec<(u64, u32)>,
+    /// Where code begins that stands apart from blocks, ascending, the numbers of these, and their lengths without it.
+    apart: Vec<(u64, u32, u16)>,
     by_key: Map<Key, u32>,
     exits: Vec<Exit>,
     sites: Vec<Site>,
@@ -361,7 +363,7 @@ impl Jit {
             on_last: callback::on_last as *const () as u64,
             shadows: begins,
         };
-        let (code, thunks) = thunk::build(arena.next(), &plan)?;
+        let (code, thunks) = thunk::build(arena.next().hot, &plan)?;
         arena.add(&code)?;
         for (shadow, mismatch) in shadows.iter().zip(thunks.mismatch) {
             shadow.set_bottom(mismatch);
@@ -385,6 +387,7 @@ impl Jit {
             templates: Templates::new(),
             blocks: Vec::new(),
             starts: Vec::new(),
+            apart: Vec::new(),
             by_key: Map::default(),
             exits: Vec::new(),
             sites: Vec::new(),

@@ -31,7 +31,8 @@ impl Jit {
         let ledger = &cpu.config.ledger;
         ledger.work(Work::Translate, 1);
         ledger.work(Work::TranslateInstructions, translation.instructions as u64);
-        ledger.work(Work::TranslateBytes, translation.room.code().len() as u64);
+        let (hot, cold) = translation.room.code();
+        ledger.work(Work::TranslateBytes, (hot.len() + cold.len()) as u64);
     }
 }
 

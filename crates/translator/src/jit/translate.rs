@@ -45,9 +45,9 @@ impl Jit {
     ) -> Option<Translation> {
         let mut sources = self.read(cpu, key, bytes)?;
         let next = sources.last()?.instruction.next_ip();
-        let at = self.arena.next();
+        let next_code = self.arena.next();
         let mut block = Block {
-            emit: Emit::new(at, (self.known, anchor), &self.thunks, &mut self.sites, std::mem::take(&mut self.room)),
+            emit: Emit::new(next_code, (self.known, anchor), &self.thunks, &mut self.sites, std::mem::take(&mut self.room)),
             key,
             first_exit: self.exits.len() as u32,
             exits: Vec::with_capacity(8),
@@ -129,7 +129,7 @@ impl<'a> Block<'a> {
             self.emit.rip = source.instruction.ip();
             let counted = cpu.shared.config.count && !profile::begins(sources, position);
             self.emit.mark(!source.part.covered && !counted && self.emit.is_plain());
-            if let Some(group) = source.part.begins {
+            for group in source.part.begins.into_iter().flatten() {
                 self.begin_group(group);
             }
             self.emit.count(cpu, sources, position);

@@ -31,17 +31,21 @@ pub(super) struct Bounds<'a> {
     pub others: &'a [u64],
 }
 
-/// Panics where code that is to run at `at` does what emitted code never does.
-pub(super) fn verify(code: &[u8], at: u64, bounds: &Bounds<'_>) {
-    if let Err(complaint) = check(code, at, bounds) {
-        panic!("{complaint}\n{}", text(code, at));
+/// Panics where code, by where it is to run, ascending, does what emitted code never does.
+pub(super) fn verify(code: &[(&[u8], u64)], bounds: &Bounds<'_>) {
+    if let Err(complaint) = check(code, bounds) {
+        panic!("{complaint}\n{}", text(code));
     }
 }
 
-fn text(code: &[u8], at: u64) -> String {
+fn instructions(code: &[(&[u8], u64)]) -> impl Iterator<Item = Instruction> {
+    code.iter().flat_map(|&(bytes, at)| Decoder::with_ip(64, bytes, at, DecoderOptions::NONE))
+}
+
+fn text(code: &[(&[u8], u64)]) -> String {
     let mut text = String::new();
     let mut formatter = GasFormatter::new();
-    for instruction in &mut Decoder::with_ip(64, code, at, DecoderOptions::NONE) {
+    for instruction in instructions(code) {
         text += &format!("  {:#x}  ", instruction.ip());
         formatter.format(&instruction, &mut text);
         text.push('\n');
@@ -49,8 +53,8 @@ fn text(code: &[u8], at: u64) -> String {
     text
 }
 
-fn check(code: &[u8], at: u64, bounds: &Bounds<'_>) -> Result<(), String> {
-    let instructions: Vec<Instruction> = Decoder::with_ip(64, code, at, DecoderOptions::NONE).into_iter().collect();
+fn check(code: &[(&[u8], u64)], bounds: &Bounds<'_>) -> Result<(), String> {
+    let instructions: Vec<Instruction> = instructions(code).collect();
     let mut piece = Piece { instructions, bounds, infos: InstructionInfoFactory::new() };
     let states = piece.follow()?;
     for (position, state) in states.iter().enumerate() {
@@ -85,20 +89,23 @@ impl Piece<'_> {
             *known = Some(merged);
             let instruction = self.instructions[position];
             let after = self.after(&instruction, &merged);
+            // What runs elsewhere is not what code runs on into.
+            let adjoining = self.instructions.get(position + 1).filter(|next| next.ip() == instruction.next_ip());
+            let behind = adjoining.map_or(self.instructions.len(), |_| position + 1);
             let zero = match instruction.mnemonic() {
                 Mnemonic::Jrcxz => Some(RCX),
                 Mnemonic::Je => merged.tested,
                 _ => None,
             };
             match instruction.flow_control() {
-                FlowControl::Next => open.push((position + 1, after)),
+                FlowControl::Next => open.push((behind, after)),
                 FlowControl::ConditionalBranch => {
                     let mut stays = if instruction.mnemonic() == Mnemonic::Ja { after.not_above() } else { after };
                     if instruction.mnemonic() == Mnemonic::Jne {
                         stays = State { looked_up: merged.looked_up, ..stays }.found();
                         stays.looked_up = None;
                     }
-                    open.push((position + 1, zero.map_or(stays, |slot| stays.not_zero(slot))));
+                    open.push((behind, zero.map_or(stays, |slot| stays.not_zero(slot))));
                     self.go(&instruction, after, &mut open)?;
                 }
                 FlowControl::UnconditionalBranch => self.go(&instruction, after, &mut open)?,
@@ -111,7 +118,7 @@ impl Piece<'_> {
                             known.forget(Part::Host(lost));
                         }
                     }
-                    open.push((position + 1, known));
+                    open.push((behind, known));
                     self.go(&instruction, after, &mut open)?;
                 }
                 FlowControl::Return | FlowControl::IndirectBranch => {}

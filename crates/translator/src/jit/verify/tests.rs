@@ -20,7 +20,7 @@ fn complaint(build: impl FnOnce(&mut Asm)) -> String {
     let mut asm = Asm::new(AT);
     build(&mut asm);
     asm.jmp_to(BOUNDS.thunks.start);
-    check(&asm.finish().unwrap(), AT, &BOUNDS).err().unwrap_or_default()
+    check(&[(&asm.finish().unwrap(), AT)], &BOUNDS).err().unwrap_or_default()
 }
 
 /// The check of an access at R8, with `access` after it; both go on behind it.
@@ -148,7 +148,9 @@ fn jumps_stay_inside_and_the_monitors_registers_stay() {
     assert!(complaint(|asm| asm.jmp_to(AT + 0x1000)).contains("goes to 0x70001000"));
     assert!(complaint(|asm| asm.jmp_to(AT + 1)).contains("goes to 0x70000001"));
     let unended = [0x90];
-    assert!(check(&unended, AT, &BOUNDS).is_err_and(|complaint| complaint.contains("runs over its end")));
+    assert!(check(&[(&unended, AT)], &BOUNDS).is_err_and(|complaint| complaint.contains("runs over its end")));
+    let elsewhere = [(&unended[..], AT), (&[0xe9, 0, 0, 0, 0][..], AT + 0x100)];
+    assert!(check(&elsewhere, &BOUNDS).is_err_and(|complaint| complaint.contains("runs over its end")));
     for change in [RSP, R14, R15] {
         let said = complaint(|asm| asm.mov(change, RAX));
         assert!(said.contains("changes R"), "{said}");
