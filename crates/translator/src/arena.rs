@@ -24,6 +24,8 @@ pub(crate) struct Arena {
     bytes: usize,
     hot: Part,
     cold: Part,
+    /// Bytes from the start that the host has been asked to keep in large pages.
+    large: usize,
 }
 
 /// A part of an arena. Offsets are from the arena's start.
@@ -31,8 +33,6 @@ struct Part {
     start: usize,
     used: usize,
     end: usize,
-    /// Up to where the host has been asked to keep it in large pages.
-    large: usize,
 }
 
 /// Where the next code will run.
@@ -92,8 +92,8 @@ impl Arena {
         let run = View::new(&file, bytes, ProtFlags::READ | ProtFlags::EXEC)?;
         let middle = (bytes as f64 * HOT) as usize;
         let middle = middle.next_multiple_of(if bytes < 4 * LARGE { ALIGN } else { LARGE });
-        let part = |start, end| Part { start, used: start, end, large: start };
-        Ok(Self { write, run, bytes, hot: part(0, middle), cold: part(middle, bytes) })
+        let part = |start, end| Part { start, used: start, end };
+        Ok(Self { write, run, bytes, hot: part(0, middle), cold: part(middle, bytes), large: 0 })
     }
 
     /// Where the next pieces added will run.
@@ -146,26 +146,25 @@ impl Arena {
         }
         self.hot.used = start + hot.len();
         self.cold.used = apart + cold.len();
-        self.hot.enlarge(&self.write);
-        self.cold.enlarge(&self.write);
+        self.enlarge();
         // SAFETY: within the mapping.
         Some(unsafe { self.run.start.add(start) })
+    }
+
+    /// Makes sure that code that runs, and will be added next, lies in large pages: code is larger than what it was made
+    /// from, and its small pages do not all fit into the processor's TLB.
+    fn enlarge(&mut self) {
+        while self.large < self.hot.used && self.hot.end - self.large >= LARGE {
+            // SAFETY: a piece of the mapping. The advice changes the size of pages only; a host may refuse it.
+            unsafe { libc::madvise(self.write.start.as_ptr().add(self.large).cast(), LARGE, libc::MADV_COLLAPSE) };
+            self.large += LARGE;
+        }
     }
 }
 
 impl Part {
     fn next(&self) -> usize {
         self.used.next_multiple_of(ALIGN)
-    }
-
-    /// Makes sure that what is used, and will be next, lies in large pages: code is larger than what it was made from, and
-    /// its small pages do not all fit into the processor's TLB.
-    fn enlarge(&mut self, view: &View) {
-        while self.large < self.used && self.end - self.large >= LARGE {
-            // SAFETY: a piece of the mapping. The advice changes the size of pages only; a host may refuse it.
-            unsafe { libc::madvise(view.start.as_ptr().add(self.large).cast(), LARGE, libc::MADV_COLLAPSE) };
-            self.large += LARGE;
-        }
     }
 }
 

@@ -96,6 +96,8 @@ pub(crate) struct Cpu {
     pub written: Written,
     /// Pages whose code may have been overwritten: what was translated from them is to be looked at before it runs again.
     pub stale: Vec<Gpa>,
+    /// How often this vCPU has overwritten code, each time with an entry in `stale`.
+    pub code_writes: u64,
     /// What a callback that had translated code left wants done.
     pub after: After,
     /// Exceptions of translated code are for whoever runs it, not to be delivered at once.
@@ -151,6 +153,7 @@ impl Cpu {
             window,
             written: Written::new(end),
             stale: Vec::new(),
+            code_writes: 0,
             after: After::Look,
             exceptions_held: shared.config.check == Check::Lockstep,
             seen_generation: 0,

@@ -240,6 +240,7 @@ impl Feature {
     pub const UMIP: Feature = Feature(7, 2, 2);
     pub const PKU: Feature = Feature(7, 2, 3);
     pub const RDPID: Feature = Feature(7, 2, 22);
+    pub const SERIALIZE: Feature = Feature(7, 3, 14);
     pub const SVM: Feature = Feature(0x8000_0001, 2, 2);
     pub const FFXSR: Feature = Feature(0x8000_0001, 3, 25);
     pub const PDPE1GB: Feature = Feature(0x8000_0001, 3, 26);

@@ -249,6 +249,8 @@ fn command_line(settings: &Settings, linux: bool, ours: bool, console: Console) 
     if linux {
         // A panic resets at once, which ends the run.
         words.push("panic=-1".to_owned());
+        // A tenth of a boot goes into these self-tests. Who wants them says cryptomgr.notests=0 behind this.
+        words.push("cryptomgr.notests".to_owned());
     }
     words.extend(values::text(settings, "append"));
     words.join(" ")

@@ -142,6 +142,7 @@ features! {
     }
     (0x7, 0) Edx {
         4  Fsrm        "fsrm"               Engine "Short REP MOVSB is fast too.";
+        14 Serialize   "serialize"          Engine "SERIALIZE; kernels return from an interrupt that was none without it.";
     }
     (0xd, 1) Eax {
         0  Xsaveopt    "xsaveopt"           Host   "XSAVEOPT.";

@@ -35,6 +35,7 @@ const SYSTEM: &[Feature] = {
         Rdpid,
         Erms,
         Fsrm,
+        Serialize,
         LahfLm,
         Cr8Legacy,
         Prefetchw,

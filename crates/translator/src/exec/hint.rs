@@ -50,7 +50,9 @@ pub(super) fn select(instruction: &Instruction, cpu: &Cpu) -> Option<Handler> {
         | Mnemonic::Cldemote => nop,
         Mnemonic::Clflushopt if !has(Feature::Clflushopt) => raise_ud,
         Mnemonic::Clflush | Mnemonic::Clflushopt => flush_line,
-        Mnemonic::Mfence | Mnemonic::Lfence | Mnemonic::Sfence => full_fence,
+        Mnemonic::Serialize if !has(Feature::Serialize) => raise_ud,
+        // Code that has been written to is decoded again before it runs in any case.
+        Mnemonic::Serialize | Mnemonic::Mfence | Mnemonic::Lfence | Mnemonic::Sfence => full_fence,
         Mnemonic::Rdrand if has(Feature::Rdrand) && is_x86_feature_detected!("rdrand") => {
             by_width!(operand_bytes(instruction, 0), rdrand)
         }

@@ -25,17 +25,19 @@ use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, 
 use super::asm::At;
 use super::emit::{Emit, READ, READ_BIAS, STACK, T1, T2, T3, WRITE};
 use super::near::is_locked;
+use super::read::MOST;
 use super::same::{Source, high_register, writes_stack_pointer};
 use super::template::Kind;
 
 /// Fewest accesses that are worth a group: of the stack, of pages in the window.
-const FEWEST: [usize; 2] = [3, 2];
+const FEWEST: [u32; 2] = [3, 2];
 /// Most bytes from the first to the last.
 const MOST_BYTES: i64 = 2048;
 /// Farthest from the registers: where those move on, displacements must still be what 32 bits can say.
 const FARTHEST: i64 = 1 << 20;
 /// Most groups in the window at a time.
 const MOST_OPEN: usize = 4;
+const _: () = assert!(MOST <= u32::BITS as usize, "a block's instructions have a bit each");
 
 /// What an address is made of, but for its displacement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,7 +108,10 @@ struct Open {
     sum: Sum,
     /// Where its check is made.
     begin: usize,
-    members: Vec<usize>,
+    /// The first and the last, and a bit for each.
+    first: usize,
+    last: usize,
+    members: u32,
     /// The sum, from where it was at the check.
     moved: i64,
     start: i64,
@@ -118,7 +123,8 @@ impl Open {
     fn new((begin, moved): (usize, i64), position: usize, access: &Access) -> Self {
         let &Access { sum, at, bytes, writes } = access;
         let start = moved + at;
-        Self { sum, begin, members: vec![position], moved, start, end: start + bytes, writes }
+        let members = 1 << position;
+        Self { sum, begin, first: position, last: position, members, moved, start, end: start + bytes, writes }
     }
 
     fn add(&mut self, position: usize, access: &Access) -> bool {
@@ -127,20 +133,19 @@ impl Open {
         let fits = end - start <= MOST_BYTES;
         if fits {
             (self.start, self.end, self.writes) = (start, end, self.writes || access.writes);
-            self.members.push(position);
+            (self.last, self.members) = (position, self.members | 1 << position);
         }
         fits
     }
 
-    fn close(self, near: bool, parts: &mut [Part]) {
-        let (begin, &[first, ..]) = (self.begin, &self.members[..]) else { return };
-        let last = self.members[self.members.len() - 1];
+    fn close(&self, near: bool, parts: &mut [Part]) {
+        let &Self { begin, first, last, members, .. } = self;
         // A check that keeps the flags costs more than two that do not.
         let fewest = if near && begin != first { 1 } else { FEWEST[usize::from(near)] };
-        let Some(free) = parts[begin].begins.iter().position(Option::is_none).filter(|_| self.members.len() >= fewest)
-        else {
+        if members.count_ones() < fewest {
             return;
-        };
+        }
+        let Some(free) = parts[begin].begins.iter().position(Option::is_none) else { return };
         let (start, bytes) = (self.start as i32, (self.end - self.start) as i32);
         parts[begin].begins[free] = Some(Group { sum: self.sum, start, bytes, writes: self.writes });
         for part in &mut parts[begin..=last] {
@@ -149,7 +154,7 @@ impl Open {
         for part in &mut parts[begin + 1..=last] {
             part.covered = true;
         }
-        for member in self.members {
+        for member in (first..=last).filter(|position| members & 1 << position != 0) {
             parts[member].of = Some(begin);
         }
     }
@@ -240,19 +245,23 @@ impl Plan<'_> {
             return;
         }
         let changed = self.changed(source);
-        for open in std::mem::take(&mut self.open) {
-            match moves(source, open.sum, &changed) {
-                Some(by) => self.open.push(Open { moved: open.moved + by, ..open }),
-                None => open.close(self.near, &mut self.parts),
+        let (near, parts) = (self.near, &mut self.parts);
+        self.open.retain_mut(|open| match moves(source, open.sum, &changed) {
+            Some(by) => {
+                open.moved += by;
+                true
             }
-        }
+            None => {
+                open.close(near, parts);
+                false
+            }
+        });
     }
 
     fn close_if(&mut self, wanted: impl Fn(&Open) -> bool) {
-        let (closed, open): (Vec<Open>, Vec<Open>) = std::mem::take(&mut self.open).into_iter().partition(wanted);
-        self.open = open;
-        for open in closed {
-            open.close(self.near, &mut self.parts);
+        let (near, parts) = (self.near, &mut self.parts);
+        for open in self.open.extract_if(.., |open| wanted(open)) {
+            open.close(near, parts);
         }
     }
 }

@@ -8,7 +8,9 @@
 //! That is possible where what comes before leaves nothing in temporaries that the rest relies on. Loops are found so: the
 //! code before one goes on into it, and its end leads back to its start.
 
-use super::{Block, Jit, Key};
+use memory::PAGE_SIZE;
+
+use super::{Block, Jit, Key, Piece};
 
 impl Jit {
     /// A block for `key` inside another.
@@ -17,7 +19,9 @@ impl Jit {
             return None;
         }
         let page = self.pages.get(&(key.gpa >> 12)).filter(|page| page.version.is_current())?;
-        let (around, start) = page.blocks.iter().find_map(|&around| Some((around, self.enter_at(around, key)?)))?;
+        let at = (key.gpa % PAGE_SIZE) as u16;
+        let around = page.blocks.iter().filter(|piece| (piece.first..=piece.last).contains(&at));
+        let (around, start) = around.map(|piece| piece.block).find_map(|block| Some((block, self.enter_at(block, key)?)))?;
         let Block { anchor, .. } = self.blocks[around as usize];
         let block = self.blocks.len() as u32;
         self.blocks.push(Block {
@@ -31,7 +35,7 @@ impl Jit {
             alive: true,
         });
         self.by_key.insert(key, block);
-        self.pages.get_mut(&(key.gpa >> 12))?.blocks.push(block);
+        self.pages.get_mut(&(key.gpa >> 12))?.blocks.push(Piece::closed(block));
         Some(block)
     }
 

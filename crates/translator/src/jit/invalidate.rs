@@ -3,7 +3,7 @@
 use engine::ledger::Work;
 use memory::{Gpa, Gva};
 
-use super::{Jit, Seen, units_of};
+use super::{Jit, Piece, Seen, units_of};
 use crate::cpu::Cpu;
 use crate::home::LANDING_TABLES;
 use crate::mmu::{Access, Rights};
@@ -22,7 +22,8 @@ impl Jit {
             units: units_of(cpu),
         };
         let before = std::mem::replace(&mut self.seen, now);
-        if now.code_writes != before.code_writes {
+        let own = std::mem::take(&mut cpu.code_writes);
+        if now.code_writes != before.code_writes.wrapping_add(own) {
             self.forget_stale(cpu); // a device, perhaps
         }
         if now.upper_generation != before.upper_generation {
@@ -63,8 +64,8 @@ impl Jit {
     pub(super) fn forget_page(&mut self, cpu: &Cpu, gpa: u64) {
         if let Some(page) = self.pages.remove(&(gpa >> 12)) {
             cpu.config.ledger.work(Work::SelfModified, page.blocks.len() as u64);
-            for block in page.blocks {
-                self.forget_block(block);
+            for piece in page.blocks {
+                self.forget_block(piece.block);
             }
         }
     }
@@ -100,11 +101,15 @@ impl Jit {
         let global = cpu.translate(Gva(linear), Access::Execute, Rights::System).is_ok_and(|place| place.global);
         cpu.exception = before;
         self.upper.insert(linear >> 12, (gpa >> 12, global));
+        self.local_upper += usize::from(!global);
     }
 
     /// Looks up upper pages with code again, as if the flush had been followed by a fetch from each: all of them, or those
     /// that are not global.
     fn look_up_again(&mut self, cpu: &mut Cpu, all: bool) {
+        if !all && self.local_upper == 0 {
+            return;
+        }
         let before = cpu.exception;
         let mut moved = Vec::new();
         for (&page, place) in &mut self.upper {
@@ -117,10 +122,13 @@ impl Jit {
             }
         }
         cpu.exception = before;
-        for (page, gpa) in moved {
+        for &(page, _) in &moved {
             self.upper.remove(&page);
+        }
+        self.local_upper = self.upper.values().filter(|(_, global)| !global).count();
+        for (page, gpa) in moved {
             let blocks = self.pages.get(&gpa).map(|page| page.blocks.clone()).unwrap_or_default();
-            for block in blocks {
+            for Piece { block, .. } in blocks {
                 let known = &self.blocks[block as usize];
                 if known.key.rip >> 12 == page
                     || known.second.is_some() && known.key.rip.wrapping_add(0x1000) >> 12 == page
@@ -163,6 +171,7 @@ impl Jit {
         self.anchors.clear();
         cpu.state.forget_places();
         self.upper.clear();
+        self.local_upper = 0;
         if let Some(lone) = &mut self.lone {
             lone.clear();
         }

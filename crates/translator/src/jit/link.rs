@@ -7,7 +7,7 @@ use super::anchor::FIXED;
 use super::asm::Asm;
 use super::emit::{Emit, Room, T2, T3};
 use super::read::Bytes;
-use super::{APART, Block, Jit, Key, Page, Ran, thunk};
+use super::{APART, Block, Jit, Key, Page, Piece, Ran, thunk};
 use crate::block::Version;
 use crate::cpu::Cpu;
 use crate::home::NOWHERE;
@@ -109,12 +109,17 @@ impl Jit {
         self.starts.push((start + translation.head as u64, block));
         self.apart.push((next.cold, block, length));
         self.by_key.insert(key, block);
-        self.page(key.gpa).blocks.push(block);
+        let begins = (key.gpa % PAGE_SIZE) as u16;
+        let last = self.marks[first as usize..].get(translation.instructions - 1).map_or(0, |mark| mark.guest);
+        self.page(key.gpa).blocks.push(match bytes.second {
+            None => Piece { block, first: begins, last: begins + last },
+            Some(_) => Piece::closed(block),
+        });
         if key.is_upper() {
             self.note_upper(cpu, key.rip, key.gpa);
         }
         if let Some(second) = bytes.second {
-            self.page(second.gpa.0).blocks.push(block);
+            self.page(second.gpa.0).blocks.push(Piece::closed(block));
             if key.is_upper() {
                 self.note_upper(cpu, key.rip.wrapping_add(PAGE_SIZE), second.gpa.0);
             }

@@ -232,7 +232,22 @@ struct Block {
 /// What has been translated from one page.
 struct Page {
     version: Version,
-    blocks: Vec<u32>,
+    blocks: Vec<Piece>,
+}
+
+/// A block of a page, and which of the page's bytes its instructions begin at.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    block: u32,
+    first: u16,
+    last: u16,
+}
+
+impl Piece {
+    /// One that nothing is found inside of.
+    fn closed(block: u32) -> Self {
+        Self { block, first: 1, last: 0 }
+    }
 }
 
 /// What a run of translated code came to.
@@ -277,6 +292,9 @@ impl Hasher for Mix {
     }
 }
 
+/// About what a block takes of the code cache.
+const BLOCK_BYTES: usize = 512;
+
 type Map<K, V> = HashMap<K, V, BuildHasherDefault<Mix>>;
 
 /// What was so when translated code last ran.
@@ -316,6 +334,8 @@ pub(crate) struct Jit {
     anchors: Anchors,
     /// Where upper pages with code lead, and whether in all address spaces.
     upper: Map<u64, (u64, bool)>,
+    /// How many of them lead there in some address spaces only.
+    local_upper: usize,
     _shadows: [Shadow; 2],
     active: Box<Active>,
     context: Box<Context>,
@@ -378,6 +398,8 @@ impl Jit {
         cpu.state.set_fixed_anchor(FIXED);
         let hot = cpu.state.hot_mut();
         (hot.begins, hot.pointers, hot.shadow) = (begins, begins, begins[0]);
+        // What is written about blocks does not have to move as it grows. It takes no memory before.
+        let blocks = cache / BLOCK_BYTES;
         let mut jit = Self {
             known,
             distance: cpu.window.distance(),
@@ -385,18 +407,19 @@ impl Jit {
             arena,
             thunks,
             templates: Templates::new(),
-            blocks: Vec::new(),
-            starts: Vec::new(),
-            apart: Vec::new(),
+            blocks: Vec::with_capacity(blocks),
+            starts: Vec::with_capacity(blocks),
+            apart: Vec::with_capacity(blocks),
             by_key: Map::default(),
-            exits: Vec::new(),
-            sites: Vec::new(),
-            marks: Vec::new(),
+            exits: Vec::with_capacity(4 * blocks),
+            sites: Vec::with_capacity(8 * blocks),
+            marks: Vec::with_capacity(16 * blocks),
             room: Room::default(),
             ops: Vec::new(),
             pages: Map::default(),
             anchors: Anchors::default(),
             upper: Map::default(),
+            local_upper: 0,
             _shadows: shadows,
             active,
             context: Box::new(Context { cpu: std::ptr::null_mut(), jit: std::ptr::null() }),

@@ -18,7 +18,7 @@ use crate::op::Leave;
 use crate::trap;
 
 /// Most instructions in a block.
-const MOST: usize = 24;
+pub(super) const MOST: usize = 24;
 /// Most bytes read for a block.
 const WINDOW: usize = 256;
 /// Longest instruction.

@@ -439,6 +439,7 @@ impl Cpu {
             // It may have been this very block.
             self.recheck = true;
             self.stale.push(gpa);
+            self.code_writes += 1;
             self.tell_others(gpa);
         }
     }

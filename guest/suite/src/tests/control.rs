@@ -9,7 +9,7 @@ use crate::{code, setup, tests};
 tests![
     cr0_combinations, cr0_reads_back, lmsw_and_clts, cr4_reserved, cr4_features, cr4_pae_and_la57, cr8_tpr, efer_bits,
     efer_lme_under_paging, xcr0_rules, msr_canonical, msr_unknown, sysenter_msrs, star_and_fmask, pat_encodings,
-    mtrr_encodings, apic_base_msr, tsc, tsc_adjust, tsc_aux, tsd_and_pce, misc_enable, smsw, cpuid_dynamic_bits,
+    mtrr_encodings, apic_base_msr, tsc, tsc_adjust, tsc_aux, serialize, tsd_and_pce, misc_enable, smsw, cpuid_dynamic_bits,
     cpuid_not_privileged,
 ];
 
@@ -357,6 +357,20 @@ fn tsc_adjust(t: &mut T) {
     t.is("a write of the counter moves it back", moved <= 0 && moved > -(1 << 48));
     wrmsr(msr::TSC_ADJUST, original);
     t.eq("read back", rdmsr(msr::TSC_ADJUST), original);
+}
+
+/// SERIALIZE, for everybody (SDM 2B), changes nothing that can be seen.
+fn serialize(t: &mut T) {
+    let code = code!(".byte 0x0F, 0x01, 0xE8");
+    if !Feature::SERIALIZE.present() {
+        return t.faults("serialize without the feature", code, UD);
+    }
+    for regs in [code.kernel(), code.user()] {
+        let before = regs.with(|r| r.rflags |= flag::CF | flag::ZF);
+        let exit = t.runs("serialize", &before);
+        t.eq("flags", exit.regs.rflags & (flag::CF | flag::ZF), flag::CF | flag::ZF);
+        t.eq("RAX", exit.regs.rax, before.rax);
+    }
 }
 
 /// TSC_AUX through RDTSCP and RDPID.
