@@ -100,41 +100,42 @@ impl Jit {
         let before = cpu.exception;
         let global = cpu.translate(Gva(linear), Access::Execute, Rights::System).is_ok_and(|place| place.global);
         cpu.exception = before;
-        self.upper.insert(linear >> 12, (gpa >> 12, global));
-        self.local_upper += usize::from(!global);
+        self.upper.insert(linear >> 12, gpa >> 12);
+        if !global {
+            self.local_upper.push(linear >> 12);
+        }
     }
 
     /// Looks up upper pages with code again, as if the flush had been followed by a fetch from each: all of them, or those
     /// that are not global.
     fn look_up_again(&mut self, cpu: &mut Cpu, all: bool) {
-        if !all && self.local_upper == 0 {
-            return;
-        }
+        let local = std::mem::take(&mut self.local_upper);
+        let pages = if all { self.upper.keys().copied().collect() } else { local };
         let before = cpu.exception;
-        let mut moved = Vec::new();
-        for (&page, place) in &mut self.upper {
-            if !all && place.1 {
-                continue;
-            }
+        for page in pages {
+            let Some(&gpa) = self.upper.get(&page) else { continue };
             match cpu.translate(Gva(page << 12), Access::Execute, Rights::System) {
-                Ok(translation) if translation.gpa.0 >> 12 == place.0 => place.1 = translation.global,
-                _ => moved.push((page, place.0)),
+                Ok(translation) if translation.gpa.0 >> 12 == gpa => {
+                    if !translation.global {
+                        self.local_upper.push(page);
+                    }
+                }
+                _ => self.forget_upper(page, gpa),
             }
         }
         cpu.exception = before;
-        for &(page, _) in &moved {
-            self.upper.remove(&page);
-        }
-        self.local_upper = self.upper.values().filter(|(_, global)| !global).count();
-        for (page, gpa) in moved {
-            let blocks = self.pages.get(&gpa).map(|page| page.blocks.clone()).unwrap_or_default();
-            for Piece { block, .. } in blocks {
-                let known = &self.blocks[block as usize];
-                if known.key.rip >> 12 == page
-                    || known.second.is_some() && known.key.rip.wrapping_add(0x1000) >> 12 == page
-                {
-                    self.forget_block(block);
-                }
+    }
+
+    /// Forgets the blocks of an upper page that leads elsewhere now.
+    fn forget_upper(&mut self, page: u64, gpa: u64) {
+        self.upper.remove(&page);
+        let blocks = self.pages.get(&gpa).map(|page| page.blocks.clone()).unwrap_or_default();
+        for Piece { block, .. } in blocks {
+            let known = &self.blocks[block as usize];
+            if known.key.rip >> 12 == page
+                || known.second.is_some() && known.key.rip.wrapping_add(0x1000) >> 12 == page
+            {
+                self.forget_block(block);
             }
         }
     }
@@ -171,7 +172,7 @@ impl Jit {
         self.anchors.clear();
         cpu.state.forget_places();
         self.upper.clear();
-        self.local_upper = 0;
+        self.local_upper.clear();
         if let Some(lone) = &mut self.lone {
             lone.clear();
         }

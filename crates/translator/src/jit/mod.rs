@@ -332,10 +332,10 @@ pub(crate) struct Jit {
     ops: Vec<Box<Interpreted>>,
     pages: Map<u64, Page>,
     anchors: Anchors,
-    /// Where upper pages with code lead, and whether in all address spaces.
-    upper: Map<u64, (u64, bool)>,
-    /// How many of them lead there in some address spaces only.
-    local_upper: usize,
+    /// Where upper pages with code lead.
+    upper: Map<u64, u64>,
+    /// Those of them that lead there in some address spaces only.
+    local_upper: Vec<u64>,
     _shadows: [Shadow; 2],
     active: Box<Active>,
     context: Box<Context>,
@@ -419,7 +419,7 @@ impl Jit {
             pages: Map::default(),
             anchors: Anchors::default(),
             upper: Map::default(),
-            local_upper: 0,
+            local_upper: Vec::new(),
             _shadows: shadows,
             active,
             context: Box::new(Context { cpu: std::ptr::null_mut(), jit: std::ptr::null() }),

@@ -252,6 +252,28 @@ mod tests {
     }
 
     #[test]
+    fn a_check_is_made_before_flags_are_needed() {
+        // cmp rdx, rdx; (lea rsi, [rsi]); mov rax, [rsi]; jne to the next instruction
+        let with = |between: &[u8]| {
+            let code = [&[0x48, 0x39, 0xd2], between, &[0x48, 0x8b, 0x06, 0x75, 0x00]].concat();
+            let mut program = Program::of(&code);
+            program.near = false;
+            program.run(HERE, HERE);
+            let before = program.bare.ledger.worked(Work::TranslateBytes);
+            program.near = true;
+            let (exit, state) = program.run(HERE, HERE);
+            assert_eq!((exit, state.gpr[0]), (Exit::Shutdown, ONES));
+            let bytes = program.bare.ledger.worked(Work::TranslateBytes) - before;
+            // What is not there faults where it is read, not where it is looked for.
+            let (exit, state) = program.run(HERE + 0x4000_0000, HERE);
+            assert_eq!((exit, state.rip), (Exit::Shutdown, PROGRAM + CODE + 3 + between.len() as u64));
+            bytes
+        };
+        let (early, late) = (with(&[]), with(&[0x48, 0x8d, 0x36]));
+        assert!(early + 16 < late, "{early} bytes of host code, {late} where the address comes after the flags");
+    }
+
+    #[test]
     fn a_write_that_begins_in_a_page_that_is_only_read_there_reaches_both() {
         let mut program = Program::new();
         for _ in 0..3 {
