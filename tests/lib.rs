@@ -8,10 +8,10 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
@@ -139,6 +139,13 @@ impl Cordial {
         self.0.output().expect("the program runs").into()
     }
 
+    /// Starts it, with standard input and output at hand.
+    pub fn start(mut self) -> Guest {
+        let mut program = self.0.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the program runs");
+        let (input, output) = (program.stdin.take(), program.stdout.take().expect("it was piped"));
+        Guest { program, input, output: BufReader::new(output) }
+    }
+
     /// Runs it to its end, with `input` on its standard input.
     pub fn done_with(mut self, input: &[u8]) -> Done {
         self.0.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -151,6 +158,60 @@ impl Cordial {
             });
             child.wait_with_output().expect("the program ends").into()
         })
+    }
+}
+
+/// A program that runs, its standard streams at hand.
+pub struct Guest {
+    program: Child,
+    input: Option<ChildStdin>,
+    output: BufReader<ChildStdout>,
+}
+
+impl Guest {
+    /// Reads lines of its standard output up to one that begins with `text`; returns that one.
+    ///
+    /// # Panics
+    /// Where its output ends before.
+    #[track_caller]
+    pub fn wait_for(&mut self, text: &str) -> String {
+        loop {
+            let mut line = String::new();
+            let length = self.output.read_line(&mut line).expect("its output is text");
+            assert_ne!(length, 0, "it ended before {text:?}");
+            if line.starts_with(text) {
+                return line.trim_end().to_owned();
+            }
+        }
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.program.id()
+    }
+
+    /// Sends a line to its standard input.
+    pub fn say(&mut self, line: &str) {
+        let input = self.input.as_mut().expect("its input is open");
+        writeln!(input, "{line}").and_then(|()| input.flush()).expect("it reads");
+    }
+
+    /// Ends its input and waits for it; its status.
+    pub fn end(mut self) -> i32 {
+        drop(self.input.take());
+        self.program.wait().expect("the program ends").code().unwrap_or(-1)
+    }
+
+    /// Kills it without a word.
+    pub fn kill(mut self) {
+        self.program.kill().and_then(|()| self.program.wait()).expect("it can be killed");
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.program.kill();
+        let _ = self.program.wait();
     }
 }
 

@@ -25,6 +25,15 @@ pub enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// List the machines that run.
+    Ps {
+        /// One JSON document instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// What a running machine and its guest have agreed on.
+    #[command(subcommand)]
+    Contract(ContractVerb),
     /// Kernels and other images in the cache.
     #[command(subcommand)]
     Image(ImageVerb),
@@ -75,6 +84,43 @@ pub enum ImageVerb {
         /// Download what is missing without asking.
         #[arg(long)]
         yes: bool,
+    },
+}
+
+/// What to do about a contract.
+#[derive(Debug, Subcommand)]
+pub enum ContractVerb {
+    /// Show every paravirtual feature: offered, accepted, used, what a use costs.
+    Show {
+        /// The machine.
+        vm: String,
+        /// Rates over the next so many seconds; default: since the machine started.
+        #[arg(long, value_name = "SECONDS")]
+        over: Option<u64>,
+        /// One JSON document instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say what is exposed without need. Status 6 where there is something.
+    Audit {
+        /// The machine.
+        vm: String,
+        /// One JSON document instead of text.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Take a feature of the native dialect back from the guest.
+    Revoke {
+        /// The machine.
+        vm: String,
+        /// The feature.
+        feature: String,
+        /// Wait so many seconds for the guest to give it up; status 5 where it does not.
+        #[arg(long, value_name = "SECONDS")]
+        wait: Option<u64>,
+        /// One JSON document instead of a line.
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -159,6 +205,9 @@ pub struct RunArguments {
     /// Where the guest's console is: auto, virtio, serial or none.
     #[arg(long)]
     console: Option<String>,
+    /// What other verbs call the machine; default: vm-PID.
+    #[arg(long)]
+    name: Option<String>,
     /// Stop the machine after this time (seconds; 500ms, 5m, 1h) with status 124.
     #[arg(long, value_name = "TIME")]
     timeout: Option<String>,
@@ -228,6 +277,7 @@ impl RunArguments {
             ("initrd", &self.initrd),
             ("append", &self.append),
             ("console", &self.console),
+            ("name", &self.name),
             ("timeout", &self.timeout),
             ("events", &self.events),
             ("cwd", &self.cwd),

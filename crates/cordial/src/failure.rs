@@ -14,8 +14,14 @@ pub mod status {
     pub const ERROR: u8 = 1;
     /// Other verbs: wrong usage.
     pub const USAGE: u8 = 2;
+    /// Other verbs: no machine of that name runs.
+    pub const NO_MACHINE: u8 = 3;
     /// Something outside has to be provided first: a kernel, a permission, an engine.
     pub const PRECONDITION: u8 = 4;
+    /// Other verbs: what was waited for did not come in time.
+    pub const LATE: u8 = 5;
+    /// An audit found something.
+    pub const FINDINGS: u8 = 6;
 }
 
 /// What kind of failure it is; the verb decides on the status.
@@ -25,6 +31,10 @@ pub enum Kind {
     Usage,
     /// Something is missing that the user can provide.
     Precondition,
+    /// No machine of that name runs.
+    NoMachine,
+    /// What was waited for did not come in time.
+    Late,
     /// Anything else.
     Other,
 }
@@ -49,6 +59,16 @@ impl Failure {
         Self { kind: Kind::Precondition, message: message.into() }
     }
 
+    /// No machine of that name.
+    pub fn no_machine(message: impl Into<String>) -> Self {
+        Self { kind: Kind::NoMachine, message: message.into() }
+    }
+
+    /// Too late.
+    pub fn late(message: impl Into<String>) -> Self {
+        Self { kind: Kind::Late, message: message.into() }
+    }
+
     /// Anything else.
     pub fn other(message: impl Into<String>) -> Self {
         Self { kind: Kind::Other, message: message.into() }
@@ -69,7 +89,7 @@ impl Failure {
     pub const fn run_status(&self) -> u8 {
         match self.kind {
             Kind::Precondition => status::PRECONDITION,
-            Kind::Usage | Kind::Other => status::SETUP,
+            Kind::Usage | Kind::NoMachine | Kind::Late | Kind::Other => status::SETUP,
         }
     }
 
@@ -78,6 +98,8 @@ impl Failure {
         match self.kind {
             Kind::Usage => status::USAGE,
             Kind::Precondition => status::PRECONDITION,
+            Kind::NoMachine => status::NO_MACHINE,
+            Kind::Late => status::LATE,
             Kind::Other => status::ERROR,
         }
     }

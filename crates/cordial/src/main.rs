@@ -3,7 +3,7 @@
 use clap::{CommandFactory, Parser};
 use cordial::cli::{Cli, Verb, one_line};
 use cordial::failure::{Failure, status};
-use cordial::{doctor, image, run};
+use cordial::{contract, doctor, image, ps, run};
 use std::io::{self, Write};
 use std::process::ExitCode;
 
@@ -25,7 +25,7 @@ fn main() -> ExitCode {
     log(matches!(&cli.verb, Verb::Run(arguments) if arguments.layer().contains_key("verbose")));
     let (outcome, is_run) = match &cli.verb {
         Verb::Run(arguments) => (run::run(arguments), true),
-        other => (verb(other).map(|text| write(&text)), false),
+        other => (verb(other).map(|(text, status)| write(&text).max(status)), false),
     };
     ExitCode::from(outcome.unwrap_or_else(|failure| {
         eprintln!("cordial: {failure}");
@@ -33,11 +33,16 @@ fn main() -> ExitCode {
     }))
 }
 
-/// Everything but `run`: what it prints.
-fn verb(verb: &Verb) -> Result<Vec<u8>, Failure> {
-    Ok(match verb {
+/// Everything but `run`: what it prints, and the status.
+fn verb(verb: &Verb) -> Result<(Vec<u8>, u8), Failure> {
+    let text = match verb {
         Verb::Run(_) => Vec::new(),
         Verb::Image(verb) => image::image(verb)?.into_bytes(),
+        Verb::Ps { json } => ps::ps(*json)?.into_bytes(),
+        Verb::Contract(verb) => {
+            let (text, status) = contract::contract(verb)?;
+            return Ok((text.into_bytes(), status));
+        }
         Verb::Doctor { json } => {
             let rows = doctor::probe();
             let text = if *json {
@@ -62,7 +67,8 @@ fn verb(verb: &Verb) -> Result<Vec<u8>, Failure> {
             written.map_err(|error| Failure::other(error.to_string()))?;
             page
         }
-    })
+    };
+    Ok((text, 0))
 }
 
 /// Writes to standard output; returns the status.

@@ -54,6 +54,7 @@ pub const KEYS: [Key; 27] = [
     Key { name: "disk", default: None, list: true, help: "PATH[:ro|rw], may be repeated" },
     Key { name: "copy", default: None, list: true, help: "HOST:GUEST, a file for the generated initramfs" },
     key("console", Some("auto"), "auto, virtio, serial or none"),
+    key("name", None, "what other verbs call the machine; default: vm-PID"),
     key("timeout", None, "seconds (or 500ms, 5m, 1h) after which the machine is stopped"),
     key("events", None, "file for progress and outcome, one JSON object a line"),
     key("cwd", Some("/"), "working directory of the command"),

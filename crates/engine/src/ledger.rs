@@ -187,15 +187,16 @@ impl Work {
 /// Buckets of a latency histogram: two a power of two of TSC ticks, so a quantile is within 25 % of the truth.
 const BUCKETS: usize = 128;
 
+/// How often something happened and how long it took. Written by one thread, readable by anyone at any time.
 #[derive(Debug)]
-struct Row {
+pub struct Histogram {
     count: AtomicU64,
     ticks: AtomicU64,
     longest: AtomicU64,
     buckets: [AtomicU64; BUCKETS],
 }
 
-impl Default for Row {
+impl Default for Histogram {
     fn default() -> Self {
         Self {
             count: AtomicU64::new(0),
@@ -206,21 +207,64 @@ impl Default for Row {
     }
 }
 
+impl Histogram {
+    /// Counts one that took `ticks` of the host's TSC.
+    #[inline]
+    pub fn record(&self, ticks: u64) {
+        add(&self.count, 1);
+        add(&self.ticks, ticks);
+        add(&self.buckets[bucket(ticks)], 1);
+        if ticks > self.longest.load(Ordering::Relaxed) {
+            self.longest.store(ticks, Ordering::Relaxed);
+        }
+    }
+
+    fn record_untimed(&self, count: u64) {
+        add(&self.count, count);
+        add(&self.buckets[bucket(0)], count);
+    }
+
+    /// How often it happened.
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// Several histograms as one.
+    pub fn summary<'a>(histograms: impl Iterator<Item = &'a Self> + Clone) -> Summary {
+        let sum =
+            |value: fn(&Self) -> &AtomicU64| histograms.clone().map(|one| value(one).load(Ordering::Relaxed)).sum();
+        let count = sum(|one| &one.count);
+        let longest = histograms.clone().map(|one| one.longest.load(Ordering::Relaxed)).max().unwrap_or(0);
+        let quantile = |share: f64| {
+            let wanted = (count as f64 * share).ceil() as u64;
+            let mut seen = 0;
+            for index in 0..BUCKETS {
+                seen += histograms.clone().map(|one| one.buckets[index].load(Ordering::Relaxed)).sum::<u64>();
+                if seen >= wanted && seen > 0 {
+                    return bucket_end(index).min(longest);
+                }
+            }
+            longest
+        };
+        Summary { count, ticks: sum(|one| &one.ticks), p50: quantile(0.5), p99: quantile(0.99), longest }
+    }
+}
+
 /// The counts of one vCPU. Written by the thread that runs it, readable by anyone at any time.
 #[derive(Debug, Default)]
 pub struct Ledger {
-    rows: [Row; Cause::ALL.len()],
+    rows: [Histogram; Cause::ALL.len()],
     work: [AtomicU64; Work::ALL.len()],
     /// Where the vCPU's time goes.
     pub profile: Profile,
 }
 
-/// What one row says.
+/// What a [`Histogram`] says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Summary {
-    /// Exits.
+    /// How many.
     pub count: u64,
-    /// Time in them, TSC ticks.
+    /// Time of all, TSC ticks.
     pub ticks: u64,
     /// Median, TSC ticks (upper edge of its bucket).
     pub p50: u64,
@@ -234,19 +278,12 @@ impl Ledger {
     /// Counts an exit that took `ticks` of the host's TSC.
     #[inline]
     pub fn record(&self, cause: Cause, ticks: u64) {
-        let row = &self.rows[cause as usize];
-        add(&row.count, 1);
-        add(&row.ticks, ticks);
-        add(&row.buckets[bucket(ticks)], 1);
-        if ticks > row.longest.load(Ordering::Relaxed) {
-            row.longest.store(ticks, Ordering::Relaxed);
-        }
+        self.rows[cause as usize].record(ticks);
     }
 
     /// Counts `count` exits that the host's kernel answered by itself: their time is not known, and counts as none.
     pub fn record_untimed(&self, cause: Cause, count: u64) {
-        add(&self.rows[cause as usize].count, count);
-        add(&self.rows[cause as usize].buckets[bucket(0)], count);
+        self.rows[cause as usize].record_untimed(count);
     }
 
     /// Counts `amount` of the engine's own work.
@@ -257,7 +294,7 @@ impl Ledger {
 
     /// How often `cause` happened.
     pub fn count(&self, cause: Cause) -> u64 {
-        self.rows[cause as usize].count.load(Ordering::Relaxed)
+        self.rows[cause as usize].count()
     }
 
     /// How much `work` was done.
@@ -267,22 +304,7 @@ impl Ledger {
 
     /// One row, over the vCPUs given.
     pub fn summary<'a>(ledgers: impl Iterator<Item = &'a Ledger> + Clone, cause: Cause) -> Summary {
-        let rows = ledgers.map(|ledger| &ledger.rows[cause as usize]);
-        let sum = |value: fn(&Row) -> &AtomicU64| rows.clone().map(|row| value(row).load(Ordering::Relaxed)).sum();
-        let count = sum(|row| &row.count);
-        let longest = rows.clone().map(|row| row.longest.load(Ordering::Relaxed)).max().unwrap_or(0);
-        let quantile = |share: f64| {
-            let wanted = (count as f64 * share).ceil() as u64;
-            let mut seen = 0;
-            for index in 0..BUCKETS {
-                seen += rows.clone().map(|row| row.buckets[index].load(Ordering::Relaxed)).sum::<u64>();
-                if seen >= wanted && seen > 0 {
-                    return bucket_end(index).min(longest);
-                }
-            }
-            longest
-        };
-        Summary { count, ticks: sum(|row| &row.ticks), p50: quantile(0.5), p99: quantile(0.99), longest }
+        Histogram::summary(ledgers.map(|ledger| &ledger.rows[cause as usize]))
     }
 }
 

@@ -59,6 +59,11 @@ impl GuestIo {
         self.paravirt.reset();
     }
 
+    /// What the vCPU does with the kvm dialect.
+    pub(crate) fn kvm_usage(&self) -> Arc<paravirt::KvmUsage> {
+        Arc::clone(self.paravirt.usage())
+    }
+
     /// The offset in this vCPU's xAPIC page, where `gpa` lies in it.
     fn apic_offset(&self, gpa: Gpa) -> Option<u64> {
         let offset = gpa.0.wrapping_sub(self.apic_page?.0);

@@ -27,6 +27,7 @@ mod processor;
 mod run;
 mod select;
 pub mod smbios;
+pub mod surfaces;
 mod time;
 
 pub use error::Error;

@@ -159,6 +159,11 @@ impl Without {
         Self { kvm: features, ..Self::NOTHING }
     }
 
+    /// Bits and names of the kvm dialect's features.
+    pub(crate) fn kvm_names() -> impl Iterator<Item = (u32, &'static str)> {
+        Self::OTHERS.iter().filter(|(_, other)| other.kvm != 0).map(|(name, other)| (other.kvm, *name))
+    }
+
     /// Every name that [`Without::leave_out`] knows.
     pub fn names() -> impl Iterator<Item = &'static str> {
         let built = feature::NAMES.iter().filter(|(bit, _)| paravirt::native::BUILT & bit != 0).map(|(_, name)| *name);

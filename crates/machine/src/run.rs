@@ -20,6 +20,7 @@ use crate::kernel_parts::{KernelApics, KernelDoorbells, set_virtual_wire};
 use crate::pins::Pins;
 use crate::processor::Processor;
 use crate::select::{EngineWish, select_engine};
+use crate::surfaces::{Contract, NotRevoked, Observer, Revocation};
 use crate::time::{GuestTime, TscClock};
 use crate::{Attachments, Error, Event, Layout, MemoryFigures, Plan, Report, acpi, boot, firmware, smbios};
 
@@ -94,13 +95,25 @@ impl Machine {
             spoken.place_test_ports(&board.bus, &control, &host)?;
         }
         let processors = processors(plan, &slots, &shared, &*engine, (&spoken, &*host.timers), &loaded.state)?;
+        let kvm_offered = slots.first().map_or(0, |slot| slot.cpuid.answer(contract::kvm::leaf::FEATURES, 0).eax);
+        // Where the host's kernel serves the dialect, nobody here sees it used.
+        let seen = engine.kvm_dialect().is_none();
+        let kvm_usage = processors.iter().filter(|_| seen).map(|processor| processor.io.kvm_usage()).collect();
         let handle = Handle {
             control,
             ledgers: slots.iter().map(|slot| Arc::clone(&slot.ledger)).collect(),
             devices: board.devices.clone(),
             console_size: board.console_size.clone(),
             power_button: board.power_button(),
-            contract: spoken.native,
+            observer: Observer {
+                dialects: plan.dialects,
+                kvm_offered,
+                kvm_usage,
+                native: spoken.native,
+                tsc_khz: host.clock.tsc_khz(),
+                started_ns: host.clock.monotonic_ns(),
+            },
+            engine: engine.name(),
         };
         let (engine, tsc_khz) = (engine.name(), host.clock.tsc_khz());
         Ok(Self { handle, processors, board, ram, events, engine, tsc_khz, timers: host.timers })
@@ -258,13 +271,27 @@ pub struct Handle {
     devices: Vec<virtio::Handle>,
     console_size: Option<ConsoleSize>,
     power_button: PowerButton,
-    contract: Option<Arc<paravirt::native::Vm>>,
+    observer: Observer,
+    engine: &'static str,
 }
 
 impl Handle {
-    /// The native dialect's host half, where it is spoken: what the guest has accepted, and the host's say in it.
-    pub fn contract(&self) -> Option<&Arc<paravirt::native::Vm>> {
-        self.contract.as_ref()
+    /// What the guest is offered, has accepted and uses at this moment.
+    pub fn contract(&self) -> Contract {
+        self.observer.contract()
+    }
+
+    /// Takes a feature back from the guest, or says how that stands where it was done before; and the epoch.
+    ///
+    /// # Errors
+    /// [`NotRevoked`]; nothing has changed then.
+    pub fn revoke(&self, feature: &str) -> Result<(Revocation, u64), NotRevoked> {
+        self.observer.revoke(feature)
+    }
+
+    /// The engine's name.
+    pub fn engine(&self) -> &'static str {
+        self.engine
     }
 
     /// Ends the run with [`Outcome::Stopped`](crate::Outcome::Stopped), unless it has ended otherwise.

@@ -15,6 +15,7 @@ use memory::Gpa;
 
 use super::*;
 use crate::plan::{Dialects, DiskMode, DiskPlan, Without};
+use crate::surfaces::{NotRevoked, Revocation};
 use crate::{Outcome, SerialEnds};
 
 /// One stretch of a vCPU's run.
@@ -505,7 +506,15 @@ fn a_vcpu_that_waits_for_ever_ends_with_the_machine() {
         while ledger.count(Cause::Hypercall) < 2 {
             std::thread::yield_now();
         }
-        assert_eq!(handle.contract().unwrap().terms().accepted, feature::WAIT);
+        let contract = handle.contract();
+        let waits = contract.surfaces.iter().find(|surface| surface.name == "wait").unwrap();
+        assert_eq!((waits.offered, waits.accepted, waits.used, waits.refused), (true, Some(true), Some(1), 0));
+        assert_eq!(
+            (handle.revoke("wait"), handle.revoke("timer")),
+            (Ok((Revocation::Pending, 2)), Ok((Revocation::Pending, 3)))
+        );
+        assert_eq!(handle.revoke("wait"), Ok((Revocation::Pending, 3)), "asked again, it is not revoked again");
+        assert_eq!(handle.revoke("timer"), Err(NotRevoked::NotOffered { name: "timer".into() }));
         handle.stop();
     });
     assert_eq!(bench.machine.run().unwrap().outcome, Outcome::Stopped);

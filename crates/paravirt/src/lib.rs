@@ -21,10 +21,12 @@ mod processors;
 mod seqlock;
 mod stolen;
 mod sync;
+mod usage;
 mod vcpu;
 
 pub use clock::{Clock, ClockPage, TscScale};
 pub use interrupts::Interrupts;
 pub use negotiation::{Features, Rates, hide, offer, show};
 pub use processors::Place;
+pub use usage::{KvmUsage, Used};
 pub use vcpu::Vcpu;

@@ -24,7 +24,7 @@ use memory::Gpa;
 
 use crate::kvm::Reply;
 use crate::stolen::Stolen;
-use crate::{Features, kvm, native};
+use crate::{Features, KvmUsage, kvm, native};
 
 /// What one vCPU has agreed with the host.
 pub struct Vcpu {
@@ -45,6 +45,11 @@ impl Vcpu {
         let stolen = Stolen::new(Arc::clone(&vm.host), delay);
         let kvm = kvm::Vcpu::new(Arc::clone(&vm), index);
         Self { vm, index, kvm, native, stolen, offered: None }
+    }
+
+    /// What this vCPU does with the kvm dialect.
+    pub fn usage(&self) -> &Arc<KvmUsage> {
+        self.kvm.usage()
     }
 
     /// The native dialect's side.

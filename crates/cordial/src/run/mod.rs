@@ -16,6 +16,7 @@ mod supervise;
 pub mod verdict;
 
 use crate::cli::RunArguments;
+use crate::control::Place;
 use crate::failure::Failure;
 use crate::settings::Settings;
 use crate::terminal;
@@ -61,12 +62,13 @@ pub fn run(arguments: &RunArguments) -> Result<u8, Failure> {
         return Ok(0);
     }
     progress.line(&format!("kernel: {} ({})", prepared.kernel.image.display(), prepared.kernel.reason));
+    let place = place(prepared.options.name.as_deref())?;
     let capture = arguments.json.as_deref() == Some("-");
     let connected = connect::connect(&prepared, capture)?;
     if connected.raw_from_start || prepared.command.as_ref().is_some_and(|command| command.terminal) {
         progress.line(terminal::WAY_OUT);
     }
-    let ended = supervise::supervise(&prepared, connected, &mut progress)?;
+    let ended = supervise::supervise(&prepared, connected, place, &mut progress)?;
     progress.end(&ended.verdict, engine.name);
     explain(&prepared, &ended);
     if prepared.options.exits {
@@ -88,6 +90,17 @@ pub fn run(arguments: &RunArguments) -> Result<u8, Failure> {
         }
     }
     Ok(ended.verdict.status())
+}
+
+/// Where other processes find the machine. One without a name of the user's choice runs without, where that cannot be.
+fn place(name: Option<&str>) -> Result<Option<Place>, Failure> {
+    match name {
+        Some(name) => Place::take(name).map(Some),
+        None => Ok(Place::take(&format!("vm-{}", std::process::id())).map(Some).unwrap_or_else(|error| {
+            tracing::warn!("other processes cannot reach this machine: {error}");
+            None
+        })),
+    }
 }
 
 /// Says on standard error what went wrong, if anything did.

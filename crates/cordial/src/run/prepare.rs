@@ -49,6 +49,8 @@ pub struct Options {
     pub initrd: Option<PathBuf>,
     /// As asked.
     pub console: Console,
+    /// The machine's name, where one was asked for.
+    pub name: Option<String>,
     /// When to stop.
     pub timeout: Option<Duration>,
     /// Where events are written.
@@ -89,6 +91,7 @@ impl Options {
             copies: Copy::of_settings(settings)?,
             initrd: values::file(settings, "initrd")?,
             console: values::console(settings)?,
+            name: values::text(settings, "name"),
             timeout: values::timeout(settings)?,
             events: values::text(settings, "events").map(PathBuf::from),
             test_devices: values::switch(settings, "test-devices")?,

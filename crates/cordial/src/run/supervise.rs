@@ -7,6 +7,7 @@ use super::profile::Profile;
 use super::progress::Progress;
 use super::verdict::{Evidence, Stop, Verdict};
 use crate::console::ConsoleLog;
+use crate::control::{Facts, Place, Server};
 use crate::failure::Failure;
 use crate::session::{Notice, Session};
 use crate::terminal::{self, RawMode};
@@ -53,11 +54,19 @@ impl Ended {
 }
 
 /// Assembles the machine, runs it, and sees to it that it ends.
-pub(super) fn supervise(prepared: &Prepared, connected: Connected, progress: &mut Progress) -> Result<Ended, Failure> {
+///
+/// Other processes reach it at `place`.
+pub(super) fn supervise(
+    prepared: &Prepared,
+    connected: Connected,
+    place: Option<Place>,
+    progress: &mut Progress,
+) -> Result<Ended, Failure> {
     let Connected { attachments, events, session, console, captured, escape, raw_from_start } = connected;
     let machine = Machine::assemble(&prepared.plan, attachments).map_err(|error| Failure::other(error.to_string()))?;
     let (happens, happenings) = channel();
     let handle = machine.handle();
+    let _server = place.map(|place| serve(place, prepared, &handle)).transpose()?;
     let session = session.map(|(session, notices)| {
         forward(notices, happens.clone(), Happening::Guest);
         session
@@ -93,6 +102,20 @@ pub(super) fn supervise(prepared: &Prepared, connected: Connected, progress: &mu
         None => (Verdict::of(machine::Outcome::Stopped, &evidence), None),
     };
     Ok(Ended { verdict, report, console, captured, guest_kernel })
+}
+
+/// Answers other processes about the machine.
+fn serve(place: Place, prepared: &Prepared, handle: &Handle) -> Result<Server, Failure> {
+    let facts = Facts {
+        name: place.name().to_owned(),
+        pid: std::process::id(),
+        engine: handle.engine().into(),
+        cpus: prepared.plan.cpus,
+        memory: prepared.plan.memory,
+        kernel: prepared.kernel.image.display().to_string(),
+        uptime_ms: 0,
+    };
+    Server::start(place, facts, handle.clone())
 }
 
 /// Passes one channel on into another.

@@ -20,9 +20,30 @@ pub(crate) enum Reply {
 /// logical mode, and the shorthands.
 const DESTINATION: u64 = 1 << 11 | 3 << 18;
 
+/// What a call belongs to.
+fn feature_of(number: u64) -> Option<u32> {
+    Some(match number {
+        hypercall::KICK_CPU => feature::PV_UNHALT,
+        hypercall::CLOCK_PAIRING => feature::CLOCKSOURCE2,
+        hypercall::SEND_IPI => feature::PV_SEND_IPI,
+        hypercall::SCHED_YIELD => feature::PV_SCHED_YIELD,
+        _ => return None,
+    })
+}
+
 impl Vcpu {
     /// VMCALL or VMMCALL.
     pub(crate) fn hypercall(&self, call: HypercallArgs) -> Reply {
+        let start = host::read_tsc();
+        let reply = self.answer(call);
+        if let Some(feature) = feature_of(call.number) {
+            let honoured = !matches!(reply, Reply::Value(value) if value < 0);
+            self.usage().count(feature, honoured, host::read_tsc().wrapping_sub(start));
+        }
+        reply
+    }
+
+    fn answer(&self, call: HypercallArgs) -> Reply {
         let offered = |feature| self.vm.features.has(feature);
         let [first, second, ..] = call.args;
         Reply::Value(match call.number {

@@ -9,7 +9,7 @@ use memory::Gpa;
 
 use super::Vm;
 use crate::clock::RamPage;
-use crate::{ClockPage, seqlock};
+use crate::{ClockPage, KvmUsage, seqlock};
 
 /// What one vCPU has agreed with the host: the values of its MSRs.
 pub(crate) struct Vcpu {
@@ -20,19 +20,30 @@ pub(crate) struct Vcpu {
     steal_time: u64,
     eoi: u64,
     poll_control: u64,
+    usage: Arc<KvmUsage>,
 }
 
 impl Vcpu {
     pub(crate) fn new(vm: Arc<Vm>, index: u32) -> Self {
+        Self::with_usage(vm, index, Arc::default())
+    }
+
+    fn with_usage(vm: Arc<Vm>, index: u32, usage: Arc<KvmUsage>) -> Self {
         let poll_control = msr::POLL_CONTROL_POLL;
-        Self { vm, index, system_time: 0, wall_clock: 0, steal_time: 0, eoi: 0, poll_control }
+        Self { vm, index, system_time: 0, wall_clock: 0, steal_time: 0, eoi: 0, poll_control, usage }
+    }
+
+    /// What this vCPU does with the dialect.
+    pub(crate) fn usage(&self) -> &Arc<KvmUsage> {
+        &self.usage
     }
 
     /// The vCPU was reset or got INIT.
     pub(crate) fn reset(&mut self) {
         // Taking a page away cannot fail.
         let _ = self.vm.clock.set_page(self.index, ClockPage::Kvm, None);
-        *self = Self::new(Arc::clone(&self.vm), self.index);
+        self.usage.let_go();
+        *self = Self::with_usage(Arc::clone(&self.vm), self.index, Arc::clone(&self.usage));
     }
 
     pub(crate) fn msr_read(&self, index: u32) -> Result<u64, MsrRefused> {
@@ -49,12 +60,22 @@ impl Vcpu {
 
     /// Each checks all of the value before anything changes.
     pub(crate) fn msr_write(&mut self, index: u32, value: u64) -> Result<(), MsrRefused> {
+        let feature = feature_of(index)?;
+        let start = host::read_tsc();
+        let result = self.write(index, value);
+        self.usage.count(feature, result.is_ok(), host::read_tsc().wrapping_sub(start));
+        result
+    }
+
+    fn write(&mut self, index: u32, value: u64) -> Result<(), MsrRefused> {
         self.require(index)?;
         match index {
             msr::SYSTEM_TIME | msr::SYSTEM_TIME_OLD => {
                 let page = aligned(value & !msr::SYSTEM_TIME_ENABLE)?;
                 let page = (value & msr::SYSTEM_TIME_ENABLE != 0).then_some(page);
                 self.vm.clock.set_page(self.index, ClockPage::Kvm, page).map_err(|_| MsrRefused)?;
+                self.usage.hold(feature::CLOCKSOURCE, page.is_some() && index == msr::SYSTEM_TIME_OLD);
+                self.usage.hold(feature::CLOCKSOURCE2, page.is_some() && index == msr::SYSTEM_TIME);
                 self.system_time = value;
             }
             msr::WALL_CLOCK | msr::WALL_CLOCK_OLD => {
@@ -67,12 +88,14 @@ impl Vcpu {
                 }
                 self.check(value, size_of::<StealTime>())?;
                 self.steal_time = value;
+                self.usage.hold(feature::STEAL_TIME, self.steal_time().is_some());
                 self.come_back(); // nobody else writes the flag while the vCPU runs
             }
             msr::PV_EOI => {
                 aligned(value & !msr::ENABLE)?;
                 self.check(value, 1)?;
                 self.eoi = value;
+                self.usage.hold(feature::PV_EOI, self.eoi_place().is_some());
             }
             // The monitor sleeps in HLT without polling, so the guest's wish not to be polled for is met either way.
             msr::POLL_CONTROL if value & !msr::POLL_CONTROL_POLL == 0 => self.poll_control = value,
@@ -90,15 +113,7 @@ impl Vcpu {
     }
 
     fn require(&self, index: u32) -> Result<(), MsrRefused> {
-        let needed = match index {
-            msr::SYSTEM_TIME | msr::WALL_CLOCK => feature::CLOCKSOURCE2,
-            msr::SYSTEM_TIME_OLD | msr::WALL_CLOCK_OLD => feature::CLOCKSOURCE,
-            msr::STEAL_TIME => feature::STEAL_TIME,
-            msr::PV_EOI => feature::PV_EOI,
-            msr::POLL_CONTROL => feature::POLL_CONTROL,
-            _ => return Err(MsrRefused),
-        };
-        if self.vm.features.has(needed) { Ok(()) } else { Err(MsrRefused) }
+        if self.vm.features.has(feature_of(index)?) { Ok(()) } else { Err(MsrRefused) }
     }
 
     /// Where the guest says the end of an interrupt, if anywhere.
@@ -135,6 +150,18 @@ impl Vcpu {
         let _ = self.vm.ram.write_value(Gpa(page.0 + offset_of!(StealTime, steal) as u64), &ns);
         seqlock::end(&versioned, odd);
     }
+}
+
+/// What a register belongs to.
+fn feature_of(index: u32) -> Result<u32, MsrRefused> {
+    Ok(match index {
+        msr::SYSTEM_TIME | msr::WALL_CLOCK => feature::CLOCKSOURCE2,
+        msr::SYSTEM_TIME_OLD | msr::WALL_CLOCK_OLD => feature::CLOCKSOURCE,
+        msr::STEAL_TIME => feature::STEAL_TIME,
+        msr::PV_EOI => feature::PV_EOI,
+        msr::POLL_CONTROL => feature::POLL_CONTROL,
+        _ => return Err(MsrRefused),
+    })
 }
 
 fn aligned(address: u64) -> Result<Gpa, MsrRefused> {

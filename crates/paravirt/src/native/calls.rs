@@ -23,10 +23,24 @@ type Value = Result<u64, i64>;
 impl Vcpu {
     /// VMCALL or VMMCALL.
     pub fn hypercall(&mut self, call: HypercallArgs) -> Answer {
+        let start = host::read_tsc();
+        let number = call.number.wrapping_sub(call::BASE);
+        let answer = self.answer(number, call);
+        let honoured = !matches!(answer, Answer::Now(value) if (value as i64) < 0);
+        self.count(number, honoured, start);
+        answer
+    }
+
+    /// Counts a call that began at `start`. What it sleeps does not belong to its time.
+    fn count(&self, number: u64, honoured: bool, start: u64) {
+        let ticks = host::read_tsc().wrapping_sub(start);
+        self.vm.calls[self.index as usize].count(number, honoured, ticks);
+    }
+
+    fn answer(&mut self, number: u64, call: HypercallArgs) -> Answer {
         if call.cpl != 0 {
             return Answer::Now(status::PERMISSION as u64);
         }
-        let number = call.number.wrapping_sub(call::BASE);
         if number == call::WAIT {
             return match self.require(feature::WAIT).and_then(|()| self.wait(call.args)) {
                 Ok(true) => Answer::Later,
@@ -83,10 +97,12 @@ impl Vcpu {
         for index in 0..count {
             let at = Gpa(list + index * size_of::<CallEntry>() as u64);
             let entry: CallEntry = self.vm.ram.read_value(at).map_err(|_| status::BAD_ADDRESS)?;
-            let value = match entry.number.wrapping_sub(call::BASE) {
+            let (number, start) = (entry.number.wrapping_sub(call::BASE), host::read_tsc());
+            let value = match number {
                 call::MULTICALL | call::WAIT => Err(status::BAD_ARGUMENT),
-                number => self.plain(number, entry.args),
+                _ => self.plain(number, entry.args),
             };
+            self.count(number, value.is_ok(), start);
             succeeded += u64::from(value.is_ok());
             let result = value.map_or_else(|status| status, |value| value as i64);
             let field = Gpa(at.0 + std::mem::offset_of!(CallEntry, result) as u64);

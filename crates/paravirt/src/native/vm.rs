@@ -14,7 +14,8 @@ use super::pages::{News, VmPages};
 use super::policy::{Bucket, Policy};
 use super::timers::{Alarm, Armed, TimerSet};
 use super::wait::WaitTable;
-use crate::{Clock, ClockPage, Interrupts, Place};
+use crate::usage::Calls;
+use crate::{Clock, ClockPage, Interrupts, Place, Used};
 
 /// Timers of each vCPU.
 pub(crate) const TIMERS_PER_VCPU: usize = 8;
@@ -73,6 +74,8 @@ pub struct Vm {
     pub(super) waits: WaitTable,
     pub(super) timers: TimerSet<HostAlarm>,
     pub(super) time_of_day: Mutex<Bucket>,
+    /// What each vCPU has called.
+    pub(super) calls: Vec<Calls>,
     entropy: Arc<dyn Entropy>,
     /// vCPU pages, for the clock to follow what is accepted.
     vcpu_pages: Mutex<Vec<Option<Gpa>>>,
@@ -108,6 +111,7 @@ impl Vm {
                 waits: WaitTable::new(places.len()),
                 timers: TimerSet::new(places.len() * TIMERS_PER_VCPU, alarm),
                 time_of_day: Mutex::new(Bucket::new(&policy)),
+                calls: places.iter().map(|_| Calls::default()).collect(),
                 vcpu_pages: Mutex::new(vec![None; places.len()]),
                 calling,
                 policy,
@@ -121,6 +125,11 @@ impl Vm {
                 overdue_at: AtomicU64::new(0),
             }
         })
+    }
+
+    /// What the guest has done with a feature that is used by calls; `None` for one that is used by loads.
+    pub fn used(&self, feature: u64) -> Option<Used> {
+        Calls::used(&self.calls, feature)
     }
 
     /// What holds at present.
