@@ -19,6 +19,8 @@ use std::time::Duration;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
+use serde_json::Value;
+use tempfile::TempDir;
 
 /// How long a test waits for something on a screen before it fails.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -212,6 +214,60 @@ impl Drop for Guest {
     fn drop(&mut self) {
         let _ = self.program.kill();
         let _ = self.program.wait();
+    }
+}
+
+/// A user with a runtime directory of its own, in which nobody else's machines are.
+pub struct User(TempDir);
+
+impl Default for User {
+    fn default() -> Self {
+        Self(tempfile::tempdir().expect("a temporary directory"))
+    }
+}
+
+impl User {
+    /// The runtime directory.
+    pub fn directory(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// A Linux guest whose shell reads commands from its standard input.
+    #[track_caller]
+    pub fn guest(&self, words: &[&str]) -> Guest {
+        let mut guest = Cordial::run(&[&["-q"], words].concat()).env("XDG_RUNTIME_DIR", self.directory()).start();
+        guest.say("echo ready");
+        guest.wait_for("ready");
+        guest
+    }
+
+    /// Runs another verb.
+    pub fn verb(&self, words: &[&str]) -> Done {
+        Cordial::new(words).env("XDG_RUNTIME_DIR", self.directory()).done()
+    }
+
+    /// What it prints with `--json`.
+    #[track_caller]
+    pub fn json(&self, words: &[&str]) -> Value {
+        let done = self.verb(&[words, &["--json"]].concat());
+        assert!(done.status == 0 || done.status == 6, "{}", done.stderr);
+        serde_json::from_slice(&done.stdout).expect("JSON")
+    }
+
+    /// A verb that says one line, with `wanted` in it, and ends with `status`.
+    #[track_caller]
+    pub fn refused(&self, words: &[&str], status: i32, wanted: &str) {
+        let done = self.verb(words);
+        assert_eq!((done.status, done.text().as_str()), (status, ""), "{}", done.stderr);
+        assert!(done.said().len() == 1 && done.said()[0].contains(wanted), "{wanted:?} in {}", done.stderr);
+    }
+
+    /// What `contract show` says of a feature.
+    #[track_caller]
+    pub fn surface(&self, vm: &str, name: &str) -> Value {
+        let contract = self.json(&["contract", "show", vm]);
+        let surfaces = contract["surfaces"].as_array().expect("surfaces");
+        surfaces.iter().find(|surface| surface["name"] == name).expect("a feature of this name").clone()
     }
 }
 

@@ -1,51 +1,11 @@
 //! Machines that run, seen and told from other processes.
 
 use serde_json::Value;
-use tests::{Cordial, Done, Guest};
-
-/// A user's runtime directory, and what is done in it.
-struct User(tempfile::TempDir);
-
-impl User {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    /// A Linux guest that says "ready" and lives until its standard input ends.
-    fn guest(&self, words: &[&str]) -> Guest {
-        let words = [&["-q"], words, &["--", "sh", "-c", "echo ready; cat"]].concat();
-        let mut guest = Cordial::run(&words).env("XDG_RUNTIME_DIR", self.0.path()).start();
-        guest.wait_for("ready");
-        guest
-    }
-
-    fn verb(&self, words: &[&str]) -> Done {
-        Cordial::new(words).env("XDG_RUNTIME_DIR", self.0.path()).done()
-    }
-
-    fn json(&self, words: &[&str]) -> Value {
-        let done = self.verb(&[words, &["--json"]].concat());
-        assert!(done.status == 0 || done.status == 6, "{}", done.stderr);
-        serde_json::from_slice(&done.stdout).unwrap()
-    }
-
-    #[track_caller]
-    fn refused(&self, words: &[&str], status: i32, wanted: &str) {
-        let done = self.verb(words);
-        assert_eq!((done.status, done.text().as_str()), (status, ""), "{}", done.stderr);
-        assert!(done.said().len() == 1 && done.said()[0].contains(wanted), "{wanted:?} in {}", done.stderr);
-    }
-
-    fn surface(&self, vm: &str, name: &str) -> Value {
-        let contract = self.json(&["contract", "show", vm]);
-        let surfaces = contract["surfaces"].as_array().unwrap();
-        surfaces.iter().find(|surface| surface["name"] == name).unwrap().clone()
-    }
-}
+use tests::{Cordial, User};
 
 #[test]
 fn a_machine_is_listed_while_it_runs_and_its_name_is_its_own() {
-    let user = User::new();
+    let user = User::default();
     assert_eq!(user.json(&["ps"])["machines"], Value::Array(Vec::new()));
     let guest = user.guest(&["--name", "web", "-c", "2", "-m", "256M"]);
     let machines = user.json(&["ps"])["machines"].clone();
@@ -56,19 +16,19 @@ fn a_machine_is_listed_while_it_runs_and_its_name_is_its_own() {
     );
     assert_eq!((machine["pid"].as_u64(), machines.as_array().map(Vec::len)), (Some(guest.pid().into()), Some(1)));
     assert!(user.verb(&["ps"]).text().lines().nth(1).is_some_and(|line| line.starts_with("web ")));
-    let again = Cordial::run(&["--name", "web", "--", "true"]).env("XDG_RUNTIME_DIR", user.0.path()).done();
+    let again = Cordial::run(&["--name", "web", "--", "true"]).env("XDG_RUNTIME_DIR", user.directory()).done();
     assert_eq!(again.status, 125);
     assert!(again.said().last().is_some_and(|line| line.contains("web runs already")), "{}", again.stderr);
     let other = user.guest(&[]);
     assert_eq!(user.json(&["ps"])["machines"][0]["name"], format!("vm-{}", other.pid()));
     assert_eq!((guest.end(), other.end()), (0, 0));
     assert_eq!(user.verb(&["ps"]).text().lines().count(), 1);
-    assert_eq!(user.0.path().join("cordial").read_dir().unwrap().count(), 0, "nothing is left behind");
+    assert_eq!(user.directory().join("cordial").read_dir().unwrap().count(), 0, "nothing is left behind");
 }
 
 #[test]
 fn a_killed_machine_is_no_longer_listed() {
-    let user = User::new();
+    let user = User::default();
     let guest = user.guest(&["--name", "gone"]);
     guest.kill();
     assert_eq!(user.json(&["ps"])["machines"], Value::Array(Vec::new()));
@@ -78,7 +38,7 @@ fn a_killed_machine_is_no_longer_listed() {
 
 #[test]
 fn the_contract_of_a_running_guest_is_shown_audited_and_revoked() {
-    let user = User::new();
+    let user = User::default();
     let guest = user.guest(&["--name", "vm", "--dialect", "kvm,cordial", "--pv", "-multicall"]);
     let clock = user.surface("vm", "kvm-clocksource2");
     assert_eq!((&clock["offered"], &clock["accepted"], &clock["refused"]), (&true.into(), &true.into(), &0.into()));
@@ -87,7 +47,7 @@ fn the_contract_of_a_running_guest_is_shown_audited_and_revoked() {
     assert_eq!((&wait["offered"], &wait["accepted"], &wait["used"]), (&true.into(), &false.into(), &0.into()));
     assert_eq!(user.surface("vm", "multicall")["offered"], false);
     let shown = user.verb(&["contract", "show", "vm"]);
-    assert_eq!((shown.status, shown.text().lines().count()), (0, 1 + 1 + 12 + 15), "{}", shown.text());
+    assert_eq!((shown.status, shown.text().lines().count()), (0, 1 + 1 + 12 + 15 + 1), "{}", shown.text());
 
     let audit = user.json(&["contract", "audit", "vm"]);
     let findings = audit["findings"].as_array().unwrap();
@@ -113,7 +73,7 @@ fn the_contract_of_a_running_guest_is_shown_audited_and_revoked() {
 
 #[test]
 fn an_audit_of_a_guest_that_is_offered_what_it_uses_finds_nothing() {
-    let user = User::new();
+    let user = User::default();
     let guest = user.guest(&["--name", "tight", "--pv", "-kvm-clocksource"]);
     let audit = user.verb(&["contract", "audit", "tight"]);
     assert!(audit.status == 0 && audit.text().ends_with("nothing is exposed without need\n"), "{}", audit.text());

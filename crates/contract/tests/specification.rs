@@ -3,12 +3,18 @@
 use std::mem::offset_of;
 use std::path::Path;
 
+use contract::native::device::{self, capability, page, register};
 use contract::native::{
     CallEntry, EXIT_CAUSES, SIGNATURE, VERSION, VcpuPage, VmPage, call, feature, leaf, msr, status, waited,
 };
 
 fn page() -> String {
     std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/contract.md")).unwrap()
+}
+
+/// It without line ends.
+fn page_text() -> String {
+    page().replace('\n', " ")
 }
 
 /// Rows of the `nth` table of a section, their cells without spaces and code marks around them.
@@ -83,17 +89,49 @@ fn numbers_are_those_specified() {
 }
 
 #[test]
+fn the_contract_device_is_as_specified() {
+    let hexadecimal = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap();
+    let registers: Vec<(u64, String)> =
+        table("The contract device", 1).iter().map(|row| (hexadecimal(&row[0]), row[2].clone())).collect();
+    let ours = named!(register: SIGNATURE, VERSION, USER_FEATURES, QUANTUM_NS, VCPUS, CALLS_PER_S, BURST, IGNORED, CALLS,
+        ACCEPT, REVOKE_ACK);
+    assert_eq!(registers, ours.into_iter().map(|(offset, name)| (offset as u64, name)).collect::<Vec<_>>());
+    let fields: Vec<u64> = table("The contract device", 0).iter().map(|row| hexadecimal(&row[0])).collect();
+    let regions = capability::REGIONS;
+    let ours = [capability::LENGTH, capability::SIGNATURE, capability::VERSION, regions, regions + 12, regions + 24];
+    assert_eq!(fields, ours);
+    let flowing = page_text();
+    for text in [
+        format!(
+            "Vendor {:04x}, device {:04x}, subsystem the same, class {:06x}",
+            device::VENDOR,
+            device::DEVICE,
+            device::CLASS
+        ),
+        format!("its length, {:#x}", capability::SIZE),
+        format!("BAR {}, {} bytes of 32-bit memory", register::BAR, register::SIZE),
+        format!("BAR {}, {} KiB of prefetchable", page::BAR, page::SIZE >> 10),
+        format!("at {:#x} + {} n the exit counters", page::LEDGER, page::LEDGER_STRIDE),
+    ] {
+        assert!(flowing.contains(&text), "nowhere: {text}");
+    }
+    let user =
+        feature::NAMES.iter().filter(|(bit, _)| device::USER_FEATURES & bit != 0).map(|(_, name)| format!("`{name}`"));
+    let user: Vec<String> = user.collect();
+    assert!(flowing.contains(&format!("**User space can have** {} and {}", user[..2].join(", "), user[2])));
+}
+
+#[test]
 fn leaves_and_names_are_those_specified() {
     let leaves: Vec<String> = table("Finding it", 0).iter().map(|row| row[0].clone()).collect();
     let ours: Vec<String> = (0..=leaf::LAST_OFFSET).map(|offset| format!("base + {offset}")).collect();
     assert_eq!(leaves, ours);
-    let page = page();
     let signature = String::from_utf8_lossy(&SIGNATURE).replace('\0', "\\0");
     let version = format!("version {}.{}", VERSION >> 16, VERSION & 0xffff);
     let places = format!("{:#x}, {:#x}, ... {:#x}", leaf::FIRST, leaf::FIRST + leaf::STEP, leaf::LAST);
     let bases = [format!("({:#x} on our hosts)", msr::BASE), format!("({:#x} on our hosts)", call::BASE)];
     let causes = EXIT_CAUSES.map(|cause| format!("`{cause}`")).join(", ");
-    let flowing = page.replace('\n', " ");
+    let flowing = page_text();
     for text in [&signature, &version, &places, &bases[0], &bases[1], &causes] {
         assert!(flowing.contains(text), "nowhere: {text}");
     }

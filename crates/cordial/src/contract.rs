@@ -152,6 +152,7 @@ fn findings(contract: &Contract) -> Vec<Finding> {
         let unused = match (surface.accepted, surface.used) {
             (Some(false), _) => Some("offered, but not accepted"),
             (Some(true), Some(0)) => Some("accepted, but not used"),
+            (None, Some(0)) => Some("offered, but not used"),
             _ => None,
         };
         if let Some(unused) = unused.filter(|_| surface.offered && surface.exposure > Exposure::None) {
@@ -277,6 +278,7 @@ mod tests {
         assert_eq!(kinds(Surface { used: Some(0), ..base() }, false), ["unused"]);
         assert_eq!(kinds(Surface { used: None, ..base() }, false), <[&str; 0]>::default());
         assert_eq!(kinds(Surface { accepted: None, used: None, ..base() }, false), <[&str; 0]>::default());
+        assert_eq!(kinds(Surface { accepted: None, used: Some(0), ..base() }, false), ["unused"]);
         let harmless = Surface { accepted: Some(false), ..surface("x", Exposure::None) };
         assert_eq!(kinds(harmless, false), <[&str; 0]>::default());
         assert_eq!(kinds(Surface { accepted: Some(false), offered: false, ..base() }, false), <[&str; 0]>::default());

@@ -5,7 +5,7 @@ use crate::cli::ImageVerb;
 use crate::copies::Copy;
 use crate::failure::Failure;
 use crate::kernel::{self, Search};
-use crate::run::prepare::generated;
+use crate::run::prepare::{Needs, generated};
 use crate::values::human;
 use serde_json::json;
 
@@ -33,7 +33,7 @@ pub fn image(verb: &ImageVerb) -> Result<String, Failure> {
             let asked = kernel.clone().map(|kernel| (kernel, "command line".to_owned()));
             let kernel = Search { asked, modules: None, cache: &cache, yes: *yes }.find()?;
             let copies = Copy::parse_all(copy, "command line")?;
-            let bytes = generated(&kernel, &cache, !no_disks, &copies)?;
+            let bytes = generated(&kernel, &cache, Needs { disks: !no_disks, guest_tool: false }, &copies)?;
             std::fs::write(output, bytes)
                 .map_err(|error| Failure::io(format!("write {}", output.display()), &error))?;
             Ok(format!("{}\n", kernel.image.display()))

@@ -3,6 +3,7 @@
 //! ```text
 //!   /init                    guest/init, static
 //!   /bin/busybox, links      a userland
+//!   /bin/cordial-guest       guest/user, static: for machines with a contract device
 //!   /lib/cordial/*.ko        modules, listed in order in /etc/cordial/modules
 //!   --copy                   files of the host's
 //!   /etc, /dev/console       what programs and the kernel expect
@@ -22,6 +23,9 @@ use std::path::Path;
 
 /// The guest's first process, as `build.rs` made it.
 pub const INIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/init"));
+
+/// The guest's tool for the contract device.
+const GUEST_TOOL: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cordial-guest"));
 
 const DIRECTORIES: [(&str, u32); 14] = [
     ("bin", 0o755),
@@ -47,6 +51,11 @@ const FILES: [(&str, &str); 5] = [
     ("etc/profile", "export PS1='\\u@\\h:\\w\\$ '\n"),
     ("etc/os-release", "NAME=Cordial\nID=cordial\nPRETTY_NAME=\"Cordial guest\"\n"),
 ];
+
+/// The guest's tool for the contract device, as a file.
+pub fn guest_tool() -> Contents {
+    Contents { name: "bin/cordial-guest".into(), mode: 0o755, bytes: GUEST_TOOL.to_vec() }
+}
 
 /// Whether our own first process depends on what lies at this path (without its leading slash).
 pub fn owns(name: &str) -> bool {

@@ -31,7 +31,7 @@ const fn key(name: &'static str, default: Option<&'static str>, help: &'static s
 }
 
 /// Everything that can be set, in the order `--print-config` shows it.
-pub const KEYS: [Key; 27] = [
+pub const KEYS: [Key; 28] = [
     key("cpus", None, "virtual CPUs; default: the host's, at most 2"),
     key("mem", Some("1G"), "memory; K, M, G or T; a plain number is MiB"),
     key("engine", Some("auto"), "auto, translate, kvm or kvm-unprobed"),

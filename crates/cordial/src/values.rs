@@ -384,7 +384,7 @@ mod tests {
         let both = dialects(&settings("dialect", "cordial,kvm")).unwrap();
         assert_eq!(both, Dialects { kvm: true, cordial: true, without: Without::NOTHING });
         let without = dialects(&settings("pv", "-wait,-hypervisor-bit")).unwrap().without;
-        assert_eq!(without, Without { cordial: 1 << 11, kvm: 0, hypervisor_bit: true });
+        assert_eq!(without, Without { cordial: 1 << 11, kvm: 0, hypervisor_bit: true, ..Without::NOTHING });
         let wrong = message(dialects(&settings("pv", "wait")).unwrap_err());
         assert!(wrong.ends_with("features are offered unless they are taken away: write -wait"), "{wrong}");
         let wrong = message(dialects(&settings("pv", "-timr")).unwrap_err());

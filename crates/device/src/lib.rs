@@ -9,6 +9,7 @@
 //! Lock order: a device's own lock, then the interrupt chips', never the reverse.
 
 pub mod bus;
+pub mod contract;
 pub mod emulated;
 pub mod interrupt;
 mod log_limit;

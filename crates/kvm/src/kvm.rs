@@ -9,10 +9,11 @@ use engine::{CpuidTable, Doorbells, Engine, Error, HostCpu, LocalApics, Vcpu, Vc
 use kvm_bindings::{
     KVM_API_VERSION, KVM_CAP_BINARY_STATS_FD, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_HYPERV_ENFORCE_CPUID,
     KVM_CAP_IOEVENTFD_ANY_LENGTH, KVM_CAP_SET_GUEST_DEBUG2, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_TSC_DEADLINE_TIMER,
-    KVM_CAP_X86_USER_SPACE_MSR, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MSR_EXIT_REASON_FILTER,
-    KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
+    KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap,
+    kvm_userspace_memory_region,
 };
-use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
+use kvm_ioctls::{Cap, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 use memory::GuestRam;
 
 use crate::doorbell::KernelDoorbells;
@@ -119,6 +120,7 @@ impl Kvm {
         vm.fd.set_identity_map_address(IDENTITY_MAP).map_err(|e| refused("an identity map", e))?;
         vm.fd.set_tss_address(TASK_STATE).map_err(|e| refused("a task state segment", e))?;
         vm.place_memory(false)?;
+        vm.place_read_only()?;
         vm.enable(KVM_CAP_SPLIT_IRQCHIP, IO_APIC_PINS as u64).map_err(|e| refused("a split interrupt chip", e))?;
         vm.keep_msrs()?;
         let vm = Arc::new(vm);
@@ -143,6 +145,26 @@ impl Vm {
             };
             // SAFETY: the host addresses are one mapping, which lives as long as `self.ram`, which lives as long as the VM.
             unsafe { self.fd.set_user_memory_region(slot) }.map_err(|e| refused("a slot for guest memory", e))?;
+        }
+        Ok(())
+    }
+
+    /// Has the kernel show what guests can only read; their stores leave as those to a device do. Without the kernel's help
+    /// loads leave as well.
+    fn place_read_only(&self) -> Result<(), Error> {
+        let Some(pages) = self.ram.read_only().filter(|_| self.fd.check_extension(Cap::ReadonlyMem)) else {
+            return Ok(());
+        };
+        for (slot, region) in (self.ram.regions().len()..).zip(pages.regions()) {
+            let slot = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: KVM_MEM_READONLY,
+                guest_phys_addr: region.start.0,
+                memory_size: region.bytes,
+                userspace_addr: region.host_base().as_ptr() as u64,
+            };
+            // SAFETY: as in `place_memory`; the pages live as long as the RAM they are beside.
+            unsafe { self.fd.set_user_memory_region(slot) }.map_err(|e| refused("a slot for read-only memory", e))?;
         }
         Ok(())
     }

@@ -57,6 +57,7 @@ pub(crate) struct Board {
     pub(crate) interrupt_routes: Vec<Route>,
     power_management: Arc<Mutex<PowerManagement>>,
     serial: SerialPort,
+    pci: PciBus,
 }
 
 impl Board {
@@ -85,7 +86,13 @@ impl Board {
         functions.add("entropy", Box::new(EntropyDevice::new(Arc::clone(&host.entropy))))?;
         let devices = functions.handles;
         let interrupt_routes = pci.interrupt_routes();
-        Ok(Self { bus, devices, console_size, interrupt_routes, power_management, serial })
+        Ok(Self { bus, devices, console_size, interrupt_routes, power_management, serial, pci })
+    }
+
+    /// One more PCI function, without interrupts.
+    pub(crate) fn add(&self, function: impl PciFunction + 'static) -> Result<(), Error> {
+        self.pci.add(shared(function))?;
+        Ok(())
     }
 
     /// What ACPI says about these devices.

@@ -3,18 +3,21 @@
 use std::sync::{Arc, Mutex};
 
 use contract::kvm::feature as kvm_feature;
+use contract::native::device::page;
 use contract::native::feature;
 use device::bus::{Bus, PortDevice};
+use device::contract::{ContractDevice, Limits, UserCalls};
 use device::interrupt::lapic::{FREQUENCY_HZ, msr};
 use device::interrupt::{DeliveryMode, Destination, InterruptChips, InterruptSink, Message, Refused};
 use engine::{Cpuid, CpuidTable, Engine, GuestTsc};
 use host::{ThreadRunDelay, Timer};
-use memory::GuestRam;
-use paravirt::native::{self, Calling, Parts};
+use memory::{Error as MemoryError, GuestRam};
+use paravirt::native::{self, Calling, Parts, Policy, UserPages};
 use paravirt::{Clock, Features, Interrupts, Place, Rates, kvm};
 
 use crate::board::HostParts;
 use crate::control::Control;
+use crate::layout::CONTRACT_PAGES;
 use crate::run::Slot;
 use crate::{Error, Plan};
 
@@ -29,6 +32,8 @@ const X2APIC_EOI: u32 = msr::X2APIC_FIRST + 0xb;
 pub(crate) struct Spoken {
     kvm: Arc<kvm::Vm>,
     pub(crate) native: Option<Arc<native::Vm>>,
+    /// What user space is told.
+    limits: Limits,
 }
 
 /// What cannot be honoured where the local APICs are the host kernel's: it delivers and ends interrupts whatever a byte says, runs
@@ -117,18 +122,31 @@ impl Spoken {
                 entropy: Arc::clone(&host.entropy),
                 interrupts: Arc::clone(&interrupts),
                 places: Arc::clone(&places),
+                user: ram.read_only().map(|pages| UserPages {
+                    pages: pages.clone(),
+                    at: CONTRACT_PAGES,
+                    ledgers: slots.iter().map(|slot| Arc::clone(&slot.ledger)).collect(),
+                }),
             })
         });
         // What the engine serves by itself and refuses is not to be had here.
         let features = if engine.kvm_dialect().is_none() { kvm_features(plan) } else { Features::NONE };
         let kvm = kvm::Vm { features, ram: ram.clone(), clock, host: Arc::clone(&host.clock), interrupts, places };
-        Self { kvm: Arc::new(kvm), native }
+        let Policy { quantum_ns, calls_per_s, burst, .. } = plan.policy();
+        let limits = Limits { quantum_ns, vcpus: plan.cpus, calls_per_s, burst };
+        Self { kvm: Arc::new(kvm), native, limits }
     }
 
     /// One vCPU's side.
     pub(crate) fn vcpu(&self, index: u32) -> paravirt::Vcpu {
         let native = self.native.as_ref().map(|vm| native::Vcpu::new(Arc::clone(vm), index));
         paravirt::Vcpu::new(index, Arc::clone(&self.kvm), Box::new(ThreadRunDelay::default()), native)
+    }
+
+    /// The PCI function for user space, where there is one.
+    pub(crate) fn contract_device(&self, ram: &GuestRam) -> Option<ContractDevice<ForUsers>> {
+        let (vm, pages) = (self.native.as_ref()?, ram.read_only()?);
+        Some(ContractDevice::new(self.limits, ForUsers(Arc::clone(vm)), pages.clone(), CONTRACT_PAGES))
     }
 
     /// The host's say in the contract, for a test guest to have.
@@ -144,6 +162,31 @@ impl Spoken {
             bus.add_ports(TEST_PORTS, 16, Arc::new(Mutex::new(ports)))?;
         }
         Ok(())
+    }
+}
+
+/// Guest RAM, with the pages of the contract device beside it where the plan has one.
+pub(crate) fn with_contract_pages(plan: &Plan, ram: GuestRam) -> Result<GuestRam, MemoryError> {
+    if !plan.dialects.has_contract_device() {
+        return Ok(ram);
+    }
+    Ok(ram.with_read_only(GuestRam::new(&[(CONTRACT_PAGES, page::SIZE)])?))
+}
+
+/// Calls of the guest's user space to the native dialect.
+pub(crate) struct ForUsers(Arc<native::Vm>);
+
+impl UserCalls for ForUsers {
+    fn call(&self, number: u64) -> u64 {
+        self.0.user_call(number)
+    }
+
+    fn accept(&self, features: u64) {
+        self.0.user_accept(features);
+    }
+
+    fn acknowledge(&self, epoch: u64) {
+        self.0.user_acknowledge(epoch);
     }
 }
 

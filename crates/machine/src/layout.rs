@@ -7,7 +7,7 @@
 //!   0x000e_0000  ACPI tables, RSDP first                                 reserved
 //!   0x000f_0000  SMBIOS tables, entry point first                        reserved
 //!   0x0010_0000  RAM, up to 3 GiB
-//!   0xc000_0000  32-bit PCI window
+//!   0xc000_0000  32-bit PCI window; pages of the contract device at its end
 //!   0xe000_0000  PCI configuration space (ECAM)                          reserved
 //!   0xfec0_0000  I/O APIC      0xfed0_0000  HPET      0xfee0_0000  local APICs, MSI
 //! 0x1_0000_0000  RAM beyond 3 GiB
@@ -38,6 +38,8 @@ pub const HIGH_MEMORY: u64 = 0x10_0000;
 pub const LOW_RAM_LIMIT: u64 = 0xc000_0000;
 /// Where PCI memory BARs below 4 GiB go.
 pub const PCI_WINDOW_32: Range<u64> = LOW_RAM_LIMIT..ECAM;
+/// Where the contract device has its pages: at the end of the window, which others fill from its beginning.
+pub const CONTRACT_PAGES: Gpa = Gpa(PCI_WINDOW_32.end - contract::native::device::page::SIZE);
 /// PCI Express configuration space of bus 0, the only one.
 pub const ECAM: u64 = 0xe000_0000;
 /// Bytes of [`ECAM`].

@@ -111,6 +111,11 @@ impl Dialects {
     /// An unaware guest: no leaves, no MSRs, no hypervisor-present bit.
     pub const NONE: Self = Self { kvm: false, cordial: false, without: Without::NOTHING };
 
+    /// True where user space has the native dialect, too.
+    pub const fn has_contract_device(self) -> bool {
+        self.cordial && !self.without.contract_device
+    }
+
     /// True where no dialect is spoken.
     pub const fn is_none(self) -> bool {
         !self.kvm && !self.cordial
@@ -132,14 +137,17 @@ pub struct Without {
     pub cordial: u64,
     /// The hypervisor-present bit, CPUID leaf 1, ECX bit 31.
     pub hypervisor_bit: bool,
+    /// The PCI function that gives the native dialect to user space.
+    pub contract_device: bool,
 }
 
 impl Without {
     /// Everything that is built is offered.
-    pub const NOTHING: Self = Self { kvm: 0, cordial: 0, hypervisor_bit: false };
+    pub const NOTHING: Self = Self { kvm: 0, cordial: 0, hypervisor_bit: false, contract_device: false };
 
     /// Names of the kvm dialect's features, and what [`Without::leave_out`] takes besides the native dialect's.
-    const OTHERS: [(&str, Self); 13] = [
+    const OTHERS: [(&str, Self); 14] = [
+        ("contract-device", Self { contract_device: true, ..Self::NOTHING }),
         ("hypervisor-bit", Self { hypervisor_bit: true, ..Self::NOTHING }),
         ("kvm-clocksource", Self::without_kvm(kvm::CLOCKSOURCE)),
         ("kvm-nop-io-delay", Self::without_kvm(kvm::NOP_IO_DELAY)),
@@ -181,6 +189,7 @@ impl Without {
         for (_, other) in Self::OTHERS.iter().filter(|(known, _)| *known == name) {
             self.kvm |= other.kvm;
             self.hypervisor_bit |= other.hypervisor_bit;
+            self.contract_device |= other.contract_device;
         }
         true
     }
@@ -463,7 +472,7 @@ mod tests {
         }
         let mut without = Without::NOTHING;
         assert!(without.leave_out("wait") && without.leave_out("timer") && without.leave_out("kvm-clocksource"));
-        assert_eq!(without, Without { cordial: feature::WAIT | feature::TIMER, kvm: 1, hypervisor_bit: false });
+        assert_eq!(without, Without { cordial: feature::WAIT | feature::TIMER, kvm: 1, ..Without::NOTHING });
         for unknown in ["", "pressure", "clock ", "WAIT"] {
             assert!(!without.leave_out(unknown), "{unknown}");
         }

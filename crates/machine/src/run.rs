@@ -63,7 +63,7 @@ impl Machine {
         engine: impl FnOnce(GuestRam) -> Result<Box<dyn Engine>, Error>,
     ) -> Result<Self, Error> {
         let layout = Layout::new(plan);
-        let ram = GuestRam::new(&layout.ram)?;
+        let ram = dialects::with_contract_pages(plan, GuestRam::new(&layout.ram)?)?;
         let loaded = boot::load(plan, &layout, &ram)?;
         let events = Events::new(ends.events.clone());
         let (protocol, bytes, entry) = (loaded.protocol, loaded.bytes, loaded.state.rip);
@@ -81,16 +81,19 @@ impl Machine {
         let slots = slots(plan, &*engine, &*host.clock, time.grid)?;
         let chips = interrupt_chips(plan, &slots, &*engine, &host);
         chips.virtual_wire();
+        let spoken = Spoken::new(plan, &*engine, &slots, &chips, &host, &ram);
         let power = PowerSwitch::default();
         let board = Board::new(plan, &layout, &ram, &chips, &power, &host, ends)?;
         firmware::leave_behind(&ram)?;
+        if let Some(device) = spoken.contract_device(&ram) {
+            board.add(device)?;
+        }
         acpi::install(&board.description(plan.cpus), &layout, &ram)?;
         smbios::install(&layout, &ram)?;
 
         let control = Arc::new(Control::new(slots.iter().map(|slot| Arc::clone(&slot.signal)).collect(), power));
         let announcer = Arc::new(Announcer::new(board.devices.clone(), events.clone()));
         let shared = SharedIo { bus: Arc::clone(&board.bus), chips, control: Arc::clone(&control), announcer };
-        let spoken = Spoken::new(plan, &*engine, &slots, &shared.chips, &host, &ram);
         if plan.test_devices {
             spoken.place_test_ports(&board.bus, &control, &host)?;
         }

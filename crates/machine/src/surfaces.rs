@@ -132,11 +132,12 @@ impl Observer {
         let native_rows = NATIVE.iter().map(|&(bit, exposure, risk)| self.native_surface(bit, terms, exposure, risk));
         let shown = !self.dialects.is_none() && !self.dialects.without.hypervisor_bit;
         let bit = Surface { dialect: "cpuid".into(), offered: shown, ..surface("hypervisor-bit", BIT.0, BIT.1) };
+        let device = self.device_surface();
         Contract {
             uptime_ms: HostClock.monotonic_ns().saturating_sub(self.started_ns) / 1_000_000,
             epoch: terms.map(|terms| terms.epoch),
             overdue: terms.is_some_and(|terms| terms.overdue),
-            surfaces: std::iter::once(bit).chain(kvm_rows).chain(native_rows).collect(),
+            surfaces: std::iter::once(bit).chain(kvm_rows).chain(native_rows).chain([device]).collect(),
         }
     }
 
@@ -161,6 +162,13 @@ impl Observer {
             revoking: has(|terms| terms.revoking),
             ..surface(native_name(bit), exposure, risk)
         };
+        self.with_use(base, used)
+    }
+
+    fn device_surface(&self) -> Surface {
+        let offered = self.dialects.has_contract_device() && self.native.is_some();
+        let base = Surface { dialect: "cordial".into(), offered, ..surface(DEVICE.0, DEVICE.1, DEVICE.2) };
+        let used = self.native.as_ref().filter(|_| offered).map(|vm| vm.user_calls());
         self.with_use(base, used)
     }
 
@@ -222,6 +230,10 @@ fn kvm_name(bit: u32) -> &'static str {
     Without::kvm_names().find(|row| row.0 == bit).map_or("", |row| row.1)
 }
 
+/// Of the contract device.
+const DEVICE: (&str, Exposure, &str) =
+    ("contract-device", Exposure::Medium, "user space that may map PCI resources accepts, uses and gives up features");
+
 /// Of the hypervisor-present bit.
 const BIT: (Exposure, &str) = (Exposure::None, "software sees that it runs in a VM, which it can find out anyway");
 
@@ -269,7 +281,7 @@ mod tests {
         assert_eq!(NATIVE.iter().fold(0, |bits, row| bits | row.0), paravirt::native::BUILT);
         let mut names: Vec<_> = NATIVE.iter().map(|row| native_name(row.0)).collect();
         names.extend(KVM.iter().map(|row| kvm_name(row.0)));
-        names.push("hypervisor-bit");
+        names.extend(["hypervisor-bit", DEVICE.0]);
         names.sort_unstable();
         let mut known: Vec<_> = Without::names().collect();
         known.sort_unstable();

@@ -98,6 +98,8 @@ pub struct GuestRam {
     regions: Arc<[Region]>,
     _aliases: Arc<[Alias]>,
     code_writes: Arc<AtomicU64>,
+    /// What the guest may read and the host alone writes.
+    read_only: Option<Arc<Self>>,
 }
 
 /// The second mapping of a region.
@@ -171,7 +173,25 @@ impl GuestRam {
         }
         let backend = Backend::from_regions(mapped)
             .map_err(|_| Error::Region { start: ranges.first().map_or(Gpa(0), |range| range.0), bytes: total })?;
-        Ok(Self { backend: Arc::new(backend), regions: regions.into(), _aliases: aliases.into(), code_writes })
+        Ok(Self {
+            backend: Arc::new(backend),
+            regions: regions.into(),
+            _aliases: aliases.into(),
+            code_writes,
+            read_only: None,
+        })
+    }
+
+    /// The same RAM, and beside it `pages` that the guest can only read. They are no RAM to anyone else: neither a device nor a
+    /// call of the guest's reaches them through this value, the host writes them through `pages`. Stores of the guest's are
+    /// for the machine, as those to a device are.
+    pub fn with_read_only(self, pages: Self) -> Self {
+        Self { read_only: Some(Arc::new(pages)), ..self }
+    }
+
+    /// What the guest can only read.
+    pub fn read_only(&self) -> Option<&Self> {
+        self.read_only.as_deref()
     }
 
     /// The view the rust-vmm crates take (virtqueues, loaders). Writes through it reach the code tracking.
@@ -369,6 +389,20 @@ mod tests {
         for bad in [0x100009, 0x10000, 0xfffe, u64::MAX, u64::MAX - 3] {
             assert!(ram.load_word(Gpa(bad)).is_err(), "{bad:#x}");
         }
+    }
+
+    #[test]
+    fn pages_that_a_guest_can_only_read_are_no_ram() {
+        let pages = GuestRam::new(&[(Gpa(0x20_0000), 0x2000)]).unwrap();
+        let ram = two_regions().with_read_only(pages.clone());
+        pages.write_value(Gpa(0x20_1000), &7_u64).unwrap();
+        let shown = ram.read_only().and_then(|shown| shown.read_value::<u64>(Gpa(0x20_1000)).ok());
+        assert_eq!(shown, Some(7), "the host writes them");
+        // Neither a device nor a call of the guest's does.
+        assert!(ram.write(Gpa(0x20_1000), &[1]).is_err() && ram.check(Gpa(0x20_1000), 1).is_err());
+        assert!(ram.backend().write_slice(&[1; 16], GuestAddress(0x20_1000)).is_err());
+        assert!(ram.host_page(Gpa(0x20_1000)).is_none() && ram.region(Gpa(0x20_1000)).is_none());
+        assert_eq!((ram.bytes(), ram.regions().len()), (two_regions().bytes(), 2));
     }
 
     #[test]

@@ -51,6 +51,11 @@ impl Calls {
         }
     }
 
+    /// All calls.
+    pub(crate) fn all(&self) -> Used {
+        Tally::used(self.0.iter())
+    }
+
     /// What `callers` did of the calls that belong to `feature`; `None` where no call does.
     pub(crate) fn used(callers: &[Self], feature: u64) -> Option<Used> {
         let numbers = calls_of(feature)?;

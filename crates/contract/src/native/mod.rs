@@ -3,6 +3,7 @@
 //! The specification is docs/contract.md; what stands here are its numbers. A guest finds the dialect by
 //! [`SIGNATURE`] at one of the leaves 0x4000_0000, 0x4000_0100 ... 0x4000_ff00, never by the hypervisor-present bit.
 
+pub mod device;
 mod pages;
 
 pub use pages::{CallEntry, FlushRange, VcpuPage, VmPage, offset, run_state, vm_state};

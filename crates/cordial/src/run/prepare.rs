@@ -163,8 +163,9 @@ pub fn prepare(options: Options, arguments: &RunArguments, settings: &Settings) 
         initrd: match &options.initrd {
             Some(file) => Some(Payload::File(file.clone())),
             None if ours => {
-                let disks = !options.disks.is_empty();
-                Some(Payload::Bytes(generated(&kernel, &cache, disks, &options.copies)?.into()))
+                let needs =
+                    Needs { disks: !options.disks.is_empty(), guest_tool: options.dialects.has_contract_device() };
+                Some(Payload::Bytes(generated(&kernel, &cache, needs, &options.copies)?.into()))
             }
             None => None,
         },
@@ -215,11 +216,20 @@ fn host_memory() -> Result<u64, Failure> {
     total.map(|kilobytes: u64| kilobytes << 10).ok_or_else(|| Failure::other("/proc/meminfo has no MemTotal"))
 }
 
+/// What a generated initramfs has beside what each has.
+#[derive(Clone, Copy)]
+pub struct Needs {
+    /// Drivers for disks.
+    pub disks: bool,
+    /// The tool for the contract device.
+    pub guest_tool: bool,
+}
+
 /// The generated initramfs for a kernel.
 ///
 /// # Errors
 /// Modules that are missing or damaged; no busybox; a file to copy that cannot be read.
-pub fn generated(kernel: &Kernel, cache: &Cache, disks: bool, copies: &[Copy]) -> Result<Vec<u8>, Failure> {
+pub fn generated(kernel: &Kernel, cache: &Cache, needs: Needs, copies: &[Copy]) -> Result<Vec<u8>, Failure> {
     let modules = match &kernel.modules {
         None => {
             tracing::warn!(release = ?kernel.release, "no modules found for the kernel; its drivers must be built in");
@@ -227,14 +237,17 @@ pub fn generated(kernel: &Kernel, cache: &Cache, disks: bool, copies: &[Copy]) -
         }
         Some(directory) => {
             let modules = Modules::open(directory)?;
-            let optional = [&kernel::ENTROPY_MODULES[..], if disks { &kernel::DISK_MODULES } else { &[] }].concat();
+            let optional =
+                [&kernel::ENTROPY_MODULES[..], if needs.disks { &kernel::DISK_MODULES } else { &[] }].concat();
             let mut wanted = kernel::CONSOLE_MODULES.to_vec();
             wanted.extend(optional.into_iter().filter(|name| modules.has(name)));
             modules.closure(&wanted)?
         }
     };
-    let copies = copies.iter().map(Copy::read).collect::<Result<Vec<_>, _>>()?;
-    initramfs::build(&Busybox::find(cache)?, &modules, &copies)
+    // The user's come last, and may be another version of ours.
+    let ours = needs.guest_tool.then(initramfs::guest_tool);
+    let files = ours.into_iter().map(Ok).chain(copies.iter().map(Copy::read)).collect::<Result<Vec<_>, _>>()?;
+    initramfs::build(&Busybox::find(cache)?, &modules, &files)
 }
 
 /// The kernel's command line. A kernel that is not Linux gets the user's words alone.

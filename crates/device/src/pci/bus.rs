@@ -286,17 +286,22 @@ impl PciBus {
         let refused = |what| Error::Description { vendor, device, what };
         let mut config = ConfigSpace::new(&description.identity);
         let mut mappings = Vec::new();
-        let mut place = |bar: Bar, access| -> Result<(), Error> {
+        let mut place = |bar: Bar, wanted: Option<Gpa>, access| -> Result<(), Error> {
             if !bar.is_possible() {
                 return Err(refused("a BAR's size or index"));
             }
             config.add_bar(bar);
-            config.set_bar_address(bar, room.allocate(bar, &self.0.windows)?);
+            let at = match wanted {
+                Some(at) => at.0,
+                None => room.allocate(bar, &self.0.windows)?,
+            };
+            config.set_bar_address(bar, at);
             mappings.push(Mapping { bar, access: Arc::new(Mutex::new(access)), mapped: None });
             Ok(())
         };
         for &bar in &description.bars {
-            place(bar, BarAccess::Function(Arc::clone(function), bar.index))?;
+            let wanted = lock(function).bar_place(bar.index);
+            place(bar, wanted, BarAccess::Function(Arc::clone(function), bar.index))?;
         }
         let msix = match description.msix {
             Some((_, vectors)) if !(1..=2048).contains(&vectors) => return Err(refused("its number of MSI-X vectors")),
@@ -304,7 +309,7 @@ impl PciBus {
             None => None,
         };
         if let Some(msix) = &msix {
-            place(msix.bar(), BarAccess::Msix(Arc::clone(msix)))?;
+            place(msix.bar(), None, BarAccess::Msix(Arc::clone(msix)))?;
         }
 
         let no_room = || refused("more capabilities than fit");

@@ -64,12 +64,14 @@ pub enum BarKind {
     Memory32,
     /// Memory anywhere; takes two BAR registers.
     Memory64,
+    /// The same, and reading it changes nothing.
+    Prefetchable64,
 }
 
 /// One region of a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bar {
-    /// The register it uses, 0..=5 (0..=4 for [`BarKind::Memory64`]).
+    /// The register it uses, 0..=5 (0..=4 for the wide kinds).
     pub index: u8,
     /// Ports or memory.
     pub kind: BarKind,
@@ -78,9 +80,14 @@ pub struct Bar {
 }
 
 impl Bar {
+    /// True for an address of 64 bits.
+    fn is_wide(self) -> bool {
+        matches!(self.kind, BarKind::Memory64 | BarKind::Prefetchable64)
+    }
+
     /// Registers it takes.
     fn registers(self) -> usize {
-        if self.kind == BarKind::Memory64 { 2 } else { 1 }
+        if self.is_wide() { 2 } else { 1 }
     }
 
     /// The read-only low bits (PCI 3.0, 6.2.5.1).
@@ -89,6 +96,7 @@ impl Bar {
             BarKind::Ports => 0b01,
             BarKind::Memory32 => 0b0000,
             BarKind::Memory64 => 0b0100,
+            BarKind::Prefetchable64 => 0b1100,
         }
     }
 
@@ -223,7 +231,7 @@ impl ConfigSpace {
     pub(super) fn bar_address(&self, bar: Bar) -> u64 {
         let at = register::BARS + 4 * usize::from(bar.index);
         let low = u64::from(self.dword(at));
-        let high = if bar.kind == BarKind::Memory64 { u64::from(self.dword(at + 4)) } else { 0 };
+        let high = if bar.is_wide() { u64::from(self.dword(at + 4)) } else { 0 };
         (high << 32 | low) & !(bar.size - 1)
     }
 

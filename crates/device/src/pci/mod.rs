@@ -54,6 +54,11 @@ pub trait PciFunction: Send {
     /// A store of 1..=64 bytes to a BAR.
     fn bar_write(&mut self, bar: u8, offset: u64, data: &[u8]);
 
+    /// Where a memory BAR is to be at first; a function that says nothing gets any place. It must be in the window.
+    fn bar_place(&self, _bar: u8) -> Option<Gpa> {
+        None
+    }
+
     /// A memory BAR answers at this address from now on, or nowhere.
     fn bar_moved(&mut self, _bar: u8, _at: Option<Gpa>) {}
 

@@ -43,6 +43,28 @@ fn ports_and_device_memory_reach_the_machine_at_every_width() {
 }
 
 #[test]
+fn loads_from_read_only_memory_stay_in_the_guest_and_stores_leave() {
+    let code = guest!(
+        "mov ebx, 0x190000",
+        "mov rax, [rbx]",
+        "mov [rbx + 8], rax",
+        "mov rcx, [rbx + 8]",
+        "mov dx, 0x300",
+        "out dx, eax",
+        "mov eax, ecx",
+        "out dx, eax",
+        "mov dx, 0x301",
+        "out dx, al",
+    );
+    let Some(mut bench) = Bench::with(Config::default(), code) else { return };
+    bench.io.input.extend([0xee; 16]);
+    assert_eq!(bench.run(), Exit::Device);
+    let stored = Event::Mmio(READ_ONLY + 8, SHOWN.to_le_bytes().to_vec());
+    assert_eq!((&bench.io.events[0], bench.io.told()), (&stored, vec![1, 2, 3, 4, 0, 0, 0, 0]));
+    assert_eq!(bench.ledger.count(engine::Cause::MmioRead), 0);
+}
+
+#[test]
 fn string_accesses_come_element_by_element() {
     let code = guest!(
         "mov dx, 0x300",

@@ -24,6 +24,9 @@ const TELL: u16 = 0x300;
 const DONE: u16 = 0x301;
 /// An address without RAM, that guests' page tables map.
 const MMIO: u64 = 0x18_0000;
+/// A page that guests can only read, which begins with [`SHOWN`].
+const READ_ONLY: u64 = 0x19_0000;
+const SHOWN: u64 = 0x0807_0605_0403_0201;
 /// An MSR that no processor has.
 const MSR: u32 = 0x4000_2000;
 
@@ -153,7 +156,9 @@ impl Bench {
             eprintln!("skipped, nothing was run: {error}");
             return None;
         }
-        let ram = GuestRam::new(&[(Gpa(0), 1 << 20)]).unwrap();
+        let pages = GuestRam::new(&[(Gpa(READ_ONLY), 0x1000)]).unwrap();
+        pages.write_value(Gpa(READ_ONLY), &SHOWN).unwrap();
+        let ram = GuestRam::new(&[(Gpa(0), 1 << 20)]).unwrap().with_read_only(pages);
         let engine = Kvm::new(ram.clone(), config).unwrap();
         let (signal, ledger) = (Arc::<Signal>::default(), Arc::<Ledger>::default());
         let model = engine::cpu_model::lookup("max").unwrap();

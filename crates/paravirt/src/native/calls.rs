@@ -1,7 +1,5 @@
 //! The hypercalls: each checks all of what the guest said before it changes anything.
 
-use std::sync::PoisonError;
-
 use contract::native::{ANY, CallEntry, FlushRange, call, feature, status, waited};
 use engine::{Answer, HypercallArgs, Signals};
 use memory::{Gpa, PAGE_SIZE};
@@ -57,9 +55,9 @@ impl Vcpu {
         let [first, second, ..] = args;
         match number {
             call::NOP => Ok(0),
-            call::ACCEPT => self.vm.accept(first),
+            call::ACCEPT => self.vm.kernel_accepts(first),
             call::REVOKE_ACK => self.vm.acknowledge(first),
-            call::TIME_OF_DAY => self.require(feature::TIME_OF_DAY).and_then(|()| self.time_of_day()),
+            call::TIME_OF_DAY => self.require(feature::TIME_OF_DAY).and_then(|()| self.vm.time_of_day()),
             call::SET_TIMER => self.require(feature::TIMER).and_then(|()| self.set_timer(args)),
             call::ACK => {
                 self.require(feature::INTERRUPTS)?;
@@ -120,14 +118,6 @@ impl Vcpu {
             return Err(status::BAD_ARGUMENT);
         }
         self.vm.ram.check(Gpa(at), count * entry as u64).map_err(|_| status::BAD_ADDRESS)
-    }
-
-    fn time_of_day(&self) -> Value {
-        let mut bucket = self.vm.time_of_day.lock().unwrap_or_else(PoisonError::into_inner);
-        if !bucket.take(self.vm.host.monotonic_ns()) {
-            return Err(status::TOO_OFTEN);
-        }
-        Ok(self.vm.policy.quantised(self.vm.host.realtime_ns()))
     }
 
     fn set_timer(&self, [number, deadline, slack, vector]: [u64; 4]) -> Value {

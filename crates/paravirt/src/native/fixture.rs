@@ -2,17 +2,20 @@
 
 use std::sync::{Arc, Mutex};
 
+use contract::native::device::page;
 use contract::native::{call, msr};
-use engine::{Answer, GuestTsc, HypercallArgs, Signal};
+use engine::{Answer, GuestTsc, HypercallArgs, Ledger, Signal};
 use host::fake::{FakeClock, FakeEntropy, FakeRunDelay, FakeTimers};
 use memory::{Gpa, GuestRam};
 
-use super::{BUILT, Calling, Parts, Policy, Vcpu, Vm};
+use super::{BUILT, Calling, Parts, Policy, UserPages, Vcpu, Vm};
 use crate::{Clock, Features, Interrupts, Place, kvm};
 
 /// RAM is 0 to here, and 16 pages above 1 MiB.
 pub(super) const LOW_RAM: u64 = 0x1_0000;
 pub(super) const HIGH_RAM: u64 = 0x10_0000;
+/// Where user space has its pages.
+pub(super) const USER_PAGES: u64 = 0xdff0_0000;
 
 /// What reached local APICs.
 #[derive(Default)]
@@ -44,6 +47,9 @@ pub(super) struct Bench {
     pub(super) timers: FakeTimers,
     pub(super) delay: FakeRunDelay,
     pub(super) record: Arc<Record>,
+    /// What user space sees.
+    pub(super) user: GuestRam,
+    pub(super) ledgers: Vec<Arc<Ledger>>,
 }
 
 impl Bench {
@@ -63,6 +69,8 @@ impl Bench {
         let vm_clock = Arc::new(Clock::new(Arc::new(clock.clone()), ram.clone(), 0, tscs));
         let signals: Vec<Arc<Signal>> = (0..vcpus).map(|_| Arc::default()).collect();
         let record = Arc::<Record>::default();
+        let user = GuestRam::new(&[(Gpa(USER_PAGES), page::SIZE)]).unwrap();
+        let ledgers: Vec<Arc<Ledger>> = (0..vcpus).map(|_| Arc::default()).collect();
         let vm = Vm::new(Parts {
             offered,
             calling: Calling::Vmcall,
@@ -74,9 +82,10 @@ impl Bench {
             entropy: Arc::new(FakeEntropy::default()),
             interrupts: Arc::clone(&record) as _,
             places: signals.iter().map(|signal| Place::new(Arc::clone(signal))).collect(),
+            user: Some(UserPages { pages: user.clone(), at: Gpa(USER_PAGES), ledgers: ledgers.clone() }),
         });
         let vcpus = (0..vcpus).map(|index| Vcpu::new(Arc::clone(&vm), index as u32)).collect();
-        Self { vm, vcpus, signals, ram, clock, timers, delay: FakeRunDelay::default(), record }
+        Self { vm, vcpus, signals, ram, clock, timers, delay: FakeRunDelay::default(), record, user, ledgers }
     }
 
     /// vCPU `index` with what it has of both dialects, `features` of the kvm dialect among it.

@@ -8,6 +8,7 @@
 //!                    ├─> WaitTable           who waits for which word
 //!                    ├─> TimerSet            all vCPUs' timers on one alarm
 //!                    └─> Clock, Policy       time, and how fine
+//!   device ──> user                          what user space has
 //!   machine <──────── Interrupts, Place      local APICs; what vCPUs know of each other
 //! ```
 //!
@@ -19,6 +20,7 @@ mod offer;
 mod pages;
 mod policy;
 mod timers;
+mod user;
 mod vcpu;
 mod vm;
 mod wait;
@@ -26,6 +28,7 @@ mod wait;
 pub use agreement::Terms;
 pub use offer::{BUILT, Calling, offer};
 pub use policy::Policy;
+pub use user::UserPages;
 pub use vcpu::{Asleep, Vcpu};
 pub use vm::{Parts, Vm};
 

@@ -47,6 +47,8 @@ pub(crate) struct News {
 /// The pages that belong to the VM as a whole.
 pub(crate) struct VmPages {
     ram: GuestRam,
+    /// The page that user space sees, in memory of its own.
+    user: Option<(GuestRam, Gpa)>,
     state: Mutex<State>,
 }
 
@@ -58,8 +60,8 @@ struct State {
 }
 
 impl VmPages {
-    pub(crate) fn new(ram: GuestRam, news: News) -> Self {
-        Self { ram, state: Mutex::new(State { news, ..State::default() }) }
+    pub(crate) fn new(ram: GuestRam, news: News, user: Option<(GuestRam, Gpa)>) -> Self {
+        Self { ram, user, state: Mutex::new(State { news, ..State::default() }) }
     }
 
     pub(crate) fn hypercall_register(&self) -> u64 {
@@ -117,8 +119,13 @@ impl VmPages {
         self.lock().news
     }
 
+    /// The VM page, wherever it is.
+    fn targets(&self, state: &State) -> impl Iterator<Item = RamPage<'_>> {
+        let user = self.user.as_ref().map(|(ram, gpa)| RamPage { ram, gpa: *gpa });
+        state.vm.map(|gpa| RamPage { ram: &self.ram, gpa }).into_iter().chain(user)
+    }
+
     fn write_terms(&self, state: &State, terms: &Terms) {
-        let Some(gpa) = state.vm else { return };
         let mut page = VmPage::new_zeroed();
         page.state = if terms.revoking != 0 { vm_state::REVOKING } else { 0 }
             | if terms.overdue { vm_state::REVOKE_OVERDUE } else { 0 };
@@ -128,16 +135,17 @@ impl VmPages {
             page.generation = state.news.generation;
         }
         page.wall_ns = state.news.wall_ns;
-        let target = RamPage { ram: &self.ram, gpa };
-        let odd = seqlock::begin(&target);
-        target.set_body(&page.as_bytes()[4..VERSIONED]);
-        seqlock::end(&target, odd);
+        for target in self.targets(state) {
+            let odd = seqlock::begin(&target);
+            target.set_body(&page.as_bytes()[4..VERSIONED]);
+            seqlock::end(&target, odd);
+        }
     }
 
     fn write_counters(&self, state: &State) {
-        if let Some(page) = state.vm {
-            let counters = [state.news.timer_wakeups, state.news.timers_raised];
-            let _ = self.ram.write_value(Gpa(page.0 + offset::TIMER_WAKEUPS), &counters);
+        let counters = [state.news.timer_wakeups, state.news.timers_raised];
+        for page in self.targets(state) {
+            let _ = page.ram.write_value(Gpa(page.gpa.0 + offset::TIMER_WAKEUPS), &counters);
         }
     }
 

@@ -13,6 +13,7 @@ use super::offer::Calling;
 use super::pages::{News, VmPages};
 use super::policy::{Bucket, Policy};
 use super::timers::{Alarm, Armed, TimerSet};
+use super::user::UserPages;
 use super::wait::WaitTable;
 use crate::usage::Calls;
 use crate::{Clock, ClockPage, Interrupts, Place, Used};
@@ -42,6 +43,8 @@ pub struct Parts {
     pub interrupts: Arc<dyn Interrupts>,
     /// Its vCPUs.
     pub places: Arc<[Place]>,
+    /// What its user space sees, where there is a contract device.
+    pub user: Option<UserPages>,
 }
 
 /// The host's timer, set by the VM's clock.
@@ -76,6 +79,10 @@ pub struct Vm {
     pub(super) time_of_day: Mutex<Bucket>,
     /// What each vCPU has called.
     pub(super) calls: Vec<Calls>,
+    pub(super) user: Option<UserPages>,
+    pub(super) user_calls: Calls,
+    /// Features that the guest's kernel has accepted.
+    pub(super) kernels: AtomicU64,
     entropy: Arc<dyn Entropy>,
     /// vCPU pages, for the clock to follow what is accepted.
     vcpu_pages: Mutex<Vec<Option<Gpa>>>,
@@ -87,10 +94,11 @@ pub struct Vm {
 impl Vm {
     /// A VM that has not agreed on anything yet.
     pub fn new(parts: Parts) -> Arc<Self> {
-        let Parts { offered, calling, policy, ram, clock, host, timers, entropy, interrupts, places } = parts;
+        let Parts { offered, calling, policy, ram, clock, host, timers, entropy, interrupts, places, user } = parts;
+        let shown = user.as_ref().map(|user| (user.pages.clone(), user.at));
         let wall_ns = policy.quantised(clock.started_ns());
         let news = News { generation: generation(&*entropy), wall_ns, ..News::default() };
-        Arc::new_cyclic(|vm: &Weak<Self>| {
+        let vm = Arc::new_cyclic(|vm: &Weak<Self>| {
             let (ringing, late) = (vm.clone(), vm.clone());
             let alarm = HostAlarm {
                 clock: Arc::clone(&clock),
@@ -107,11 +115,14 @@ impl Vm {
             }));
             Self {
                 agreement: Agreement::new(offered & super::BUILT),
-                pages: VmPages::new(ram.clone(), news),
+                pages: VmPages::new(ram.clone(), news, shown),
                 waits: WaitTable::new(places.len()),
                 timers: TimerSet::new(places.len() * TIMERS_PER_VCPU, alarm),
                 time_of_day: Mutex::new(Bucket::new(&policy)),
                 calls: places.iter().map(|_| Calls::default()).collect(),
+                user,
+                user_calls: Calls::default(),
+                kernels: AtomicU64::new(0),
                 vcpu_pages: Mutex::new(vec![None; places.len()]),
                 calling,
                 policy,
@@ -124,7 +135,9 @@ impl Vm {
                 overdue,
                 overdue_at: AtomicU64::new(0),
             }
-        })
+        });
+        vm.agreement.look(|terms| vm.pages.publish(terms));
+        vm
     }
 
     /// What the guest has done with a feature that is used by calls; `None` for one that is used by loads.
@@ -201,6 +214,22 @@ impl Vm {
         }
     }
 
+    /// The guest's kernel accepts features.
+    pub(super) fn kernel_accepts(&self, features: u64) -> Result<u64, i64> {
+        // Noted first: nobody else is to give up what the kernel is about to have. Settling forgets what it has not got.
+        self.kernels.fetch_or(features, Ordering::SeqCst);
+        self.accept(features).inspect_err(|_| self.agreement.look(|terms| self.settle_users(terms)))
+    }
+
+    /// The time of day, as the policy lets a guest have it.
+    pub(super) fn time_of_day(&self) -> Result<u64, i64> {
+        let mut bucket = self.time_of_day.lock().unwrap_or_else(PoisonError::into_inner);
+        if !bucket.take(self.host.monotonic_ns()) {
+            return Err(status::TOO_OFTEN);
+        }
+        Ok(self.policy.quantised(self.host.realtime_ns()))
+    }
+
     pub(super) fn accept(&self, features: u64) -> Result<u64, i64> {
         let accepted = self.agreement.accept(features, |terms| self.settle(terms));
         accepted.map(|terms| terms.epoch).map_err(|_| status::NOT_OFFERED)
@@ -217,6 +246,7 @@ impl Vm {
     /// Brings the pages to what holds now. Under the agreement's lock.
     fn settle(&self, terms: &Terms) {
         self.pages.publish(terms);
+        self.settle_users(terms);
         for (index, page) in self.vcpu_pages().iter().enumerate() {
             self.tell_time(index as u32, *page, terms.accepted);
         }

@@ -18,6 +18,8 @@ use crate::width::Width;
 enum Place {
     /// RAM within a page; `code` where the page holds code and a write must be noted.
     Ram { host: *mut u8, gpa: Gpa, code: bool },
+    /// Memory that the guest can only read; a store is the machine's.
+    ReadOnly { host: *const u8, gpa: Gpa },
     /// A device.
     Device(Gpa),
     /// Two pages, each with its own translation; `first` bytes lie in the first.
@@ -307,6 +309,8 @@ impl Cpu {
     fn is_for_good(&self, place: &Place, access: Access) -> bool {
         match place {
             Place::Device(_) => true,
+            // What the host writes there may differ the next time.
+            Place::ReadOnly { .. } => true,
             Place::Ram { code, .. } => *code && access == Access::Write,
             Place::Split { low, high, .. } => {
                 [low, high].into_iter().any(|half| self.is_for_good(&self.place(half), access))
@@ -322,8 +326,17 @@ impl Cpu {
                 let host = unsafe { region.host_base().as_ptr().add(offset as usize) };
                 Place::Ram { host, gpa: translation.gpa, code: region.code().holds_code(offset) }
             }
-            None => Place::Device(translation.gpa),
+            None => match self.read_only(translation.gpa) {
+                Some(host) => Place::ReadOnly { host, gpa: translation.gpa },
+                None => Place::Device(translation.gpa),
+            },
         }
+    }
+
+    /// The host address of a byte that the guest can only read, good up to the end of its page.
+    fn read_only(&self, gpa: Gpa) -> Option<*const u8> {
+        let host = self.shared.ram.read_only()?.host_page(gpa)?;
+        Some(host.as_ptr())
     }
 
     /// #AC(0): CR0.AM, RFLAGS.AC and CPL 3 (SDM vol. 3A, 6.15). Operands of 32 bytes need 16 (AMD Zen);
@@ -345,7 +358,9 @@ impl Cpu {
         if mode == DataMode::Slow || self.rehearsal.is_some() {
             return;
         }
-        let Some(region) = self.shared.ram.region(translation.gpa) else { return self.tlb.missed(mode) };
+        let Some(region) = self.shared.ram.region(translation.gpa) else {
+            return self.fill_read_only(mode, address, access, translation);
+        };
         let offset = translation.gpa.0 - region.start.0;
         let addend = |base: std::ptr::NonNull<u8>| (base.as_ptr() as u64).wrapping_add(offset).wrapping_sub(address);
         // A write-only page does not exist: what may be written may be read. Pages that hold code are written to with
@@ -371,6 +386,18 @@ impl Cpu {
         }
         self.tlb.fill(mode, fill);
         self.config.ledger.work(engine::ledger::Work::TlbFill, 1);
+    }
+
+    /// The same for what is not RAM: memory that the guest can only read has entries for reads.
+    fn fill_read_only(&mut self, mode: DataMode, address: u64, access: Access, translation: &Translation) {
+        match self.read_only(translation.gpa) {
+            Some(host) if access == Access::Read => {
+                let read = Some((host as u64).wrapping_sub(address));
+                self.tlb.fill(mode, Fill { address, read, write: None, window: None, global: translation.global });
+                self.config.ledger.work(engine::ledger::Work::TlbFill, 1);
+            }
+            _ => self.tlb.missed(mode),
+        }
     }
 
     /// Resolves a miss of translated code. False where the interpreter has to make the access: a device, a page that holds
@@ -415,6 +442,14 @@ impl Cpu {
                     if *code {
                         self.note_code_write(*gpa, data.len() as u64);
                     }
+                }
+            },
+            Place::ReadOnly { host, gpa } => match transfer {
+                // SAFETY: `locate` vouches for the whole access.
+                Transfer::Read(buffer) => unsafe { copy_from(*host, buffer) },
+                Transfer::Write(data) => {
+                    self.io().mmio_write(*gpa, data);
+                    self.after_device();
                 }
             },
             Place::Device(gpa) => {
