@@ -37,8 +37,8 @@ fn user_space_of_a_stock_guest_has_the_dialect() {
     assert_eq!(guest.wait_for("ids"), "ids 0x1af4 0x10fc 0x1af4 0x10fc 0x088000 0x01");
     guest.say("echo sizes $(stat -c %s resource0 resource2); echo drivers $(ls -d driver 2> /dev/null | wc -l)");
     assert_eq!((guest.wait_for("sizes"), guest.wait_for("drivers")), ("sizes 4096 131072".into(), "drivers 0".into()));
-    guest.say("echo complaints $(dmesg -r | grep -c '^<[0-4]>')");
-    assert_eq!(guest.wait_for("complaints"), "complaints 0");
+    guest.say("echo complaints $(dmesg -r | grep '^<[0-4]>' | grep -i -e pci -e ${PWD##*/})");
+    assert_eq!(guest.wait_for("complaints"), "complaints");
 
     let before = inside(&mut guest, "cordial-guest show");
     assert_eq!((&before["version"], &before["vcpus"], &before["epoch"]), (&json!("1.0"), &json!(2), &json!(1)));
@@ -76,11 +76,13 @@ fn loads_from_the_pages_cost_no_exits_and_stores_change_nothing() {
     guest.say("cd $(dirname $(grep -l 0x10fc /sys/bus/pci/devices/*/device))");
     guest.say("base() { sed -n \"$1p\" resource | cut -d' ' -f1; }; registers=$(base 1); pages=$(base 3)");
     let before = inside(&mut guest, "cordial-guest show");
-    for (at, width) in [(0, 8), (4, 32), (8, 64), (0x18, 64), (0x1_0000, 16), (0x1_fff8, 64)] {
+    // busybox takes the width in bits for one in bytes where it looks whether an access spans pages, and would map what lies
+    // behind the region, which is the kernel's: nothing in the last 64 bytes of a page.
+    for (at, width) in [(0, 8), (4, 32), (8, 64), (0x18, 64), (0x1_0000, 16), (0x1_ffc0, 64)] {
         guest.say(&format!("devmem $((pages + {at})) {width} 0x5a"));
     }
     // Registers that are none, or have another width.
-    for (at, width) in [(0, 32), (0x300, 32), (0x308, 16), (0x310, 64), (0xff8, 64)] {
+    for (at, width) in [(0, 32), (0x300, 32), (0x308, 16), (0x310, 64), (0xfc0, 64)] {
         guest.say(&format!("devmem $((registers + {at})) {width} 1"));
     }
     let after = inside(&mut guest, "cordial-guest show");

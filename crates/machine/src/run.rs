@@ -114,7 +114,7 @@ impl Machine {
                 kvm_usage,
                 native: spoken.native,
                 tsc_khz: host.clock.tsc_khz(),
-                started_ns: host.clock.monotonic_ns(),
+                started_ns: HostClock.monotonic_ns(),
             },
             engine: engine.name(),
         };

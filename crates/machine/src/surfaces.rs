@@ -98,7 +98,7 @@ pub enum NotRevoked {
     },
     /// Only the native dialect has a handshake for it.
     #[error(
-        "{name} cannot be taken back from a running guest: its dialect has no handshake; start without it (--pv -{name})"
+        "{name} cannot be taken back from a running guest: there is no handshake for it; start without it (--pv -{name})"
     )]
     NoHandshake {
         /// The feature.
@@ -122,6 +122,7 @@ pub(crate) struct Observer {
     pub(crate) kvm_usage: Vec<Arc<KvmUsage>>,
     pub(crate) native: Option<Arc<paravirt::native::Vm>>,
     pub(crate) tsc_khz: u64,
+    /// On the host's clock, however coarse the guest's is.
     pub(crate) started_ns: u64,
 }
 
@@ -253,16 +254,16 @@ const KVM: [(u32, Exposure, &str); 12] = [
     (kvm::CLOCKSOURCE_STABLE, Exposure::None, "a promise about the clock"),
 ];
 
-/// Of the native dialect: every feature that is built.
+/// Of the native dialect: every feature that is built, in the order of their bits.
 const NATIVE: [(u64, Exposure, &str); 15] = [
     (native::CLOCK, Exposure::Low, "the host writes a page of the guest's choice; time as fine as the TSC"),
     (native::TIME_OF_DAY, Exposure::Low, "the host's time of day, in steps of the quantum and at a limited rate"),
     (native::TIMER, Exposure::Medium, "the guest decides when the host wakes up; a bounded number of timers a vCPU"),
     (native::INTERRUPTS, Exposure::Low, "the guest masks its own interrupts; the monitor reads its page each time"),
     (native::EOI, Exposure::Low, "the host writes a byte of the guest's page; ends of interrupts without an exit"),
-    (native::STEAL, Exposure::Medium, "how long its vCPUs wait for a processor: the host's load"),
     (native::YIELD, Exposure::Medium, "hints that let a vCPU keep its processor a bounded while longer"),
     (native::RUN_STATE, Exposure::Low, "which of its own vCPUs sleep"),
+    (native::STEAL, Exposure::Medium, "how long its vCPUs wait for a processor: the host's load"),
     (native::CRITICAL, Exposure::Medium, "hints that let a vCPU keep its processor a bounded while longer"),
     (native::IPI, Exposure::Low, "interrupts to its own vCPUs, up to 64 in one exit"),
     (native::FLUSH_TLB, Exposure::Medium, "the monitor stops vCPUs of the guest until they have flushed"),
@@ -279,6 +280,7 @@ mod tests {
     #[test]
     fn every_feature_that_is_built_has_a_row_and_every_row_a_name() {
         assert_eq!(NATIVE.iter().fold(0, |bits, row| bits | row.0), paravirt::native::BUILT);
+        assert!(NATIVE.is_sorted_by_key(|row| row.0) && KVM.is_sorted_by_key(|row| row.0));
         let mut names: Vec<_> = NATIVE.iter().map(|row| native_name(row.0)).collect();
         names.extend(KVM.iter().map(|row| kvm_name(row.0)));
         names.extend(["hypervisor-bit", DEVICE.0]);

@@ -13,6 +13,8 @@ use crate::map::Mapping;
 
 /// Where the kernel lists PCI functions.
 const PCI: &str = "/sys/bus/pci/devices";
+/// Bytes of a function's configuration space. Linux shows 64 of them to those without CAP_SYS_ADMIN.
+const CONFIG: usize = 256;
 /// Looks at a page that is being written, before giving up: the host writes a few words at a time.
 const LOOKS: u32 = 1_000_000;
 
@@ -72,6 +74,11 @@ impl Device {
             move |source| Error::File { path, source }
         };
         let config = fs::read(path.join("config")).map_err(failed("config"))?;
+        if config.len() < CONFIG {
+            let source =
+                std::io::Error::new(std::io::ErrorKind::PermissionDenied, "the kernel shows all of it to root only");
+            return Err(failed("config")(source));
+        }
         let found = version(&config).ok_or(Error::NoDevice)?;
         if found >> 16 != VERSION >> 16 {
             return Err(Error::Version { found });
@@ -314,6 +321,10 @@ pub(crate) mod tests {
         assert!(fake.open().is_ok(), "a minor version only adds");
         fs::write(fake.file("resource2"), [0; 4096]).unwrap();
         assert!(matches!(fake.open(), Err(Error::File { path, .. }) if path.ends_with("resource2")));
+        let config = fs::read(fake.file("config")).unwrap();
+        fs::write(fake.file("config"), &config[..64]).unwrap();
+        assert!(matches!(fake.open(), Err(Error::File { path, .. }) if path.ends_with("config")), "not for everyone");
+        fs::write(fake.file("config"), config).unwrap();
         fake.put("config", 0x54, b"x");
         fake.put("config", 0x51, &[0x40]);
         assert!(matches!(fake.open(), Err(Error::NoDevice)), "a list in a circle");

@@ -124,11 +124,11 @@ fn ledger(as_json: bool) -> Result<(), Error> {
         print("ledger", json!({ "vcpus": vcpus.iter().map(counters).collect::<Vec<_>>() }));
         return Ok(());
     }
-    println!("{:<12} {:>12}  by vCPU", "CAUSE", "EXITS");
+    println!("{:<16} {:>12}  by vCPU", "CAUSE", "EXITS");
     for (index, cause) in EXIT_CAUSES.iter().enumerate() {
         let counts: Vec<u64> = vcpus.iter().map(|vcpu| vcpu[index]).collect();
         let each: Vec<String> = counts.iter().map(u64::to_string).collect();
-        println!("{cause:<12} {:>12}  {}", counts.iter().sum::<u64>(), each.join(" "));
+        println!("{cause:<16} {:>12}  {}", counts.iter().sum::<u64>(), each.join(" "));
     }
     Ok(())
 }

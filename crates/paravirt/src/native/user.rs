@@ -130,6 +130,9 @@ mod tests {
         // Numbers without a meaning belong to nobody.
         let used = bench.vm.user_calls();
         assert_eq!((used.times.count, used.refused), (3, 1 + 1 + (call::COUNT - 2)));
+        // Of a feature, whoever makes them.
+        let used = |feature| bench.vm.used(feature).map(|used| (used.times.count, used.refused));
+        assert_eq!((used(feature::TIME_OF_DAY), used(feature::WAIT)), (Some((1, 1)), Some((0, 2))));
     }
 
     #[test]

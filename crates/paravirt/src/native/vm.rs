@@ -142,7 +142,7 @@ impl Vm {
 
     /// What the guest has done with a feature that is used by calls; `None` for one that is used by loads.
     pub fn used(&self, feature: u64) -> Option<Used> {
-        Calls::used(&self.calls, feature)
+        Calls::used(self.calls.iter().chain([&self.user_calls]), feature)
     }
 
     /// What holds at present.
