@@ -92,8 +92,8 @@ pub enum ImageVerb {
 pub enum ContractVerb {
     /// Show every paravirtual feature: offered, accepted, used, what a use costs.
     Show {
-        /// The machine.
-        vm: String,
+        /// The machine; default: the only one that runs.
+        vm: Option<String>,
         /// Rates over the next so many seconds; default: since the machine started.
         #[arg(long, value_name = "SECONDS")]
         over: Option<u64>,
@@ -103,8 +103,8 @@ pub enum ContractVerb {
     },
     /// Say what is exposed without need. Status 6 where there is something.
     Audit {
-        /// The machine.
-        vm: String,
+        /// The machine; default: the only one that runs.
+        vm: Option<String>,
         /// One JSON document instead of text.
         #[arg(long)]
         json: bool,

@@ -2,7 +2,7 @@
 //! taking it back.
 
 use crate::cli::ContractVerb;
-use crate::control::{Ask, Client, Problem, Revoked};
+use crate::control::{Ask, Client, Problem, Revoked, find};
 use crate::failure::{Failure, status};
 use machine::surfaces::{Contract, Exposure, Revocation, Surface};
 use serde::Serialize;
@@ -13,18 +13,22 @@ use std::time::{Duration, Instant};
 /// How often the guest's answer to a revocation is looked for.
 const LOOK: Duration = Duration::from_millis(50);
 
+/// Longest wait for it, seconds: a day.
+const LONGEST_WAIT: u64 = 86_400;
+
 /// What it prints, and the status.
 ///
 /// # Errors
 /// No such machine; what it refuses; a guest that does not answer in time.
 pub fn contract(verb: &ContractVerb) -> Result<(String, u8), Failure> {
     match verb {
-        ContractVerb::Show { vm, over, json } => Ok((show(vm, *over, *json)?, 0)),
+        ContractVerb::Show { vm, over, json } => Ok((show(vm.as_deref(), *over, *json)?, 0)),
         ContractVerb::Audit { vm, json } => {
-            let contract = ask(&mut Client::of(vm)?)?;
+            let machine = find(vm.as_deref())?;
+            let contract = ask(&mut Client::to(&machine)?)?;
             let findings = findings(&contract);
             let text = if *json {
-                document(&json!({ "schema": "cordial.audit/1", "name": vm, "findings": findings }))
+                document(&json!({ "schema": "cordial.audit/1", "name": machine.name, "findings": findings }))
             } else {
                 audit_text(&contract, &findings)
             };
@@ -71,24 +75,24 @@ fn rows(before: Option<&Contract>, now: Contract) -> (Vec<Row>, u64) {
     (now.surfaces.into_iter().map(row).collect(), elapsed_ms)
 }
 
-fn show(vm: &str, over: Option<u64>, as_json: bool) -> Result<String, Failure> {
-    let mut client = Client::of(vm)?;
-    let before = match over {
-        None => None,
-        // The machine hangs up on those who say nothing for a minute.
-        Some(seconds @ 1..=50) => {
-            let before = ask(&mut client)?;
-            thread::sleep(Duration::from_secs(seconds));
-            Some(before)
-        }
-        Some(other) => return Err(Failure::usage(format!("--over {other}: not 1 to 50 seconds"))),
-    };
+fn show(vm: Option<&str>, over: Option<u64>, as_json: bool) -> Result<String, Failure> {
+    // The machine hangs up on those who say nothing for a minute.
+    if let Some(seconds) = over.filter(|seconds| !(1..=50).contains(seconds)) {
+        return Err(Failure::usage(format!("--over {seconds}: not 1 to 50 seconds")));
+    }
+    let machine = find(vm)?;
+    let mut client = Client::to(&machine)?;
+    let mut before = None;
+    if let Some(seconds) = over {
+        before = Some(ask(&mut client)?);
+        thread::sleep(Duration::from_secs(seconds));
+    }
     let now = ask(&mut client)?;
     let (epoch, overdue, uptime_ms) = (now.epoch, now.overdue, now.uptime_ms);
     let (rows, rate_over_ms) = rows(before.as_ref(), now);
     if as_json {
         return Ok(document(&json!({
-            "schema": "cordial.contract/1", "name": vm, "uptime_ms": uptime_ms, "epoch": epoch, "overdue": overdue,
+            "schema": "cordial.contract/1", "name": machine.name, "uptime_ms": uptime_ms, "epoch": epoch, "overdue": overdue,
             "rate_over_ms": rate_over_ms, "surfaces": rows,
         })));
     }
@@ -156,8 +160,9 @@ fn findings(contract: &Contract) -> Vec<Finding> {
             _ => None,
         };
         if let Some(unused) = unused.filter(|_| surface.offered && surface.exposure > Exposure::None) {
-            let now =
-                if surface.dialect == "cordial" { ", or take it back with `cordial contract revoke`" } else { "" };
+            // The contract device itself cannot be accepted, and so not be given up.
+            let revocable = surface.dialect == "cordial" && surface.accepted.is_some();
+            let now = if revocable { ", or take it back with `cordial contract revoke`" } else { "" };
             find("unused", format!("{unused}: {}; start without it (--pv -{name}){now}", surface.risk));
         }
     }
@@ -182,7 +187,10 @@ fn audit_text(contract: &Contract, findings: &[Finding]) -> String {
 }
 
 fn revoke(vm: &str, feature: &str, wait: Option<u64>, as_json: bool) -> Result<(String, u8), Failure> {
-    let mut client = Client::of(vm)?;
+    if let Some(seconds) = wait.filter(|seconds| *seconds > LONGEST_WAIT) {
+        return Err(Failure::usage(format!("--wait {seconds}: not 0 to {LONGEST_WAIT} seconds")));
+    }
+    let mut client = Client::to(&find(Some(vm))?)?;
     let Revoked { mut state, epoch } = client.ask(&Ask::Revoke { feature: feature.to_owned() }).map_err(failure)?;
     if let Some(seconds) = wait {
         let end = Instant::now() + Duration::from_secs(seconds);
@@ -285,11 +293,15 @@ mod tests {
         assert_eq!(kinds(Surface { refused: 3, ..base() }, false), ["refused"]);
         let revoking = || Surface { revoking: true, offered: false, ..base() };
         assert_eq!((kinds(revoking(), false), kinds(revoking(), true)), (vec!["pending"], vec!["overdue"]));
-        let contract = contract(1, vec![Surface { accepted: Some(false), ..base() }]);
+        let device = Surface { accepted: None, used: Some(0), ..surface("contract-device", Exposure::Medium) };
+        let contract = contract(1, vec![Surface { accepted: Some(false), ..base() }, device]);
         let text = audit_text(&contract, &findings(&contract));
-        assert!(
-            text.contains("1 finding:\n  wait: offered, but not accepted: what it does; start without it (--pv -wait)"),
-            "{text}"
-        );
+        for line in [
+            "2 findings:",
+            "  wait: offered, but not accepted: what it does; start without it (--pv -wait), or take it back with `cordial contract revoke`",
+            "  contract-device: offered, but not used: what it does; start without it (--pv -contract-device)",
+        ] {
+            assert!(text.lines().any(|one| one == line), "{line}: {text}");
+        }
     }
 }

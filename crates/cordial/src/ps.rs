@@ -44,7 +44,7 @@ fn table(rows: &[Row]) -> String {
                 human(memory),
                 duration(uptime_ms)
             ),
-            None => format!("{:<20} {pid:>8} does not answer (just starting, or ending)\n", running.name),
+            None => format!("{:<20} {pid:>8} does not answer\n", running.name),
         };
     }
     text

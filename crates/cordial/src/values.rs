@@ -1,5 +1,6 @@
 //! Text to typed values. Each error says what was written, where, and what would do.
 
+use crate::control::check_name;
 use crate::failure::Failure;
 use crate::settings::{Setting, Settings};
 use machine::plan::{CallRate, Dialects, DiskMode, DiskPlan, EngineCheck, EngineChoice, TimePolicy, Virt, Without};
@@ -199,6 +200,14 @@ pub fn console(settings: &Settings) -> Result<Console, Failure> {
     let known =
         [("auto", Console::Auto), ("virtio", Console::Virtio), ("serial", Console::Serial), ("none", Console::None)];
     Ok(read(settings, "console", |text| one_of(text, &known))?.unwrap_or(Console::Auto))
+}
+
+/// What other verbs call the machine.
+///
+/// # Errors
+/// No name that a machine can have.
+pub fn name(settings: &Settings) -> Result<Option<String>, Failure> {
+    read(settings, "name", |text| check_name(text).map(|()| text.to_owned()))
 }
 
 /// After how long to stop.

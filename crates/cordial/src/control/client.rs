@@ -1,9 +1,8 @@
 //! The asking end of a control socket.
 
+use super::place::Running;
 use super::wire::{Ask, LONGEST_REPLY, Problem, replied, request};
-use crate::control::place::{Running, running};
 use crate::failure::Failure;
-use crate::values::did_you_mean;
 use serde::de::DeserializeOwned;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -18,20 +17,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub struct Client(BufReader<UnixStream>);
 
 impl Client {
-    /// Calls the machine of this name.
-    ///
-    /// # Errors
-    /// There is none; or it does not answer.
-    pub fn of(name: &str) -> Result<Self, Failure> {
-        let machines = running()?;
-        let Some(machine) = machines.iter().find(|machine| machine.name == name) else {
-            let near = did_you_mean(name, machines.iter().map(|machine| &machine.name[..]));
-            let advice = if near.is_empty() { "; `cordial ps` lists those that run" } else { &near };
-            return Err(Failure::no_machine(format!("no machine called \"{name}\" runs{advice}")));
-        };
-        Self::to(machine)
-    }
-
     /// Calls a machine.
     ///
     /// # Errors
@@ -40,7 +25,7 @@ impl Client {
         Self::connect(&machine.socket).map_err(|error| Failure::io(format!("reach {}", machine.name), &error))
     }
 
-    pub(super) fn connect(socket: &Path) -> io::Result<Self> {
+    pub(super) fn connect(socket: impl AsRef<Path>) -> io::Result<Self> {
         let stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
@@ -53,11 +38,12 @@ impl Client {
     /// The machine's, or that it went away.
     pub fn ask<T: DeserializeOwned>(&mut self, ask: &Ask) -> Result<T, Problem> {
         let lost = |error: io::Error| Problem { kind: "lost".into(), message: format!("no answer: {error}") };
-        self.0.get_mut().write_all(request(ask).as_bytes()).map_err(lost)?;
+        // Those who are not let in are told so at once: the reply may be there where the request has nowhere to go.
+        let sent = self.0.get_mut().write_all(request(ask).as_bytes());
         let mut line = Vec::new();
         self.0.by_ref().take(LONGEST_REPLY as u64).read_until(b'\n', &mut line).map_err(lost)?;
         if line.is_empty() {
-            return Err(lost(io::Error::other("the machine has ended")));
+            return Err(lost(sent.err().unwrap_or_else(|| io::Error::other("the machine has ended"))));
         }
         let value = replied(&line)?;
         serde_json::from_value(value).map_err(|error| lost(io::Error::other(error)))

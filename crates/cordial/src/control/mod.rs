@@ -17,6 +17,6 @@ mod server;
 mod wire;
 
 pub use client::Client;
-pub use place::{LONGEST_NAME, Place, Running, running};
+pub use place::{Place, Running, check_name, find, running};
 pub use server::Server;
-pub use wire::{Ask, Facts, Problem, Revoked, SCHEMA};
+pub use wire::{Ask, Facts, Problem, Revoked};

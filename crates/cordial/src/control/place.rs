@@ -1,16 +1,22 @@
 //! Where a running machine is found: a directory of its name, whose lock its process holds.
 
 use crate::failure::Failure;
+use crate::values::did_you_mean;
 use rustix::fs::{FlockOperation, flock};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Longest name in bytes.
-pub const LONGEST_NAME: usize = 64;
+const LONGEST_NAME: usize = 64;
 /// Longest path of a Unix socket (unix(7)), its terminating zero left out.
 const LONGEST_SOCKET: usize = 107;
+
+/// How often a place is tried for that others keep taking away.
+const TRIES: u32 = 100;
 
 const LOCK: &str = "lock";
 const SOCKET: &str = "control.sock";
@@ -44,12 +50,17 @@ fn make_private(directory: &Path) -> io::Result<()> {
     }
 }
 
-/// A name that a directory and a command line can bear.
-pub(super) fn is_name(name: &str) -> bool {
+/// Checks that a directory and a command line can bear a name.
+///
+/// # Errors
+/// What a name is.
+pub fn check_name(name: &str) -> Result<(), String> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-    (1..=LONGEST_NAME).contains(&name.len())
-        && name.bytes().all(plain)
-        && name.starts_with(|first: char| first.is_ascii_alphanumeric())
+    let fits = (1..=LONGEST_NAME).contains(&name.len());
+    if fits && name.bytes().all(plain) && name.starts_with(|first: char| first.is_ascii_alphanumeric()) {
+        return Ok(());
+    }
+    Err(format!("not 1 to {LONGEST_NAME} letters, digits, dots, dashes and underscores, a letter or digit first"))
 }
 
 /// The directory of a machine that this process runs. It goes when this does.
@@ -57,6 +68,7 @@ pub(super) fn is_name(name: &str) -> bool {
 pub struct Place {
     directory: PathBuf,
     name: String,
+    listener: Arc<UnixListener>,
     _lock: File,
 }
 
@@ -64,33 +76,26 @@ impl Place {
     /// Takes `name` for a machine of this process.
     ///
     /// # Errors
-    /// A name that cannot be, that a running machine has, or whose directory cannot be made.
+    /// A name that cannot be, that a running machine has, or whose directory or socket cannot be made.
     pub fn take(name: &str) -> Result<Self, Failure> {
         Self::take_in(&root(), name)
     }
 
     pub(super) fn take_in(root: &Path, name: &str) -> Result<Self, Failure> {
-        if !is_name(name) {
-            return Err(Failure::usage(format!(
-                "name \"{name}\": not 1 to {LONGEST_NAME} letters, digits, dots, dashes and underscores, a letter or digit first"
-            )));
-        }
+        check_name(name).map_err(|wanted| Failure::usage(format!("name \"{name}\": {wanted}")))?;
         let directory = root.join(name);
+        if directory.as_os_str().len() + 1 + SOCKET.len() > LONGEST_SOCKET {
+            let shown = directory.display();
+            let message = format!("{shown} is too long for a socket: take a shorter name, or another XDG_RUNTIME_DIR");
+            return Err(Failure::usage(message));
+        }
         let failed = |error: &io::Error| Failure::io(format!("make {}", directory.display()), error);
         make_private(root).map_err(|error| failed(&error))?;
         check_private(root).map_err(|why| Failure::other(format!("cannot use {}: {why}", root.display())))?;
-        if directory.as_os_str().len() + 1 + SOCKET.len() > LONGEST_SOCKET {
-            let message = format!("{} is too long for a socket: take a shorter name", directory.display());
-            return Err(Failure::usage(message));
-        }
-        loop {
+        for _ in 0..TRIES {
             make_private(&directory).map_err(|error| failed(&error))?;
             match lock(&directory) {
-                Ok(Some(mut file)) => {
-                    let _ = fs::remove_file(directory.join(SOCKET));
-                    let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
-                    return Ok(Self { directory, name: name.to_owned(), _lock: file });
-                }
+                Ok(Some(lock)) => return Self::fill(directory.clone(), name, lock).map_err(|error| failed(&error)),
                 Ok(None) => {
                     let holder = holder(&directory).map_or_else(String::new, |pid| format!(" (process {pid})"));
                     let message = format!("a machine called {name} runs already{holder}: take another --name");
@@ -101,6 +106,16 @@ impl Place {
                 Err(error) => return Err(failed(&error)),
             }
         }
+        Err(failed(&io::ErrorKind::NotFound.into()))
+    }
+
+    /// Makes a directory whose lock is held here the place of a machine.
+    fn fill(directory: PathBuf, name: &str, mut lock: File) -> io::Result<Self> {
+        let socket = directory.join(SOCKET);
+        let _ = fs::remove_file(&socket); // of a dead process
+        let _ = lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id()));
+        let listener = UnixListener::bind(&socket).inspect_err(|_| clear(&directory))?;
+        Ok(Self { directory, name: name.to_owned(), listener: Arc::new(listener), _lock: lock })
     }
 
     /// The machine's name.
@@ -109,8 +124,13 @@ impl Place {
     }
 
     /// Where its control socket is.
-    pub fn socket(&self) -> PathBuf {
+    pub(super) fn socket(&self) -> PathBuf {
         self.directory.join(SOCKET)
+    }
+
+    /// Who listens there.
+    pub(super) fn listener(&self) -> Arc<UnixListener> {
+        Arc::clone(&self.listener)
     }
 }
 
@@ -171,6 +191,33 @@ pub fn running() -> Result<Vec<Running>, Failure> {
     running_in(&root())
 }
 
+/// The machine of this name, or the only one that runs.
+///
+/// # Errors
+/// There is none, or there are several to choose from.
+pub fn find(name: Option<&str>) -> Result<Running, Failure> {
+    choose(&running()?, name)
+}
+
+fn choose(machines: &[Running], name: Option<&str>) -> Result<Running, Failure> {
+    let names = || machines.iter().map(|machine| &machine.name[..]);
+    let Some(name) = name else {
+        return match machines {
+            [] => Err(Failure::no_machine("no machine runs")),
+            [only] => Ok(only.clone()),
+            _ => {
+                let names = names().collect::<Vec<_>>().join(", ");
+                Err(Failure::usage(format!("several machines run, name one of them: {names}")))
+            }
+        };
+    };
+    machines.iter().find(|machine| machine.name == name).cloned().ok_or_else(|| {
+        let near = did_you_mean(name, names());
+        let advice = if near.is_empty() { "; `cordial ps` lists those that run" } else { &near };
+        Failure::no_machine(format!("no machine called \"{name}\" runs{advice}"))
+    })
+}
+
 fn running_in(root: &Path) -> Result<Vec<Running>, Failure> {
     let entries = match fs::read_dir(root) {
         Ok(entries) => entries,
@@ -180,7 +227,9 @@ fn running_in(root: &Path) -> Result<Vec<Running>, Failure> {
     check_private(root).map_err(|why| Failure::other(format!("cannot use {}: {why}", root.display())))?;
     let mut found = Vec::new();
     for entry in entries.filter_map(Result::ok) {
-        let Some(name) = entry.file_name().to_str().filter(|name| is_name(name)).map(str::to_owned) else { continue };
+        let Some(name) = entry.file_name().to_str().filter(|name| check_name(name).is_ok()).map(str::to_owned) else {
+            continue;
+        };
         let directory = entry.path();
         if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             continue;
@@ -199,7 +248,9 @@ fn running_in(root: &Path) -> Result<Vec<Running>, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
+    use crate::failure::Kind;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::net::UnixStream;
 
     /// A directory as a user's runtime directory is.
     fn private() -> tempfile::TempDir {
@@ -239,7 +290,7 @@ mod tests {
         fs::create_dir(&dead).unwrap();
         fs::write(dead.join(SOCKET), "").unwrap();
         let place = Place::take_in(root.path(), "vm-1").unwrap();
-        assert!(!place.socket().exists(), "a socket of a dead process is not in the way");
+        assert!(UnixStream::connect(place.socket()).is_ok(), "a socket of a dead process is not in the way");
     }
 
     #[test]
@@ -257,5 +308,35 @@ mod tests {
         let long = deep.path().join("d".repeat(60));
         let refused = Place::take_in(&long, &"x".repeat(64)).unwrap_err().to_string();
         assert!(refused.contains("take a shorter name"), "{refused}");
+    }
+
+    #[test]
+    fn a_machine_is_chosen_by_its_name_or_by_being_the_only_one() {
+        let running = |name: &str| Running { name: name.into(), pid: None, socket: "/x".into() };
+        let two = [running("one"), running("two")];
+        let refused = |machines: &[Running], name| choose(machines, name).unwrap_err();
+        assert_eq!(choose(&two, Some("two")).unwrap(), two[1]);
+        assert_eq!(choose(&two[..1], None).unwrap(), two[0]);
+        assert_eq!(refused(&two, None).to_string(), "several machines run, name one of them: one, two");
+        assert_eq!(refused(&two, Some("tow")).to_string(), "no machine called \"tow\" runs; did you mean \"two\"?");
+        assert!(refused(&two, Some("three")).to_string().ends_with("; `cordial ps` lists those that run"));
+        for (machines, name, kind) in
+            [(&two[..], None, Kind::Usage), (&[], None, Kind::NoMachine), (&two, Some("x"), Kind::NoMachine)]
+        {
+            assert_eq!(refused(machines, name).kind, kind, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn a_place_that_cannot_be_had_is_given_up() {
+        let root = private();
+        symlink(root.path().join("nowhere"), root.path().join("link")).unwrap();
+        let refused = Place::take_in(root.path(), "link").unwrap_err().to_string();
+        assert!(refused.starts_with(&format!("cannot make {}/link: ", root.path().display())), "{refused}");
+        // Something that is no socket, and is not taken away, in the socket's place.
+        let full = root.path().join("full");
+        fs::create_dir_all(full.join(SOCKET)).unwrap();
+        assert!(Place::take_in(root.path(), "full").unwrap_err().to_string().contains("/full: "));
+        assert!(!full.join(LOCK).exists());
     }
 }

@@ -10,9 +10,8 @@ use crate::values::did_you_mean;
 use machine::Handle;
 use machine::surfaces::NotRevoked;
 use serde_json::{Value, json};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -67,31 +66,27 @@ impl Subject {
 /// Listens until it is dropped.
 pub struct Server {
     ending: Arc<AtomicBool>,
-    socket: PathBuf,
     /// The machine's directory goes with it.
-    _place: Place,
+    place: Place,
 }
 
 impl Server {
     /// Listens at `place` for those who ask about the machine of `handle`.
     ///
     /// # Errors
-    /// The host refuses a socket or a thread.
+    /// The host refuses a thread.
     pub fn start(place: Place, facts: Facts, handle: Handle) -> Result<Self, Failure> {
         Self::with(place, Subject { facts, handle })
     }
 
     fn with(place: Place, machine: impl Machine) -> Result<Self, Failure> {
-        let socket = place.socket();
-        let failed = |error: &io::Error| Failure::io(format!("listen at {}", socket.display()), error);
-        let listener = UnixListener::bind(&socket).map_err(|error| failed(&error))?;
-        let ending = Arc::<AtomicBool>::default();
+        let (listener, ending) = (place.listener(), Arc::<AtomicBool>::default());
         let (stop, machine) = (Arc::clone(&ending), Arc::new(machine));
         thread::Builder::new()
             .name("control".into())
             .spawn(move || listen(&listener, &machine, &stop))
-            .map_err(|error| failed(&error))?;
-        Ok(Self { ending, socket, _place: place })
+            .map_err(|error| Failure::io(format!("listen at {}", place.socket().display()), &error))?;
+        Ok(Self { ending, place })
     }
 }
 
@@ -99,7 +94,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.ending.store(true, Ordering::SeqCst);
         // Gets the listener out of its wait.
-        drop(UnixStream::connect(&self.socket));
+        drop(UnixStream::connect(self.place.socket()));
     }
 }
 
@@ -191,7 +186,7 @@ mod tests {
     }
 
     fn say(server: &Server, bytes: &[u8]) -> String {
-        let mut caller = UnixStream::connect(&server.socket).unwrap();
+        let mut caller = UnixStream::connect(server.place.socket()).unwrap();
         // A caller that says too much may find nobody there to hear the rest.
         let _ = caller.write_all(bytes);
         let _ = caller.shutdown(std::net::Shutdown::Write);
@@ -204,13 +199,13 @@ mod tests {
     fn callers_are_answered_in_turn_until_they_go() {
         let root = private();
         let server = server(&root);
-        let mut client = Client::connect(&server.socket).unwrap();
+        let mut client = Client::connect(server.place.socket()).unwrap();
         for _ in 0..3 {
             assert_eq!(client.ask::<Value>(&Ask::Contract), Ok(json!({ "ask": "contract" })));
             let problem = client.ask::<Value>(&Ask::Revoke { feature: "x".into() }).unwrap_err();
             assert_eq!((&problem.kind[..], &problem.message[..]), ("not-offered", "x"));
         }
-        let socket = server.socket.clone();
+        let socket = server.place.socket();
         drop(server);
         assert!(!socket.exists() && UnixStream::connect(&socket).is_err());
     }
@@ -231,14 +226,16 @@ mod tests {
     fn callers_beyond_the_limit_are_told_so_and_the_next_one_is_served() {
         let root = private();
         let server = server(&root);
-        let mut callers: Vec<_> = (0..MOST_CALLERS).map(|_| Client::connect(&server.socket).unwrap()).collect();
+        let mut callers: Vec<_> = (0..MOST_CALLERS).map(|_| Client::connect(server.place.socket()).unwrap()).collect();
         for caller in &mut callers {
             assert!(caller.ask::<Value>(&Ask::Status).is_ok());
         }
         assert!(say(&server, b"").contains("too-many"));
+        let refused = Client::connect(server.place.socket()).unwrap().ask::<Value>(&Ask::Status).unwrap_err();
+        assert_eq!(refused.kind, "too-many");
         drop(callers);
         // Their threads see it in their own time.
-        while Client::connect(&server.socket).unwrap().ask::<Value>(&Ask::Status).is_err() {
+        while Client::connect(server.place.socket()).unwrap().ask::<Value>(&Ask::Status).is_err() {
             thread::yield_now();
         }
     }

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 /// Named in each line; another version is refused.
-pub const SCHEMA: &str = "cordial.control/1";
+const SCHEMA: &str = "cordial.control/1";
 
 /// Longest request in bytes, its newline included.
 pub(super) const LONGEST_REQUEST: usize = 4096;

@@ -91,7 +91,7 @@ impl Options {
             copies: Copy::of_settings(settings)?,
             initrd: values::file(settings, "initrd")?,
             console: values::console(settings)?,
-            name: values::text(settings, "name"),
+            name: values::name(settings)?,
             timeout: values::timeout(settings)?,
             events: values::text(settings, "events").map(PathBuf::from),
             test_devices: values::switch(settings, "test-devices")?,
