@@ -21,7 +21,8 @@ impl Jit {
         let page = self.pages.get(&(key.gpa >> 12)).filter(|page| page.version.is_current())?;
         let at = (key.gpa % PAGE_SIZE) as u16;
         let around = page.blocks.iter().filter(|piece| (piece.first..=piece.last).contains(&at));
-        let (around, start) = around.map(|piece| piece.block).find_map(|block| Some((block, self.enter_at(block, key)?)))?;
+        let (around, start) =
+            around.map(|piece| piece.block).find_map(|block| Some((block, self.enter_at(block, key)?)))?;
         let Block { anchor, .. } = self.blocks[around as usize];
         let block = self.blocks.len() as u32;
         self.blocks.push(Block {

@@ -132,8 +132,7 @@ impl Jit {
         let blocks = self.pages.get(&gpa).map(|page| page.blocks.clone()).unwrap_or_default();
         for Piece { block, .. } in blocks {
             let known = &self.blocks[block as usize];
-            if known.key.rip >> 12 == page
-                || known.second.is_some() && known.key.rip.wrapping_add(0x1000) >> 12 == page
+            if known.key.rip >> 12 == page || known.second.is_some() && known.key.rip.wrapping_add(0x1000) >> 12 == page
             {
                 self.forget_block(block);
             }

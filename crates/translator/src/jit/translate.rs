@@ -47,7 +47,13 @@ impl Jit {
         let next = sources.last()?.instruction.next_ip();
         let next_code = self.arena.next();
         let mut block = Block {
-            emit: Emit::new(next_code, (self.known, anchor), &self.thunks, &mut self.sites, std::mem::take(&mut self.room)),
+            emit: Emit::new(
+                next_code,
+                (self.known, anchor),
+                &self.thunks,
+                &mut self.sites,
+                std::mem::take(&mut self.room),
+            ),
             key,
             first_exit: self.exits.len() as u32,
             exits: Vec::with_capacity(8),
