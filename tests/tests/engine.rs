@@ -23,7 +23,7 @@ fn expected() -> String {
 #[test]
 fn a_tiny_code_cache_gives_right_results() {
     let done =
-        Cordial::run(&["--json", "--engine", "translate", "-c", "2", "--code-cache", "256K", "--", "sh", "-c", WORK])
+        Cordial::run(&["--json", "--engine", "translate", "-c", "2", "--code-cache", "512K", "--", "sh", "-c", WORK])
             .done();
     assert_eq!(done.status, 0, "{}", done.stderr);
     let document: Value = serde_json::from_slice(&done.stdout).expect("one JSON document");
