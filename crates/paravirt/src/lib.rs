@@ -13,6 +13,8 @@
 //! know. Nothing here knows an engine or a device.
 
 mod clock;
+#[cfg(test)]
+mod fixture;
 mod interrupts;
 pub mod kvm;
 pub mod native;

@@ -1,41 +1,17 @@
 //! A VM without an engine, whose time and whose host's scheduler the tests move.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use engine::{Answer, GuestTsc, HypercallArgs, Signal};
 use host::fake::{FakeClock, FakeRunDelay};
 use memory::{Gpa, GuestRam};
 
 use super::Vm;
-use crate::{Clock, Features, Interrupts, Place, Vcpu};
+use crate::fixture::Record;
+use crate::{Clock, Features, Place, Vcpu};
 
 /// RAM is 0 to here.
 pub(super) const RAM: u64 = 0x1_0000;
-/// The local APIC that accepts nothing.
-pub(super) const DEAF: u32 = 2;
-
-/// What reached local APICs.
-#[derive(Default)]
-pub(super) struct Record {
-    pub(super) sent: Mutex<Vec<(u32, u32)>>,
-    pub(super) ended: Mutex<Vec<u32>>,
-}
-
-impl Interrupts for Record {
-    fn raise(&self, _vcpu: u32, _vector: u8) {
-        unreachable!("the native dialect's");
-    }
-
-    fn send(&self, vcpu: u32, command: u32) -> bool {
-        self.sent.lock().unwrap().push((vcpu, command));
-        vcpu != DEAF
-    }
-
-    fn end(&self, vcpu: u32) {
-        self.ended.lock().unwrap().push(vcpu);
-    }
-}
-
 pub(super) struct Bench {
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) signals: Vec<Arc<Signal>>,
@@ -76,14 +52,6 @@ impl Bench {
             Answer::Now(value) => value as i64,
             Answer::Later => panic!("no call of this dialect sleeps"),
         }
-    }
-
-    pub(super) fn sent(&self) -> Vec<(u32, u32)> {
-        std::mem::take(&mut self.record.sent.lock().unwrap())
-    }
-
-    pub(super) fn ended(&self) -> Vec<u32> {
-        std::mem::take(&mut self.record.ended.lock().unwrap())
     }
 
     /// A value in guest RAM.

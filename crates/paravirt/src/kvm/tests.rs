@@ -6,8 +6,9 @@ use contract::kvm::{
 use engine::{HypercallArgs, MsrRefused, Signals};
 use memory::Gpa;
 
-use super::fixture::{Bench, DEAF, RAM};
+use super::fixture::{Bench, RAM};
 use crate::Features;
+use crate::fixture::DEAF;
 
 const PAGE: u64 = 0x1000;
 /// Where `preempted` is in [`StealTime`].
@@ -100,7 +101,7 @@ fn hypercalls_are_answered() {
         let call = HypercallArgs { number, args: [PAGE, 0, 0, 0], cpl: 3, wide: true };
         assert_eq!(bench.call_as(0, call), hypercall::EPERM);
     }
-    assert_eq!((bench.sent(), bench.signals[0].pending()), (vec![], Signals::empty()));
+    assert_eq!((bench.record.sent(), bench.signals[0].pending()), (vec![], Signals::empty()));
 }
 
 #[test]
@@ -172,26 +173,26 @@ fn an_interrupt_ends_in_memory_or_by_the_guests_own_write() {
     bench.vcpus[0].offer_end();
     assert_eq!(bench.read::<u8>(byte), EOI_PENDING);
     bench.ram.write_value(Gpa(byte), &0_u8).unwrap(); // the guest ends it
-    assert_eq!(bench.ended(), [0; 0]);
+    assert_eq!(bench.record.ended(), [0; 0]);
     bench.vcpus[0].before_interrupt();
     bench.vcpus[0].before_interrupt();
-    assert_eq!(bench.ended(), [0], "once");
+    assert_eq!(bench.record.ended(), [0], "once");
 
     bench.vcpus[0].offer_end();
     bench.vcpus[0].hear_end();
-    assert_eq!((bench.read::<u8>(byte), bench.ended()), (0, vec![]), "the offer is taken back");
+    assert_eq!((bench.read::<u8>(byte), bench.record.ended()), (0, vec![]), "the offer is taken back");
 
     for index in [msr::PV_EOI, msr::POLL_CONTROL] {
         bench.vcpus[0].offer_end();
         bench.ram.write_value(Gpa(byte), &0_u8).unwrap();
         bench.vcpus[0].msr_write(index, 0).unwrap();
-        assert_eq!(bench.ended(), [0], "before the byte may move");
+        assert_eq!(bench.record.ended(), [0], "before the byte may move");
         bench.vcpus[0].msr_write(msr::PV_EOI, byte | 1).unwrap();
     }
     bench.vcpus[0].offer_end();
     bench.vcpus[0].reset();
     bench.vcpus[0].hear_end();
-    assert_eq!((bench.ended(), bench.vcpus[0].can_end_in_memory()), (vec![], false));
+    assert_eq!((bench.record.ended(), bench.vcpus[0].can_end_in_memory()), (vec![], false));
 }
 
 #[test]
@@ -230,7 +231,7 @@ fn ipis_go_to_those_in_the_bitmap() {
     let mut bench = Bench::new(100, Features::ALL);
     let mut send = |args, wide| {
         let call = HypercallArgs { number: hypercall::SEND_IPI, args, cpl: 0, wide };
-        (bench.call_as(0, call), bench.sent().into_iter().map(|(vcpu, _)| vcpu).collect::<Vec<_>>())
+        (bench.call_as(0, call), bench.record.sent().into_iter().map(|(vcpu, _)| vcpu).collect::<Vec<_>>())
     };
     let command = 0x4_31;
     assert_eq!(send([0b1011, 1 << 35, 0, command], true), (4, vec![0, 1, 3, 99]));
@@ -245,7 +246,7 @@ fn ipis_go_to_those_in_the_bitmap() {
         assert_eq!(send([1, 0, 0, command | bad], true), (hypercall::EINVAL, vec![]));
     }
     bench.call(0, hypercall::SEND_IPI, [1, 0, 0, 0x400]);
-    assert_eq!(bench.sent(), [(0, 0x400)], "an NMI");
+    assert_eq!(bench.record.sent(), [(0, 0x400)], "an NMI");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! A VM without an engine, whose time the tests move.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use contract::native::device::page;
 use contract::native::{call, msr};
@@ -9,34 +9,14 @@ use host::fake::{FakeClock, FakeEntropy, FakeRunDelay, FakeTimers};
 use memory::{Gpa, GuestRam};
 
 use super::{BUILT, Calling, Parts, Policy, UserPages, Vcpu, Vm};
-use crate::{Clock, Features, Interrupts, Place, kvm};
+use crate::fixture::Record;
+use crate::{Clock, Features, Place, kvm};
 
 /// RAM is 0 to here, and 16 pages above 1 MiB.
 pub(super) const LOW_RAM: u64 = 0x1_0000;
 pub(super) const HIGH_RAM: u64 = 0x10_0000;
 /// Where user space has its pages.
 pub(super) const USER_PAGES: u64 = 0xdff0_0000;
-
-/// What reached local APICs.
-#[derive(Default)]
-pub(super) struct Record {
-    pub(super) raised: Mutex<Vec<(u32, u8)>>,
-    pub(super) ended: Mutex<Vec<u32>>,
-}
-
-impl Interrupts for Record {
-    fn raise(&self, vcpu: u32, vector: u8) {
-        self.raised.lock().unwrap().push((vcpu, vector));
-    }
-
-    fn send(&self, _vcpu: u32, _command: u32) -> bool {
-        true // the kvm dialect's, which has tests of its own
-    }
-
-    fn end(&self, vcpu: u32) {
-        self.ended.lock().unwrap().push(vcpu);
-    }
-}
 
 pub(super) struct Bench {
     pub(super) vm: Arc<Vm>,
@@ -113,10 +93,6 @@ impl Bench {
 
     pub(super) fn write_msr(&mut self, vcpu: usize, register: u32, value: u64) -> bool {
         self.vcpus[vcpu].msr_write(msr::BASE + register, value).is_ok()
-    }
-
-    pub(super) fn raised(&self) -> Vec<(u32, u8)> {
-        std::mem::take(&mut self.record.raised.lock().unwrap())
     }
 
     /// A value in guest RAM.

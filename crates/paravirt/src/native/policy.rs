@@ -87,6 +87,30 @@ mod tests {
         }
     }
 
+    /// Ten million requests a second, whatever passes: to the call, what the rate and the burst are.
+    #[test]
+    fn ten_million_requests_a_second_pass_at_the_rate_and_a_burst_beyond() {
+        const EACH_NS: u64 = 100;
+        for (calls_per_s, burst, seconds) in [
+            (1, 1, 4),
+            (1, 1_000, 1),
+            (10, 2, 2),
+            (1_000, 1_000, 1),
+            (10_000, 1_000, 1),
+            (7_777, 2, 1),
+            (99_999, 2, 1),
+            (333_333, 5, 1),
+            (1_000_000, 1, 1),
+            (1_000_000, 1_000_000, 1),
+        ] {
+            let mut bucket = Bucket::new(&Policy { calls_per_s, burst, ..Policy::default() });
+            let start = 1_234_567_890_123;
+            let requests = seconds * 1_000_000_000 / EACH_NS;
+            let passed = (0..=requests).filter(|request| bucket.take(start + request * EACH_NS)).count() as u64;
+            assert_eq!(passed, u64::from(burst) + seconds * u64::from(calls_per_s), "{calls_per_s} {burst}");
+        }
+    }
+
     #[test]
     fn a_clock_that_steps_lets_the_rate_pass_where_the_burst_covers_a_step() {
         // Asked each microsecond of ten seconds, on a clock that steps by a millisecond.

@@ -132,7 +132,7 @@ fn a_revoked_feature_is_honoured_until_the_guest_has_given_it_up() {
     bench.call(0, call::SET_TIMER, [0, 5_000, 0, 0x44]);
     let terms = bench.vm.revoke(feature::WAIT);
     assert_eq!((terms.revoking, terms.accepted), (feature::WAIT, feature::WAIT | feature::TIMER));
-    assert_eq!(bench.raised(), [(1, 0x33)], "who asked for it is told");
+    assert_eq!(bench.record.raised(), [(1, 0x33)], "who asked for it is told");
     let page: VmPage = bench.read(PAGE);
     assert_eq!((page.state, page.epoch, page.revoking), (vm_state::REVOKING, 2, feature::WAIT));
     assert_eq!(page.offered, BUILT & !feature::WAIT);
@@ -147,12 +147,12 @@ fn a_revoked_feature_is_honoured_until_the_guest_has_given_it_up() {
     assert_eq!((page.state, page.epoch, page.revoking, page.accepted), (0, 2, 0, feature::TIMER));
     bench.timers.advance(10_000_000_000);
     assert!(!bench.vm.terms().overdue);
-    assert_eq!(bench.raised(), [(0, 0x44)], "what was not revoked goes on");
+    assert_eq!(bench.record.raised(), [(0, 0x44)], "what was not revoked goes on");
     bench.call(0, call::SET_TIMER, [0, 20_000_000_000, 0, 0x44]);
     bench.vm.revoke(feature::TIMER);
     assert_eq!(bench.call(0, call::REVOKE_ACK, [3, 0, 0, 0]), Some(0));
     bench.timers.advance(20_000_000_000);
-    assert_eq!(bench.raised(), [(1, 0x33)], "and its timers are gone with the feature");
+    assert_eq!(bench.record.raised(), [(1, 0x33)], "and its timers are gone with the feature");
 }
 
 #[test]
@@ -221,9 +221,9 @@ fn timers_within_their_slack_are_one_wake_up_of_the_host() {
         }
     }
     bench.timers.advance(1_499_999);
-    assert!(bench.raised().is_empty(), "nobody's slack has ended");
+    assert!(bench.record.raised().is_empty(), "nobody's slack has ended");
     bench.timers.advance(1);
-    let raised = bench.raised();
+    let raised = bench.record.raised();
     assert_eq!((raised.len(), raised[0], raised[31]), (32, (0, 0x40), (3, 0x47)), "in the order of their deadlines");
     assert_eq!(bench.vm.timer_counts(), (1, 32));
     let page: VmPage = bench.read(PAGE);
@@ -243,16 +243,16 @@ fn a_timer_is_replaced_cancelled_and_forgotten_with_its_vcpu() {
     );
     assert_eq!(set(&mut bench, 2, 0), Some(1));
     bench.timers.advance(199);
-    assert_eq!((bench.raised(), bench.vm.timer_counts()), (vec![], (0, 0)), "no wake-up for what was replaced");
+    assert_eq!((bench.record.raised(), bench.vm.timer_counts()), (vec![], (0, 0)), "no wake-up for what was replaced");
     bench.timers.advance(1);
-    assert_eq!(bench.raised(), [(0, 0x51)]);
+    assert_eq!(bench.record.raised(), [(0, 0x51)]);
     set(&mut bench, 3, 1_000);
     bench.vcpus[0].reset();
     bench.timers.advance(1_000);
-    assert_eq!((bench.raised(), bench.vm.timer_counts()), (vec![], (1, 1)));
+    assert_eq!((bench.record.raised(), bench.vm.timer_counts()), (vec![], (1, 1)));
     assert_eq!(set(&mut bench, 3, 1), Some(0), "a deadline that has passed is due at once");
     bench.timers.advance(0);
-    assert_eq!(bench.raised(), [(0, 0x53)]);
+    assert_eq!(bench.record.raised(), [(0, 0x53)]);
 }
 
 #[test]
@@ -343,7 +343,7 @@ fn an_interrupt_ends_in_the_vcpu_page_while_that_is_accepted() {
     vcpu.msr_write(msr::BASE + msr::VCPU_PAGE, PAGE | 1).unwrap();
     let byte = |bench: &Bench| bench.read::<VcpuPage>(PAGE).eoi;
     let end = |bench: &Bench| bench.ram.write_value(Gpa(PAGE + 0x82), &0_u8).unwrap();
-    let ended = |bench: &Bench| std::mem::take(&mut *bench.record.ended.lock().unwrap());
+    let ended = |bench: &Bench| bench.record.ended();
     let ack = HypercallArgs { number: call::BASE + call::ACK, args: [0; 4], cpl: 0, wide: true };
 
     vcpu.offer_end();
@@ -383,7 +383,7 @@ fn interrupts_are_masked_by_a_byte() {
     assert_eq!(bench.call(0, call::IRQ_WINDOW, [0; 4]), Some(0));
     assert_eq!(bench.signals[0].take(Signals::all()), Signals::INTERRUPT);
     assert_eq!(bench.call(0, call::ACK, [0; 4]), Some(0));
-    assert_eq!(*bench.record.ended.lock().unwrap(), [0]);
+    assert_eq!(bench.record.ended(), [0]);
     bench.vm.revoke(feature::INTERRUPTS);
     assert!(bench.vcpus[0].masks_interrupts());
     bench.call(0, call::REVOKE_ACK, [2, 0, 0, 0]);
@@ -405,7 +405,7 @@ fn a_spinning_vcpu_keeps_its_processor_while_it_should() {
 fn masks_name_vcpus_that_exist() {
     let mut bench = Bench::new(3, feature::IPI | feature::FLUSH_TLB | feature::YIELD);
     assert_eq!(bench.call(0, call::SEND_IPI, [0x61, 1, 0b11, 0]), Some(2));
-    assert_eq!(bench.raised(), [(1, 0x61), (2, 0x61)]);
+    assert_eq!(bench.record.raised(), [(1, 0x61), (2, 0x61)]);
     for (first, mask) in [(1, 0b100), (3, 1), (u64::MAX, 0b10), (0, 1 << 63)] {
         assert_eq!(bench.call(0, call::SEND_IPI, [0x61, first, mask, 0]), Some(status::NO_VCPU));
         assert_eq!(bench.call(0, call::FLUSH_TLB, [mask, first, 0, 0]), Some(status::NO_VCPU));
@@ -416,7 +416,7 @@ fn masks_name_vcpus_that_exist() {
     for (number, target) in [(call::BOOST, 3), (call::BOOST, ANY), (call::YIELD_TO, 3)] {
         assert_eq!(bench.call(0, number, [target, 0, 0, 0]), Some(status::NO_VCPU));
     }
-    assert_eq!(bench.raised(), []);
+    assert_eq!(bench.record.raised(), []);
     bench.ram.write_value(Gpa(OTHER), &FlushRange { start: 0x7000, pages: 3 }).unwrap();
     assert_eq!(bench.call(0, call::FLUSH_TLB, [0b101, 0, OTHER, 1]), Some(2));
     let flushed = [0, 1, 2].map(|vcpu| bench.signals[vcpu].pending().contains(Signals::FLUSH));

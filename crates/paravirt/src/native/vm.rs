@@ -1,6 +1,6 @@
 //! What all vCPUs of a VM share.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use contract::native::{feature, offset, status};
@@ -20,6 +20,9 @@ use crate::{Clock, ClockPage, Interrupts, Place, Used};
 
 /// Timers of each vCPU.
 pub(crate) const TIMERS_PER_VCPU: usize = 8;
+
+/// Lines in the log about revocations that a VM's guest does not answer.
+pub(super) const LOGGED_OVERDUE: u32 = 16;
 
 /// What a VM is made of.
 pub struct Parts {
@@ -89,6 +92,7 @@ pub struct Vm {
     /// Rings when a revocation should have been acknowledged.
     overdue: Box<dyn Timer>,
     overdue_at: AtomicU64,
+    overdue_logged: AtomicU32,
 }
 
 impl Vm {
@@ -134,6 +138,7 @@ impl Vm {
                 entropy,
                 overdue,
                 overdue_at: AtomicU64::new(0),
+                overdue_logged: AtomicU32::new(0),
             }
         });
         vm.agreement.look(|terms| vm.pages.publish(terms));
@@ -200,7 +205,11 @@ impl Vm {
             return; // it rang for an earlier revocation
         }
         self.agreement.expire(epoch, |terms| {
-            tracing::warn!(epoch, "the guest has not given up {:#x}, which the host revoked", terms.revoking);
+            // Under the agreement's lock: nobody else counts.
+            if self.overdue_logged.load(Ordering::Relaxed) < LOGGED_OVERDUE {
+                self.overdue_logged.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(epoch, "the guest has not given up {:#x}, which the host revoked", terms.revoking);
+            }
             self.pages.publish(terms);
         });
     }
