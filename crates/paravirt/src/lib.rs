@@ -13,6 +13,7 @@
 //! know. Nothing here knows an engine or a device.
 
 mod clock;
+mod eoi;
 #[cfg(test)]
 mod fixture;
 mod interrupts;

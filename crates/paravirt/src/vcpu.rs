@@ -1,18 +1,5 @@
 //! One vCPU's side of the contract: the kvm dialect, and the native one where it is spoken. What both have is here: sleep,
-//! stolen time, and the end of an interrupt without an exit.
-//!
-//! ```text
-//!                    take_interrupt, alone and edge-triggered
-//!   no word ───────────────────────────────────────────────────> offered: the guest's byte is 1
-//!      ▲                                                             │ the guest makes it 0, instead of a write to EOI
-//!      │   hear_end: it is 0, and EOI is written for the guest       ▼
-//!      ├──────────────────────────────────────────────────────── ended
-//!      └── hear_end: it is 1 still, and is made 0: the guest will write to EOI
-//! ```
-//!
-//! The byte is this vCPU's thread's to look at and to change, and only between two of the guest's instructions: the guest
-//! changes it by one instruction, not locked. Whoever requests an interrupt meanwhile drives the vCPU's interrupt pin, which
-//! has [`Vcpu::hear_end`] called before anything is delivered.
+//! stolen time, and the end of an interrupt without an exit (`eoi`).
 
 use std::sync::Arc;
 
@@ -22,9 +9,10 @@ use engine::{Answer, HypercallArgs, Ledger, MsrRefused};
 use host::RunDelay;
 use memory::Gpa;
 
+use crate::eoi::Ends;
 use crate::kvm::Reply;
 use crate::stolen::Stolen;
-use crate::{Features, KvmUsage, kvm, native};
+use crate::{Features, KvmUsage, eoi, kvm, native};
 
 /// What one vCPU has agreed with the host.
 pub struct Vcpu {
@@ -190,30 +178,17 @@ impl Vcpu {
 
     #[cold]
     fn hear_end_at(&self, place: Gpa) {
-        let ended = self.vm.ram.read_value::<u8>(place).is_ok_and(|byte| byte & EOI_PENDING == 0);
-        if ended {
-            self.vm.interrupts.end(self.index);
-        } else if self.eoi_place() == Some(place) {
-            let _ = self.vm.ram.write_value(place, &0_u8);
-        }
+        eoi::hear(self, place);
     }
 
     /// True where the guest can say the end of an interrupt in memory.
     pub fn can_end_in_memory(&self) -> bool {
-        self.eoi_place().is_some()
+        self.place().is_some()
     }
 
     /// The interrupt that is being delivered may end in memory.
     pub fn offer_end(&mut self) {
-        self.offered = self.eoi_place();
-        if let Some(place) = self.offered {
-            let _ = self.vm.ram.write_value(place, &EOI_PENDING);
-        }
-    }
-
-    /// One word at a time: the kvm dialect's where the guest has named one there.
-    fn eoi_place(&self) -> Option<Gpa> {
-        self.kvm.eoi_place().or_else(|| self.native.as_ref()?.eoi_place())
+        self.offered = eoi::offer(self);
     }
 
     #[inline]
@@ -225,5 +200,26 @@ impl Vcpu {
                 native.tell_stolen(ns);
             }
         }
+    }
+}
+
+impl Ends for Vcpu {
+    type Place = Gpa;
+
+    /// One byte at a time: the kvm dialect's where the guest has named one there.
+    fn place(&self) -> Option<Gpa> {
+        self.kvm.eoi_place().or_else(|| self.native.as_ref()?.eoi_place())
+    }
+
+    fn is_set(&self, place: Gpa) -> bool {
+        !self.vm.ram.read_value::<u8>(place).is_ok_and(|byte| byte & EOI_PENDING == 0)
+    }
+
+    fn set(&self, place: Gpa, set: bool) {
+        let _ = self.vm.ram.write_value(place, if set { &EOI_PENDING } else { &0 });
+    }
+
+    fn end(&self) {
+        self.vm.interrupts.end(self.index);
     }
 }

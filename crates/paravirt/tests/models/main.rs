@@ -20,6 +20,8 @@ mod reader;
 
 #[path = "../../src/native/agreement.rs"]
 mod agreement;
+#[path = "../../src/eoi.rs"]
+mod eoi;
 #[path = "../../src/seqlock.rs"]
 mod seqlock;
 #[path = "../../src/native/timers.rs"]
@@ -27,6 +29,7 @@ mod timers;
 #[path = "../../src/native/wait.rs"]
 mod wait;
 
+mod end_in_memory;
 mod locks;
 mod pages;
 mod revocation;
