@@ -220,12 +220,12 @@ impl Processor {
             if self.profiled {
                 self.ledger.profile.slept(HostClock.monotonic_ns() - start);
             }
-            let native = self.io.paravirt.native()?;
             match doze {
                 Doze::Again => {}
-                Doze::Deliverable => return Some(native.interrupt_wait()),
+                Doze::Deliverable => return Some(self.io.paravirt.native()?.interrupt_wait()),
                 Doze::Gone => {
-                    native.interrupt_wait();
+                    // Nothing behind the INIT has been answered yet.
+                    self.io.init();
                     return None;
                 }
             }

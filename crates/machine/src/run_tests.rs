@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, PoisonError};
 
 use contract::kvm::{TIME_INFO_STOPPED, TimeInfo};
-use contract::native::{call, feature, waited};
+use contract::native::{call, feature, msr, waited};
 use engine::state::{rflags, seg};
 use engine::{Answer, Cause, CpuIo, Doze, Exit, HypercallArgs, MsrRefused, Signals, Vcpu};
 use memory::Gpa;
@@ -445,7 +445,8 @@ fn a_waiting_vcpu_sleeps_and_is_woken() {
 #[test]
 fn a_call_that_waits_in_an_engine_with_local_apics_ends_as_the_engine_says() {
     let then = |dozes: &'static [Doze], expected: Option<u64>| {
-        step(move |_, vcpu| {
+        step(move |io, vcpu| {
+            assert_eq!(io.msr_read(msr::BASE + msr::VCPU_PAGE), Ok(0x3001));
             if let Some(expected) = expected {
                 assert_eq!((vcpu.state.gpr[0], vcpu.signal.pending()), (expected, Signals::empty()));
             }
@@ -456,10 +457,14 @@ fn a_call_that_waits_in_an_engine_with_local_apics_ends_as_the_engine_says() {
     };
     let accept = step(|io, _| {
         assert_eq!(native(io, call::ACCEPT, [feature::WAIT, 0, 0, 0]), Some(1));
+        io.msr_write(msr::BASE + msr::VCPU_PAGE, 0x3001).unwrap();
+        io.msr_write(msr::BASE + msr::EVENT, 0x60).unwrap();
         Exit::Yielded
     });
     let end = step(|io, vcpu| {
         assert_eq!(vcpu.state.gpr[0], 0x1234, "a processor that was reset gets no answer");
+        let registers = [msr::VCPU_PAGE, msr::EVENT].map(|register| io.msr_read(msr::BASE + register));
+        assert_eq!(registers, [Ok(0); 2], "INIT takes page and event back");
         // Nor is it woken of what it waited for before.
         assert_eq!(native(io, call::WAKE, [0x5000, 1, 0, 0]), Some(0));
         io.port_write(0xcf9, &[6]);
