@@ -158,6 +158,7 @@ impl Spoken {
                 control: Arc::clone(control),
                 clock: Arc::clone(&host.clock),
                 resume: host.timers.timer(Box::new(move || resumes.resume())),
+                monotonic: 0,
             };
             bus.add_ports(TEST_PORTS, 16, Arc::new(Mutex::new(ports)))?;
         }
@@ -217,17 +218,26 @@ const TEST_PORTS: u16 = 0x2100;
 
 /// What the host does of its own accord, at the wish of a test guest. 32-bit writes: at offset 0 features to revoke, at
 /// offset 4 the rate in kHz that the TSC counts at from now on, at offset 8 a new generation id, at offset 12 the milliseconds
-/// that the machine pauses for.
+/// that the machine pauses for. 32-bit reads: the low half of the host's CLOCK_MONOTONIC now at offset 0, and the high half that
+/// goes with it at offset 4.
 struct TestPorts {
     vm: Arc<native::Vm>,
     control: Arc<Control>,
     clock: Arc<dyn host::Clock>,
     resume: Box<dyn Timer>,
+    /// What the low half was read of, nanoseconds.
+    monotonic: u64,
 }
 
 impl PortDevice for TestPorts {
-    fn port_read(&mut self, _offset: u16, data: &mut [u8]) {
-        data.fill(0xff);
+    fn port_read(&mut self, offset: u16, data: &mut [u8]) {
+        if offset == 0 {
+            self.monotonic = self.clock.monotonic_ns();
+        }
+        match offset {
+            0 | 4 if data.len() == 4 => data.copy_from_slice(&((self.monotonic >> (offset * 8)) as u32).to_le_bytes()),
+            _ => data.fill(0xff),
+        }
     }
 
     fn port_write(&mut self, offset: u16, data: &[u8]) {

@@ -72,6 +72,14 @@ pub(crate) fn out(port: u16, value: u32) {
     unsafe { std::arch::asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags)) };
 }
 
+/// IN, after [`allow_ports`].
+pub(crate) fn input(port: u16) -> u32 {
+    let value;
+    // SAFETY: as in [`out`].
+    unsafe { std::arch::asm!("in eax, dx", in("dx") port, out("eax") value, options(nostack, preserves_flags)) };
+    value
+}
+
 /// The system call itself: nothing in the C library answers in its place.
 pub(crate) fn getppid() -> i64 {
     // SAFETY: no arguments, no effect.
