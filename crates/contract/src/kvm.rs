@@ -47,6 +47,22 @@ pub mod feature {
     pub const MSI_EXT_DEST_ID: u32 = 1 << 15;
     /// The clock may say, in each page, that it is monotonic across vCPUs.
     pub const CLOCKSOURCE_STABLE: u32 = 1 << 24;
+
+    /// Every feature, and its name.
+    pub const NAMES: [(u32, &str); 12] = [
+        (CLOCKSOURCE, "kvm-clocksource"),
+        (NOP_IO_DELAY, "kvm-nop-io-delay"),
+        (CLOCKSOURCE2, "kvm-clocksource2"),
+        (STEAL_TIME, "kvm-steal-time"),
+        (PV_EOI, "kvm-pv-eoi"),
+        (PV_UNHALT, "kvm-pv-unhalt"),
+        (PV_TLB_FLUSH, "kvm-pv-tlb-flush"),
+        (PV_SEND_IPI, "kvm-pv-send-ipi"),
+        (POLL_CONTROL, "kvm-poll-control"),
+        (PV_SCHED_YIELD, "kvm-pv-sched-yield"),
+        (MSI_EXT_DEST_ID, "kvm-msi-ext-dest-id"),
+        (CLOCKSOURCE_STABLE, "kvm-clocksource-stable"),
+    ];
 }
 
 /// Model-specific registers.

@@ -145,37 +145,15 @@ impl Without {
     /// Everything that is built is offered.
     pub const NOTHING: Self = Self { kvm: 0, cordial: 0, hypervisor_bit: false, contract_device: false };
 
-    /// Names of the kvm dialect's features, and what [`Without::leave_out`] takes besides the native dialect's.
-    const OTHERS: [(&str, Self); 14] = [
-        ("contract-device", Self { contract_device: true, ..Self::NOTHING }),
-        ("hypervisor-bit", Self { hypervisor_bit: true, ..Self::NOTHING }),
-        ("kvm-clocksource", Self::without_kvm(kvm::CLOCKSOURCE)),
-        ("kvm-nop-io-delay", Self::without_kvm(kvm::NOP_IO_DELAY)),
-        ("kvm-clocksource2", Self::without_kvm(kvm::CLOCKSOURCE2)),
-        ("kvm-steal-time", Self::without_kvm(kvm::STEAL_TIME)),
-        ("kvm-pv-eoi", Self::without_kvm(kvm::PV_EOI)),
-        ("kvm-pv-unhalt", Self::without_kvm(kvm::PV_UNHALT)),
-        ("kvm-pv-tlb-flush", Self::without_kvm(kvm::PV_TLB_FLUSH)),
-        ("kvm-pv-send-ipi", Self::without_kvm(kvm::PV_SEND_IPI)),
-        ("kvm-poll-control", Self::without_kvm(kvm::POLL_CONTROL)),
-        ("kvm-pv-sched-yield", Self::without_kvm(kvm::PV_SCHED_YIELD)),
-        ("kvm-msi-ext-dest-id", Self::without_kvm(kvm::MSI_EXT_DEST_ID)),
-        ("kvm-clocksource-stable", Self::without_kvm(kvm::CLOCKSOURCE_STABLE)),
-    ];
-
-    const fn without_kvm(features: u32) -> Self {
-        Self { kvm: features, ..Self::NOTHING }
-    }
-
-    /// Bits and names of the kvm dialect's features.
-    pub(crate) fn kvm_names() -> impl Iterator<Item = (u32, &'static str)> {
-        Self::OTHERS.iter().filter(|(_, other)| other.kvm != 0).map(|(name, other)| (other.kvm, *name))
-    }
+    /// What takes the contract device out of the machine.
+    const CONTRACT_DEVICE: &str = "contract-device";
+    /// What hides the hypervisor-present bit.
+    const HYPERVISOR_BIT: &str = "hypervisor-bit";
 
     /// Every name that [`Without::leave_out`] knows.
     pub fn names() -> impl Iterator<Item = &'static str> {
         let built = feature::NAMES.iter().filter(|(bit, _)| paravirt::native::BUILT & bit != 0).map(|(_, name)| *name);
-        built.chain(Self::OTHERS.iter().map(|(name, _)| *name))
+        built.chain([Self::CONTRACT_DEVICE, Self::HYPERVISOR_BIT]).chain(kvm::NAMES.iter().map(|(_, name)| *name))
     }
 
     /// Leaves out the feature of this name as well. False where there is none.
@@ -186,11 +164,11 @@ impl Without {
         for (bit, _) in feature::NAMES.iter().filter(|(_, known)| *known == name) {
             self.cordial |= bit;
         }
-        for (_, other) in Self::OTHERS.iter().filter(|(known, _)| *known == name) {
-            self.kvm |= other.kvm;
-            self.hypervisor_bit |= other.hypervisor_bit;
-            self.contract_device |= other.contract_device;
+        for (bit, _) in kvm::NAMES.iter().filter(|(_, known)| *known == name) {
+            self.kvm |= bit;
         }
+        self.hypervisor_bit |= name == Self::HYPERVISOR_BIT;
+        self.contract_device |= name == Self::CONTRACT_DEVICE;
         true
     }
 }

@@ -228,7 +228,7 @@ fn native_name(bit: u64) -> &'static str {
 }
 
 fn kvm_name(bit: u32) -> &'static str {
-    Without::kvm_names().find(|row| row.0 == bit).map_or("", |row| row.1)
+    kvm::NAMES.iter().find(|row| row.0 == bit).map_or("", |row| row.1)
 }
 
 /// Of the contract device.

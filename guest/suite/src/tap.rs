@@ -21,9 +21,41 @@ pub struct Group {
     pub tests: &'static [Test],
 }
 
-/// Makes a table of tests from functions.
+/// What a test shows of a feature of a paravirtual dialect.
+#[derive(Clone, Copy)]
+pub enum Case {
+    /// It does what it is for.
+    Use,
+    /// It is not offered, or not accepted, and is used all the same: refused.
+    Refusal,
+    /// It is given what it does not take: refused, and nothing has changed.
+    BadArgument,
+    /// It was taken back, and is used all the same: refused.
+    Revocation,
+}
+
+impl Case {
+    /// Tells whoever counts the cases: a line `# case DIALECT FEATURE KIND`. Belongs beside the checks themselves, so that it is
+    /// not said of a test that was skipped.
+    pub fn of(self, dialect: &str, feature: &str) {
+        let kind = match self {
+            Self::Use => "use",
+            Self::Refusal => "refusal",
+            Self::BadArgument => "bad-argument",
+            Self::Revocation => "revocation",
+        };
+        println!("# case {dialect} {feature} {kind}");
+    }
+}
+
+/// Makes a table of tests from functions, of this module or, in the order that is given, of several.
 #[macro_export]
 macro_rules! tests {
+    ($($name:ident),* $(,)?) => { $crate::tests! { self { $($name),* } } };
+    ($($module:ident { $($name:ident),* $(,)? })*) => {
+        pub const TESTS: &[$crate::tap::Test] =
+            &[$($($crate::tap::Test { name: stringify!($name), body: $module::$name }),*),*];
+    };
     ($($name:ident),* $(,)?) => {
         pub const TESTS: &[$crate::tap::Test] =
             &[$($crate::tap::Test { name: stringify!($name), body: $name }),*];
