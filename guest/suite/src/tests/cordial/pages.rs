@@ -43,7 +43,7 @@ fn work(t: &mut T, contract: &Contract, processor: &Processor) -> u64 {
         let before = page::<u32>(0, offset::TIME);
         outl(port::RATE, contract.found().tsc_khz);
         let after = page::<u32>(0, offset::TIME);
-        t.is("the time is written", after != before && after % 2 == 0);
+        t.is("the time is written", after != before && after.is_multiple_of(2));
     }
     t.eq("exits of nothing", exits(contract, processor, || contract.sync()), 1);
     if accepted & feature::INTERRUPTS != 0 {

@@ -3,13 +3,16 @@
 use super::*;
 use contract::native::offset;
 
+/// What is looked at of a feature that lives in pages.
+type Look = fn(&mut T, &Contract, &Processor);
+
 /// Uses each of `features` all the same: calls are refused, and the host writes nothing of it into the pages, nor goes by what
 /// stands there. Says of which that was seen.
 pub(super) fn unused(t: &mut T, contract: &Contract, features: u64, case: Case) {
     apic::enable();
     let mut shown = calls(t, features);
     let processor = contract.processor(&PAGES[0]); // which clears the page
-    let tests: [(u64, fn(&mut T, &Contract, &Processor)); 5] = [
+    let tests: [(u64, Look); 5] = [
         (feature::CLOCK, clock),
         (feature::INTERRUPTS, mask),
         (feature::EOI, end_in_memory),

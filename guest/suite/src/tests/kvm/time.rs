@@ -60,6 +60,7 @@ pub(super) fn wall_clock(t: &mut T) {
         t.is("version", word(0) & 1 == 0);
         t.is("nanoseconds", word(8) < 1_000_000_000);
         t.is("after 2020", word(4) > 1_577_836_800);
+        t.eq("read back", rdmsr(index), physical(frame(0)));
     }
     t.is("feature leaf", true);
 }
