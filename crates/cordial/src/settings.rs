@@ -35,7 +35,7 @@ pub const KEYS: [Key; 28] = [
     key("cpus", None, "virtual CPUs; default: the host's, at most 2"),
     key("mem", Some("1G"), "memory; K, M, G or T; a plain number is MiB"),
     key("engine", Some("auto"), "auto, translate, kvm or kvm-unprobed"),
-    key("code-cache", Some("256M"), "translated code that each vCPU keeps: 64K to 1G; a plain number is MiB"),
+    key("code-cache", Some("128M"), "translated code that each vCPU keeps: 64K to 1G; a plain number is MiB"),
     key(
         "engine-check",
         Some("off"),

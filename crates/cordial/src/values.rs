@@ -132,7 +132,7 @@ pub fn code_cache(settings: &Settings) -> Result<u64, Failure> {
         bytes if (LEAST_CODE_CACHE..=MOST_CODE_CACHE).contains(&bytes) => Ok(bytes),
         _ => Err(format!("not between {} and {}", human(LEAST_CODE_CACHE), human(MOST_CODE_CACHE))),
     };
-    Ok(read(settings, "code-cache", parse)?.unwrap_or(256 << 20))
+    Ok(read(settings, "code-cache", parse)?.unwrap_or(128 << 20))
 }
 
 /// What the engine checks of itself.
@@ -383,7 +383,7 @@ mod tests {
         assert_eq!(wrong, "code-cache \"63K\" (command line): not between 64 KiB and 1 GiB");
         assert!(code_cache(&settings("code-cache", "2G")).is_err());
         assert_eq!(code_cache(&settings("code-cache", "64K")).unwrap(), 64 << 10);
-        assert_eq!(code_cache(&Settings::default()).unwrap(), 256 << 20);
+        assert_eq!(code_cache(&Settings::default()).unwrap(), 128 << 20);
         let wrong = message(engine_check(&settings("engine-check", "lock")).unwrap_err());
         assert!(wrong.contains("not one of off, interpret, lockstep"), "{wrong}");
         let wrong = message(dialects(&settings("dialect", "kvm,cordal")).unwrap_err());
