@@ -270,7 +270,7 @@ fn the_native_dialect_conforms() {
 }
 
 /// What operations cost in exits, by each way: operation, way, exits, and exits where each sensitive instruction is one.
-const COSTS: [(&str, &str, f64, f64); 12] = [
+const COSTS: [(&str, &str, f64, f64); 15] = [
     ("mask", "instruction", 0.0, 2.0),
     ("mask", "call", 1.0, 1.0),
     ("mask", "memory", 0.0, 0.0),
@@ -280,6 +280,9 @@ const COSTS: [(&str, &str, f64, f64); 12] = [
     ("clock", "memory", 0.0, 1.0), // its RDTSC
     ("end", "instruction", 1.0, 1.0),
     ("end", "call", 1.0, 1.0),
+    ("interrupt", "instruction", 3.0, 9.0), // sent, taken, ended; CLI, STI and IRET on the way
+    ("interrupt", "call", 3.0, 9.0),
+    ("interrupt", "memory", 2.0, 8.0),
     ("timer", "instruction", 1.0, 1.0),
     ("timer", "call", 1.0, 1.0),
     ("timer", "memory", 0.125, 0.125), // eight in a call

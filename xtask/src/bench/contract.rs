@@ -56,7 +56,7 @@ impl Place {
 }
 
 /// What an operation is called, by each way, in the order of the table.
-const ROWS: [(&str, &str, &str); 12] = [
+const ROWS: [(&str, &str, &str); 15] = [
     ("mask", "instruction", "interrupts off and on: CLI, STI"),
     ("mask", "call", "  IRQ_WINDOW, the call behind a masked section in which one came"),
     ("mask", "memory", "  the mask byte"),
@@ -66,6 +66,9 @@ const ROWS: [(&str, &str, &str); 12] = [
     ("clock", "memory", "  the clock in the vCPU page"),
     ("end", "instruction", "the end of an interrupt: the local APIC's EOI register"),
     ("end", "call", "  ACK"),
+    ("interrupt", "instruction", "an interrupt to oneself: sent, taken, ended by the EOI register"),
+    ("interrupt", "call", "  ended by ACK"),
+    ("interrupt", "memory", "  ended in memory"),
     ("timer", "instruction", "a timer: the local APIC's initial count"),
     ("timer", "call", "  SET_TIMER"),
     ("timer", "memory", "  SET_TIMER, eight in one MULTICALL, each"),

@@ -14,6 +14,7 @@ use kit::{Batch, Contract, Processor};
 tests![
     mask_by_instruction, mask_by_call, mask_by_memory, clock_by_instruction, clock_by_device, clock_by_call,
     clock_by_memory, end_by_register, end_by_call, timer_by_register, timer_by_call, timers_by_one_call,
+    interrupt_by_register, interrupt_by_call, interrupt_by_memory,
 ];
 
 const ROUNDS: usize = 5;
@@ -176,6 +177,34 @@ fn timers_by_one_call(t: &mut T) {
         }
     });
     disarm(t);
+}
+
+/// An interrupt to oneself, taken, and ended by the local APIC's register.
+fn interrupt_by_register(t: &mut T) {
+    interrupts(t, "instruction", 0, |_| apic::write(reg::EOI, 0));
+}
+
+fn interrupt_by_call(t: &mut T) {
+    interrupts(t, "call", feature::INTERRUPTS, |processor| {
+        let _ = processor.ack();
+    });
+}
+
+fn interrupt_by_memory(t: &mut T) {
+    interrupts(t, "memory", feature::INTERRUPTS | feature::EOI, |processor| {
+        let _ = processor.ack();
+    });
+}
+
+fn interrupts(t: &mut T, way: &str, features: u64, end: impl Fn(&Processor)) {
+    apic::enable();
+    measure(t, ("interrupt", way), features, TIMES, |_, processor| {
+        for _ in 0..TIMES {
+            apic::write(reg::ICR_LOW, 0x4_0000 | u32::from(VECTOR)); // to itself
+            apic::take();
+            end(processor);
+        }
+    });
 }
 
 fn disarm(t: &mut T) {
