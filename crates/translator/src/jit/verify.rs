@@ -181,6 +181,11 @@ impl Piece<'_> {
             after.forget(Part::Kept(kept));
             if let (Code::Mov_rm64_r64, Some(slot)) = (instruction.code(), slot(instruction.op1_register())) {
                 after.held[slot] = Held::Kept(kept);
+                if let Held::Kept(original) = before.of(instruction.op1_register())
+                    && original != kept
+                {
+                    after.same = Some((original, kept));
+                }
             }
         }
         if instruction.code() == Code::Test_rm64_r64 && to == instruction.op1_register() {
@@ -274,11 +279,15 @@ impl Piece<'_> {
     fn is_near(&self, memory: &UsedMemory, state: &State, stores: bool) -> bool {
         let displacement = (memory.displacement() as i64).wrapping_sub(self.bounds.distance as i64);
         let here = state.sum((memory.base(), memory.index(), memory.scale(), displacement));
+        let named = |one, other| [here.renamed(one, other), here.renamed(other, one)];
+        let [this, that] = state.same.map_or([here; 2], |(one, other)| named(one, other));
         let bytes = memory.memory_size().size() as i64;
         state.near.iter().flatten().any(|(byte, write)| {
             // All of it up to that byte, and not further away than the page before; or an aligned one, from that byte on.
             let good = |from: i64| from > -0x1000 && from + bytes <= 1 || from == 0;
-            (*write || !stores) && bytes <= super::near::MOST_BYTES.into() && here.beyond(byte).is_some_and(good)
+            let beyond = |sum: &Sum| sum.beyond(byte).is_some_and(good);
+            let fits = (*write || !stores) && bytes <= super::near::MOST_BYTES.into();
+            fits && [here, this, that].iter().any(beyond)
         })
     }
 

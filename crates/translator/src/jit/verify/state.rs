@@ -29,6 +29,12 @@ impl Sum {
         self.base == part || self.index == part
     }
 
+    /// The same with one guest register that is kept in the home in the place of another.
+    pub(super) fn renamed(self, from: i64, to: i64) -> Self {
+        let rename = |part| if part == Part::Kept(from) { Part::Kept(to) } else { part };
+        Self { base: rename(self.base), index: rename(self.index), ..self }
+    }
+
     /// True where temporaries are in it.
     pub(super) fn is_passing(&self) -> bool {
         [Register::RCX, Register::R10, Register::R11].iter().any(|temporary| self.has(Part::Host(*temporary)))
@@ -103,10 +109,19 @@ pub(super) struct State {
     pub near: Near,
     /// From the guest's RSP, what the page whose addend R10 is certainly has.
     pub group: Option<(i64, i64)>,
+    /// Two guest registers that are kept in the home and have one value: one was copied to the other.
+    pub same: Option<(i64, i64)>,
 }
 
-pub(super) const START: State =
-    State { held: [Held::Anything; 4], tested: None, compared: None, looked_up: None, near: [None; 48], group: None };
+pub(super) const START: State = State {
+    held: [Held::Anything; 4],
+    tested: None,
+    compared: None,
+    looked_up: None,
+    near: [None; 48],
+    group: None,
+    same: None,
+};
 pub(super) const RCX: usize = 0;
 pub(super) const R10: usize = 1;
 pub(super) const SCRATCH: usize = 3;
@@ -139,6 +154,7 @@ impl State {
             looked_up: self.looked_up.filter(|_| self.looked_up == other.looked_up),
             near: self.near.map(|near| near.filter(|_| other.near.contains(&near))),
             group: self.group.filter(|_| self.group == other.group),
+            same: self.same.filter(|_| self.same == other.same),
         }
     }
 
@@ -158,6 +174,11 @@ impl State {
 
     /// A register has another value.
     pub(super) fn forget(&mut self, part: Part) {
+        if let (Part::Kept(at), Some((one, other))) = (part, self.same)
+            && (at == one || at == other)
+        {
+            self.rename(at, if at == one { other } else { one });
+        }
         for held in &mut self.held {
             *held = match *held {
                 Held::Sum(sum) if sum.has(part) => Held::Anything,
@@ -168,6 +189,21 @@ impl State {
         }
         self.looked_up = self.looked_up.filter(|(sum, _)| !sum.has(part));
         self.near = self.near.map(|near| near.filter(|(sum, _)| !sum.has(part)));
+    }
+
+    /// What is known of one of two registers with the same value is said of the other.
+    fn rename(&mut self, from: i64, to: i64) {
+        self.same = None;
+        for held in &mut self.held {
+            *held = match *held {
+                Held::Kept(at) if at == from => Held::Kept(to),
+                Held::Sum(sum) => Held::Sum(sum.renamed(from, to)),
+                Held::Index(Some(sum)) => Held::Index(Some(sum.renamed(from, to))),
+                other => other,
+            };
+        }
+        self.looked_up = self.looked_up.map(|(sum, write)| (sum.renamed(from, to), write));
+        self.near = self.near.map(|near| near.map(|(sum, write)| (sum.renamed(from, to), write)));
     }
 
     /// The address of the page that has been looked up is in the window.

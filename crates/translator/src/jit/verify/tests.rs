@@ -1,7 +1,7 @@
 //! Pieces of code that are good, and others that are not.
 
 use super::*;
-use crate::jit::asm::reg::{R8, R11, R14, R15, RAX, RCX, RSP};
+use crate::jit::asm::reg::{R8, R10, R11, R14, R15, RAX, RCX, RSP};
 use crate::jit::asm::{Asm, At};
 use crate::jit::emit::condition;
 
@@ -141,6 +141,45 @@ fn a_check_is_good_for_what_lies_before_its_byte() {
     // The guest's register is another one since.
     assert!(complaint(|asm| group(asm, &|asm| asm.store(slot, RAX), at(0))).contains("reaches"));
     assert!(complaint(|asm| group(asm, &|asm| asm.store_constant(slot, 1), at(0))).contains("reaches"));
+}
+
+#[test]
+fn a_check_is_good_for_a_copy_of_the_register_too() {
+    let [slot, copy] = [12, 13].map(|number| At::Absolute(BOUNDS.known.low + offset::GPR + 8 * number));
+    let here = At::Base(R11, BOUNDS.distance as i32);
+    // The check of what is at [slot]; the copy of that; what is between; the access at [from].
+    let with = |between: &dyn Fn(&mut Asm), from: &dyn Fn(&mut Asm)| {
+        complaint(|asm| {
+            let far = asm.label();
+            asm.load(R11, slot);
+            asm.extract_bits(RCX, R11, R15);
+            asm.compare_at(At::Index(R15, RCX, 3, -BIAS), BOUNDS.distance as i32);
+            asm.jcc(condition::NOT_ZERO, far);
+            asm.load(R10, slot);
+            asm.store(copy, R10);
+            between(asm);
+            from(asm);
+            asm.load_32(RAX, here);
+            asm.bind(far);
+        })
+    };
+    let [in_slot, in_copy] = [slot, copy].map(|at| move |asm: &mut Asm| asm.load(R11, at));
+    let [slot_changes, copy_changes] = [slot, copy].map(|at| move |asm: &mut Asm| asm.store(at, RAX));
+    let in_register = |asm: &mut Asm| asm.mov(R11, R10);
+    let nothing = |_: &mut Asm| {};
+    let good: [(&dyn Fn(&mut Asm), &dyn Fn(&mut Asm)); 6] = [
+        (&nothing, &in_slot),
+        (&nothing, &in_copy),
+        (&nothing, &in_register),
+        (&slot_changes, &in_copy),
+        (&copy_changes, &in_slot),
+        (&copy_changes, &in_register),
+    ];
+    for (between, from) in good {
+        assert_eq!(with(between, from), "");
+    }
+    assert!(with(&slot_changes, &in_slot).contains("reaches"));
+    assert!(with(&copy_changes, &in_copy).contains("reaches"));
 }
 
 #[test]
