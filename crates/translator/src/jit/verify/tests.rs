@@ -143,12 +143,14 @@ fn a_check_is_good_for_what_lies_before_its_byte() {
     assert!(complaint(|asm| group(asm, &|asm| asm.store_constant(slot, 1), at(0))).contains("reaches"));
 }
 
+type Emits<'a> = &'a dyn Fn(&mut Asm);
+
 #[test]
 fn a_check_is_good_for_a_copy_of_the_register_too() {
     let [slot, copy] = [12, 13].map(|number| At::Absolute(BOUNDS.known.low + offset::GPR + 8 * number));
     let here = At::Base(R11, BOUNDS.distance as i32);
     // The check of what is at [slot]; the copy of that; what is between; the access at [from].
-    let with = |between: &dyn Fn(&mut Asm), from: &dyn Fn(&mut Asm)| {
+    let with = |between: Emits<'_>, from: Emits<'_>| {
         complaint(|asm| {
             let far = asm.label();
             asm.load(R11, slot);
@@ -167,15 +169,15 @@ fn a_check_is_good_for_a_copy_of_the_register_too() {
     let [slot_changes, copy_changes] = [slot, copy].map(|at| move |asm: &mut Asm| asm.store(at, RAX));
     let in_register = |asm: &mut Asm| asm.mov(R11, R10);
     let nothing = |_: &mut Asm| {};
-    let good: [(&dyn Fn(&mut Asm), &dyn Fn(&mut Asm)); 6] = [
-        (&nothing, &in_slot),
-        (&nothing, &in_copy),
-        (&nothing, &in_register),
-        (&slot_changes, &in_copy),
-        (&copy_changes, &in_slot),
-        (&copy_changes, &in_register),
+    let good: [[Emits<'_>; 2]; 6] = [
+        [&nothing, &in_slot],
+        [&nothing, &in_copy],
+        [&nothing, &in_register],
+        [&slot_changes, &in_copy],
+        [&copy_changes, &in_slot],
+        [&copy_changes, &in_register],
     ];
-    for (between, from) in good {
+    for [between, from] in good {
         assert_eq!(with(between, from), "");
     }
     assert!(with(&slot_changes, &in_slot).contains("reaches"));
