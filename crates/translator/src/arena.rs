@@ -56,8 +56,6 @@ unsafe impl Send for Arena {}
 const ALIGN: usize = 32;
 /// The host's large pages.
 const LARGE: usize = 2 << 20;
-/// How much of an arena is for code that runs, about as much as of code is.
-const HOT: f64 = 0.6;
 
 impl View {
     fn new(file: impl AsFd, bytes: usize, protection: ProtFlags) -> io::Result<Self> {
@@ -84,16 +82,15 @@ impl Drop for View {
 }
 
 impl Arena {
-    /// Room for `bytes` of code; costs memory only as it fills.
-    pub(crate) fn new(bytes: usize) -> io::Result<Self> {
+    /// Room for `hot` bytes of code that runs and `cold` of code that rarely does; costs memory only as it fills.
+    pub(crate) fn new(hot: usize, cold: usize) -> io::Result<Self> {
+        let bytes = hot + cold;
         let file = memfd_create("stubs", MemfdFlags::CLOEXEC)?;
         ftruncate(&file, bytes as u64)?;
         let write = View::new(&file, bytes, ProtFlags::READ | ProtFlags::WRITE)?;
         let run = View::new(&file, bytes, ProtFlags::READ | ProtFlags::EXEC)?;
-        let middle = (bytes as f64 * HOT) as usize;
-        let middle = middle.next_multiple_of(if bytes < 4 * LARGE { ALIGN } else { LARGE });
         let part = |start, end| Part { start, used: start, end };
-        Ok(Self { write, run, bytes, hot: part(0, middle), cold: part(middle, bytes), large: 0 })
+        Ok(Self { write, run, bytes, hot: part(0, hot), cold: part(hot, bytes), large: 0 })
     }
 
     /// Where the next pieces added will run.
@@ -174,8 +171,7 @@ mod tests {
 
     #[test]
     fn code_runs_until_the_arena_is_full() {
-        let mut arena = Arena::new(8192).unwrap();
-        let room = arena.hot.end;
+        let mut arena = Arena::new(4096, 4096).unwrap();
         let mut added = 0;
         while let Some(at) = arena.add(&[0xb8, added as u8, 0, 0, 0, 0xc3]) {
             // SAFETY: `mov eax, imm; ret`.
@@ -183,13 +179,13 @@ mod tests {
             assert_eq!(function(), added & 0xff);
             added += 1;
         }
-        assert_eq!(added as usize, room / ALIGN);
+        assert_eq!(added, 4096 / ALIGN as u32);
         assert!(arena.add_parts(&[], &[0xc3]).is_some() && arena.add(&[0xc3]).is_none());
     }
 
     #[test]
     fn code_that_rarely_runs_lies_apart() {
-        let mut arena = Arena::new(8192).unwrap();
+        let mut arena = Arena::new(4096, 2048).unwrap();
         let next = arena.next();
         let distance = (next.cold.wrapping_sub(next.hot + 5) as u32).to_le_bytes();
         let jump = [0xe9, distance[0], distance[1], distance[2], distance[3]];

@@ -53,6 +53,8 @@ static mut TABLES: Tables = Tables { pml4: EMPTY, pdpt: EMPTY, pds: [EMPTY; 4], 
 struct Frames([[u8; 4096]; 4]);
 static mut FRAMES: Frames = Frames([[0; 4096]; 4]);
 
+/// Addresses that are no RAM: between RAM and devices, local APIC, I/O APIC, beyond all.
+pub const NO_RAM: [u64; 4] = [0xB000_0000, crate::apic::BASE, 0xFEC0_0000, 1 << 45];
 /// Where [`Window`] maps: PML4 entry 1, and every index below it nonzero.
 pub const TEST_VA: u64 = 1 << 39 | 1 << 30 | 1 << 21 | 1 << 12;
 

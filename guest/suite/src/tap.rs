@@ -56,10 +56,6 @@ macro_rules! tests {
         pub const TESTS: &[$crate::tap::Test] =
             &[$($($crate::tap::Test { name: stringify!($name), body: $module::$name }),*),*];
     };
-    ($($name:ident),* $(,)?) => {
-        pub const TESTS: &[$crate::tap::Test] =
-            &[$($crate::tap::Test { name: stringify!($name), body: $name }),*];
-    };
 }
 
 /// A test's record of its checks.

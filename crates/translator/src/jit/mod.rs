@@ -294,6 +294,8 @@ impl Hasher for Mix {
 
 /// About what a block takes of the code cache.
 const BLOCK_BYTES: usize = 512;
+/// How much of the code cache is for code that stands apart from blocks, percent: about as much as of code does.
+const COLD: usize = 40;
 
 type Map<K, V> = HashMap<K, V, BuildHasherDefault<Mix>>;
 
@@ -370,7 +372,8 @@ impl Jit {
         if !(has_bmi && is_x86_feature_detected!("xsave") && has_rdtscp()) {
             return Self::unusable("the processor lacks BMI, BMI2, XSAVE or RDTSCP");
         }
-        let made = || -> std::io::Result<_> { Ok((Arena::new(cache)?, [Shadow::new()?, Shadow::new()?])) };
+        let cold = cache * COLD / 100;
+        let made = || -> std::io::Result<_> { Ok((Arena::new(cache - cold, cold)?, [Shadow::new()?, Shadow::new()?])) };
         let (mut arena, shadows) = made().map_err(|error| Self::unusable::<()>(&error.to_string())).ok()?;
         let begins = [shadows[0].begin(), shadows[1].begin()];
         let avx = if is_x86_feature_detected!("avx") { 4 } else { 0 };

@@ -59,7 +59,9 @@ static STUBS: Mutex<Option<Stubs>> = Mutex::new(None);
 pub(super) fn get(instruction: &Instruction) -> Option<&'static Stub> {
     let mut stubs = STUBS.lock().unwrap_or_else(PoisonError::into_inner);
     let stubs = stubs.get_or_insert_with(|| Stubs {
-        arena: Arena::new(ARENA_BYTES).inspect_err(|error| tracing::error!(%error, "no memory for vector code")).ok(),
+        arena: Arena::new(ARENA_BYTES, 0)
+            .inspect_err(|error| tracing::error!(%error, "no memory for vector code"))
+            .ok(),
         made: HashMap::new(),
         infos: None,
     });

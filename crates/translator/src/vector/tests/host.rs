@@ -83,7 +83,7 @@ impl Host {
                 assert_eq!(libc::sigaction(signal, &action, std::ptr::null_mut()), 0);
             }
         }
-        Self { arena: Arena::new(ARENA_BYTES).unwrap(), _one: one }
+        Self { arena: Arena::new(ARENA_BYTES, 0).unwrap(), _one: one }
     }
 
     /// Runs `bytes`; returns the signal raised, 0 for none.
@@ -91,7 +91,7 @@ impl Host {
         let (head, tail) = (prologue(bytes), epilogue());
         let code = [&head[..], &tail[..]].concat();
         let at = self.arena.add(&code).unwrap_or_else(|| {
-            self.arena = Arena::new(ARENA_BYTES).unwrap(); // nobody runs what was in the old one
+            self.arena = Arena::new(ARENA_BYTES, 0).unwrap(); // nobody runs what was in the old one
             self.arena.add(&code).expect("an empty arena has room")
         });
         RECOVER.store(at.as_ptr() as u64 + head.len() as u64, Ordering::SeqCst);

@@ -16,7 +16,7 @@ mod waiting;
 
 use crate::apic;
 use crate::cpu::*;
-use crate::paging::physical;
+use crate::paging::{NO_RAM, physical};
 use crate::run::Exit;
 use crate::smp::{begin, finish, start};
 use crate::tap::*;
@@ -61,8 +61,6 @@ mod port {
 
 const VECTOR: u8 = 0x61;
 const MILLISECOND: u64 = 1_000_000;
-/// Addresses that are no RAM: between RAM and devices, local APIC, I/O APIC, beyond all.
-const NO_RAM: [u64; 4] = [0xB000_0000, apic::BASE, 0xFEC0_0000, 1 << 45];
 
 /// Which vCPU a processor is: they are numbered by their APIC ids, processors in the order they came.
 static VCPUS: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];

@@ -8,7 +8,7 @@ pub use time::read_clock;
 
 use crate::apic;
 use crate::cpu::*;
-use crate::paging::{frame, physical};
+use crate::paging::{NO_RAM, frame, physical};
 use crate::run::Exit;
 use crate::smp::{begin, finish, start};
 use crate::tap::*;
@@ -64,8 +64,6 @@ mod call {
 }
 
 const VECTOR: u8 = 0x61;
-/// Addresses that are no RAM: between RAM and devices, local APIC, I/O APIC, beyond all.
-const NO_RAM: [u64; 4] = [0xB000_0000, apic::BASE, 0xFEC0_0000, 1 << 45];
 /// Offset of the preempted flag in the structure of stolen time.
 const PREEMPTED: usize = 16;
 
