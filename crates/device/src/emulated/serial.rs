@@ -6,8 +6,9 @@
 //! ```
 //!
 //! A byte leaves THR at once into a queue that a thread empties, so that a slow reader of the console never blocks a
-//! vCPU. Where the queue is full, THR stays occupied and the guest waits as it would for a slow line. Input waits
-//! outside the 16-byte FIFO, so nothing overruns. Characters take no time: the receiver's time-out interrupt comes
+//! vCPU. What follows within a millisecond is written together, so that a guest's log does not wake the thread, and end a
+//! vCPU's turn, for each byte. Where the queue is full, THR stays occupied and the guest waits as it would for a slow line.
+//! Input waits outside the 16-byte FIFO, so nothing overruns. Characters take no time: the receiver's time-out interrupt comes
 //! together with the data. Deliberately absent: baud rate, parity, break, modem line changes (nothing is attached).
 
 use std::collections::VecDeque;
@@ -82,16 +83,18 @@ mod line_status {
 
 /// Output that waits for the writer thread.
 const OUTPUT_LIMIT: usize = 64 << 10;
+/// How long the writer lets output gather behind what it has just written.
+const GATHER: Duration = Duration::from_millis(1);
 /// Input that waits for the guest.
 const INPUT_LIMIT: usize = 64 << 10;
 /// 9600 baud.
 const DEFAULT_DIVISOR: u16 = 12;
 
 /// What the guest wrote, on its way out.
-#[derive(Default)]
 struct Output {
     queue: Mutex<OutputQueue>,
     changed: Condvar,
+    gather: Duration,
 }
 
 #[derive(Default)]
@@ -99,10 +102,20 @@ struct OutputQueue {
     bytes: Vec<u8>,
     /// The writer is at work on bytes it took.
     writing: bool,
+    /// The writer sleeps until there is a byte.
+    idle: bool,
+    /// A byte found no room.
+    refused: bool,
+    /// Somebody waits for what is queued.
+    wanted: bool,
     closed: bool,
 }
 
 impl Output {
+    fn new(gather: Duration) -> Self {
+        Self { queue: Mutex::default(), changed: Condvar::new(), gather }
+    }
+
     fn lock(&self) -> MutexGuard<'_, OutputQueue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -111,10 +124,13 @@ impl Output {
     fn push(&self, byte: u8) -> bool {
         let mut queue = self.lock();
         if queue.bytes.len() >= OUTPUT_LIMIT {
+            if !std::mem::replace(&mut queue.refused, true) {
+                self.changed.notify_all();
+            }
             return false;
         }
         queue.bytes.push(byte);
-        if queue.bytes.len() == 1 {
+        if std::mem::take(&mut queue.idle) {
             self.changed.notify_all();
         }
         true
@@ -124,25 +140,36 @@ impl Output {
     fn run(&self, uart: &Weak<Mutex<Uart>>, mut to: Box<dyn Write + Send>) {
         let mut queue = self.lock();
         loop {
-            queue.writing = false;
             if queue.bytes.is_empty() {
+                queue.wanted = false;
                 self.changed.notify_all();
                 if queue.closed {
                     return;
                 }
-                queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                queue.idle = true;
+                let waited = self.changed.wait_while(queue, |queue| queue.bytes.is_empty() && !queue.closed);
+                queue = waited.unwrap_or_else(PoisonError::into_inner);
+                queue.idle = false;
                 continue;
             }
             let bytes = std::mem::take(&mut queue.bytes);
             queue.writing = true;
+            let refused = std::mem::take(&mut queue.refused);
             drop(queue);
-            if let Some(uart) = uart.upgrade() {
+            if refused && let Some(uart) = uart.upgrade() {
                 lock(&uart).room_for_output();
             }
             if let Err(error) = to.write_all(&bytes).and_then(|()| to.flush()) {
                 tracing::debug!(%error, lost = bytes.len(), "serial output lost");
             }
             queue = self.lock();
+            queue.writing = false;
+            if queue.bytes.is_empty() {
+                self.changed.notify_all();
+            }
+            let more = |queue: &mut OutputQueue| !queue.closed && !queue.wanted && !queue.refused;
+            let waited = self.changed.wait_timeout_while(queue, self.gather, more);
+            queue = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
@@ -160,7 +187,11 @@ impl SerialPort {
     /// # Errors
     /// What the host said where it refuses a thread.
     pub fn start(line: IrqLine, output: Box<dyn Write + Send>) -> std::io::Result<Self> {
-        let queue = Arc::new(Output::default());
+        Self::start_gathering(line, output, GATHER)
+    }
+
+    fn start_gathering(line: IrqLine, output: Box<dyn Write + Send>, gather: Duration) -> std::io::Result<Self> {
+        let queue = Arc::new(Output::new(gather));
         let input_room = Arc::new(Condvar::new());
         let uart = Arc::new(Mutex::new(Uart::new(line, Arc::clone(&queue), Arc::clone(&input_room))));
         let (for_thread, weak) = (Arc::clone(&queue), Arc::downgrade(&uart));
@@ -183,6 +214,8 @@ impl SerialPort {
         let deadline = Instant::now() + timeout;
         let mut queue = self.output.lock();
         while queue.writing || !queue.bytes.is_empty() {
+            queue.wanted = true;
+            self.output.changed.notify_all();
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
@@ -458,12 +491,14 @@ mod tests {
     struct Gated {
         gate: Arc<Mutex<()>>,
         bytes: Arc<Mutex<Vec<u8>>>,
+        writes: Arc<Mutex<usize>>,
     }
 
     impl Write for Gated {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
             let _open = self.gate.lock().unwrap();
             self.bytes.lock().unwrap().extend_from_slice(bytes);
+            *self.writes.lock().unwrap() += 1;
             Ok(bytes.len())
         }
         fn flush(&mut self) -> std::io::Result<()> {
@@ -516,6 +551,32 @@ mod tests {
         assert_eq!(bench.get(5), line_status::HOLDING_EMPTY | line_status::TRANSMITTER_EMPTY);
         assert!(bench.port.flush(FOREVER));
         assert_eq!(*bench.output.bytes.lock().unwrap(), b"hello");
+    }
+
+    #[test]
+    fn what_follows_is_written_together_and_at_once_where_somebody_waits() {
+        for ends in [false, true] {
+            let (sink, output) = (Recorder::default(), Gated::default());
+            let line = Arc::new(sink).line(COM1_IRQ);
+            let port = SerialPort::start_gathering(line, Box::new(output.clone()), FOREVER).unwrap();
+            let send = |bytes: &[u8]| bytes.iter().for_each(|byte| lock(&port.uart).write(0, *byte));
+            send(b"h");
+            while output.bytes.lock().unwrap().is_empty() {
+                std::thread::yield_now();
+            }
+            send(b"ello");
+            assert_eq!(*output.bytes.lock().unwrap(), b"h", "waits for more");
+            if ends {
+                drop(port);
+                while Arc::strong_count(&output.bytes) > 1 {
+                    std::thread::yield_now();
+                }
+            } else {
+                assert!(port.flush(FOREVER));
+            }
+            assert_eq!(*output.bytes.lock().unwrap(), b"hello");
+            assert!(*output.writes.lock().unwrap() <= 2, "one for the first byte, one for the rest");
+        }
     }
 
     #[test]
