@@ -111,6 +111,14 @@ struct Layout {
     placed: [u64; ANCHORS],
 }
 
+impl Layout {
+    /// The number of the anchor at an address.
+    fn number(&self, address: u64) -> u32 {
+        let first = self.anchors.as_ptr() as u64;
+        (address.wrapping_sub(first) as usize / size_of::<Anchor>() % ANCHORS) as u32
+    }
+}
+
 /// The mapping.
 pub(crate) struct Home {
     at: NonNull<Layout>,
@@ -198,13 +206,20 @@ impl Home {
         (anchor.address, anchor.negative) = (address, address.wrapping_neg());
     }
 
+    /// The numbers of the anchors that have been placed.
+    pub(crate) fn placed(&self) -> impl Iterator<Item = u32> {
+        // SAFETY: as above.
+        let layout = unsafe { &*self.at.as_ptr() };
+        layout.placed[..layout.hot.placed as usize % ANCHORS].iter().map(|&placed| layout.number(placed))
+    }
+
     /// Takes all anchors from where they are.
     pub(crate) fn forget_places(&mut self) {
         // SAFETY: as above.
         let layout = unsafe { &mut *self.at.as_ptr() };
-        let first = layout.anchors.as_ptr() as u64;
-        for &placed in &layout.placed[..layout.hot.placed as usize % ANCHORS] {
-            layout.anchors[(placed.wrapping_sub(first) as usize / size_of::<Anchor>()) % ANCHORS].negative = NOWHERE;
+        for at in 0..layout.hot.placed as usize % ANCHORS {
+            let number = layout.number(layout.placed[at]);
+            layout.anchors[number as usize].negative = NOWHERE;
         }
         layout.hot.placed = 0;
     }

@@ -33,6 +33,7 @@ impl Jit {
         }
         if now.generation != before.generation {
             // What code at lower addresses returns to may not be there any more, and neither may the code.
+            cpu.window.used(cpu.state.placed());
             cpu.state.forget_places();
             let hot = cpu.state.hot_mut();
             hot.pointers[1] = hot.begins[1];

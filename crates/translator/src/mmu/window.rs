@@ -18,6 +18,8 @@ use std::io;
 use memory::{Gpa, GuestRam, PAGE_SIZE};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
+use crate::home::ANCHORS;
+
 /// Bytes of a chunk, as a shift.
 pub(super) const CHUNK_LOG2: u32 = 21;
 const CHUNK_BYTES: usize = 1 << CHUNK_LOG2;
@@ -29,8 +31,10 @@ const FARTHEST: u64 = 0x7000_0000;
 const MOST_MAPPINGS: usize = 20_000;
 /// Address spaces that are watched.
 const MOST_SPACES: usize = 256;
-/// Samples after which an address space has its pages mapped.
+/// Samples after which an address space has its pages mapped: at least, and one more for so many pages of code, which all
+/// are to be translated anew.
 const BUSY: u32 = 20;
+const CODE_PAGES: u32 = 12;
 /// How many times as many pages are in the window as are not, when code is translated for that.
 const MOSTLY: usize = 3;
 /// Least time between two samples, in nanoseconds.
@@ -70,12 +74,41 @@ pub(crate) struct Found {
 }
 
 /// What is known of an address space.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug, Default)]
 struct Space {
     /// How often it was seen at work.
     samples: u32,
+    /// The pages of code that it has used, a bit each, and how many those are; until it is busy.
+    code: Vec<u64>,
+    pages: u32,
+    /// It has been at work long enough to have its pages mapped.
+    busy: bool,
     /// Most of what it uses is in the window.
     near: bool,
+}
+
+impl Space {
+    /// It has used pages of code.
+    fn used(&mut self, code: impl Iterator<Item = u32>) {
+        if self.busy {
+            return;
+        }
+        self.code.resize(ANCHORS / 64, 0);
+        for number in code {
+            let word = &mut self.code[number as usize / 64 % (ANCHORS / 64)];
+            let bit = 1 << (number % 64);
+            self.pages += u32::from(*word & bit == 0);
+            *word |= bit;
+        }
+    }
+
+    /// It is seen at work.
+    fn saw(&mut self) {
+        self.samples = self.samples.saturating_add(1);
+        if self.samples >= BUSY + self.pages / CODE_PAGES {
+            (self.busy, self.code) = (true, Vec::new());
+        }
+    }
 }
 
 /// The window of one vCPU.
@@ -88,8 +121,9 @@ pub(crate) struct Window {
     torn: bool,
     /// Address spaces that have been seen at work, by the address of their page tables.
     spaces: HashMap<u64, Space>,
-    /// The current one.
+    /// The current one, and the one whose code has been noted last.
     space: u64,
+    noted: u64,
     sampled_ns: u64,
     /// Samples from the last look to the next, and until that.
     patience: u32,
@@ -110,6 +144,7 @@ impl Window {
             torn: false,
             spaces: HashMap::new(),
             space: 0,
+            noted: 0,
             sampled_ns: 0,
             patience: 1,
             waiting: 0,
@@ -136,6 +171,14 @@ impl Window {
         self.near = self.spaces.get(&root).is_some_and(|space| space.near);
     }
 
+    /// Notes pages of code, by numbers of theirs, that have been used since the last time, which the address space that was
+    /// the current one then has used.
+    pub(crate) fn used(&mut self, code: impl Iterator<Item = u32>) {
+        if let Some(space) = self.spaces.get_mut(&std::mem::replace(&mut self.noted, self.space)) {
+            space.used(code);
+        }
+    }
+
     /// Notes that the current address space is seen at work at a time. True where it is time to look at what to map.
     pub(crate) fn sample(&mut self, now_ns: u64) -> bool {
         if now_ns.wrapping_sub(self.sampled_ns) < PERIOD_NS {
@@ -146,12 +189,13 @@ impl Window {
             self.spaces.clear();
         }
         let space = self.spaces.entry(self.space).or_default();
-        space.samples = space.samples.saturating_add(1);
+        let before = space.busy;
+        space.saw();
         self.near = space.near;
-        if space.samples < BUSY {
+        if !space.busy {
             return false;
         }
-        if space.samples == BUSY {
+        if !before {
             (self.patience, self.waiting) = (1, 0);
         }
         self.waiting = self.waiting.saturating_sub(1);
@@ -161,7 +205,7 @@ impl Window {
     /// Has most of what the current address space uses be in the window.
     #[cfg(test)]
     pub(crate) fn favour(&mut self) {
-        self.spaces.insert(self.space, Space { samples: BUSY, near: true });
+        self.spaces.insert(self.space, Space { busy: true, near: true, ..Space::default() });
         self.near = true;
     }
 
@@ -385,6 +429,26 @@ mod tests {
         let here = std::ptr::from_ref(&window) as u64;
         assert!(!window.map(&ram, here - window.distance(), Gpa(0), 1, true));
         assert!(!window.is_mapped(here - window.distance()));
+    }
+
+    #[test]
+    fn who_has_much_code_has_to_work_longer() {
+        let first = |code: u32| {
+            let mut window = Window::new(0);
+            window.enter(0x1000, true);
+            window.used(0..0);
+            (1..).find(|&sample| {
+                let busy = window.sample(sample * PERIOD_NS);
+                window.used(0..code);
+                window.enter(0x2000, true);
+                window.used(0..code / 2); // the first one's
+                window.enter(0x1000, false);
+                window.used(code..10 * code); // the second one's
+                busy
+            })
+        };
+        assert_eq!(first(CODE_PAGES - 1), Some(BUSY.into()));
+        assert_eq!(first(5 * CODE_PAGES), Some(u64::from(BUSY) + 5));
     }
 
     #[test]
