@@ -145,6 +145,7 @@ impl Runner {
             }
             cpu.state.halted = false;
         }
+        cpu.use_up_resume();
         let step = cpu.state.rflags & (rflags::TF | rflags::RF) != 0;
         let one = cpu.state.shadow != Shadow::None || step || cpu.code_breakpoints();
         Ok(if one { Stretch::One } else { Stretch::Free })

@@ -6,7 +6,7 @@
 
 use engine::Phase;
 use engine::ledger::Work;
-use engine::state::rflags::{IF, OF, RF, STATUS, TF};
+use engine::state::rflags::{IF, OF, STATUS, TF};
 use engine::state::{Shadow, cr4};
 use iced_x86::{Instruction, OpKind};
 
@@ -135,7 +135,7 @@ pub(super) unsafe extern "sysv64" fn on_miss(context: *const Context, write: u64
 /// As for [`on_miss`]; `interpreted` is one that the block being run was translated with.
 pub(super) unsafe extern "sysv64" fn on_op(context: *const Context, interpreted: *const Interpreted) -> u64 {
     // SAFETY: by the caller's promise.
-    let (cpu, interpreted) = unsafe { (&mut *(*context).cpu, &*interpreted) };
+    let (cpu, jit, interpreted) = unsafe { (&mut *(*context).cpu, &*(*context).jit, &*interpreted) };
     let op = &interpreted.op(cpu);
     cpu.now(Phase::Handlers);
     let user = cpu.mode.cpl == 3;
@@ -144,6 +144,10 @@ pub(super) unsafe extern "sysv64" fn on_op(context: *const Context, interpreted:
     let done = (op.handler)(cpu, op);
     give_flags(cpu);
     let same_place = cpu.state.rip == op.next && user == (cpu.mode.cpl == 3);
+    if cpu.tlb.generation != cpu.seen_generation && cpu.state.rip >> 63 != 0 && jit.keeps_upper(cpu) {
+        // A kernel flushes pages of programs: nothing that runs now is concerned.
+        Jit::forget_lower(cpu);
+    }
     if done.is_ok() && same_place && nothing_to_look_at(cpu) && use_tables(cpu) {
         cpu.recheck = false;
         return BEHIND;
@@ -210,6 +214,7 @@ fn raised(cpu: &mut Cpu) -> u64 {
 fn at_rip(cpu: &mut Cpu) -> u64 {
     cpu.after = After::Look;
     if nothing_to_look_at(cpu) && canonical(cpu.state.rip) && use_tables(cpu) {
+        cpu.use_up_resume();
         cpu.recheck = false;
         change_privilege(cpu);
         return AT_RIP;
@@ -228,7 +233,7 @@ fn nothing_to_look_at(cpu: &Cpu) -> bool {
     let uninterrupted = hot.waits == 0 || state.rflags & IF == 0;
     // Where nothing waits, STI has nothing to hold back.
     let shadow = state.shadow == Shadow::MovSs || state.shadow == Shadow::Sti && hot.waits != 0;
-    let ordinary = state.rflags & (TF | RF) == 0 && !shadow && !state.halted && !cpu.watch;
+    let ordinary = state.rflags & TF == 0 && !shadow && !state.halted && !cpu.watch;
     let known = cpu.tlb.generation == cpu.seen_generation && units_of(cpu) == cpu.seen_units;
     quiet && uninterrupted && ordinary && known && Jit::can_run(cpu)
 }

@@ -16,7 +16,6 @@ impl Jit {
             if gpa == EVERY_PAGE { self.forget_stale(cpu) } else { self.forget_if_stale(cpu, gpa) }
         }
         let now = Seen {
-            generation: cpu.tlb.generation,
             upper_generation: cpu.tlb.upper_generation,
             code_writes: cpu.shared.ram.code_writes(),
             units: units_of(cpu),
@@ -26,23 +25,34 @@ impl Jit {
         if now.code_writes != before.code_writes.wrapping_add(own) {
             self.forget_stale(cpu); // a device, perhaps
         }
+        let flushed = cpu.tlb.generation != cpu.seen_generation;
         if now.upper_generation != before.upper_generation {
             self.look_up_again(cpu, true);
-        } else if now.generation != before.generation {
+        } else if flushed {
             self.look_up_again(cpu, false);
         }
-        if now.generation != before.generation {
-            // What code at lower addresses returns to may not be there any more, and neither may the code.
-            cpu.window.used(cpu.state.placed());
-            cpu.state.forget_places();
-            let hot = cpu.state.hot_mut();
-            hot.pointers[1] = hot.begins[1];
-            if hot.user != 0 {
-                hot.shadow = hot.begins[1];
-            }
+        if flushed {
+            Self::forget_lower(cpu);
         }
         if now.units != before.units {
             self.forget_landings(cpu);
+        }
+    }
+
+    /// True where what has been flushed since translated code was entered concerns code at lower addresses only.
+    pub(super) fn keeps_upper(&self, cpu: &Cpu) -> bool {
+        cpu.tlb.upper_generation == self.seen.upper_generation && self.local_upper.is_empty()
+    }
+
+    /// After a flush, code at lower addresses may not be where it was, and neither may what it returns to.
+    pub(super) fn forget_lower(cpu: &mut Cpu) {
+        cpu.seen_generation = cpu.tlb.generation;
+        cpu.window.used(cpu.state.placed());
+        cpu.state.forget_places();
+        let hot = cpu.state.hot_mut();
+        hot.pointers[1] = hot.begins[1];
+        if hot.user != 0 {
+            hot.shadow = hot.begins[1];
         }
     }
 

@@ -302,7 +302,6 @@ type Map<K, V> = HashMap<K, V, BuildHasherDefault<Mix>>;
 /// What was so when translated code last ran.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Seen {
-    generation: u64,
     upper_generation: u64,
     code_writes: u64,
     units: u16,
@@ -553,7 +552,6 @@ impl Jit {
         *self.context = Context { cpu: std::ptr::from_mut(cpu), jit: std::ptr::from_ref(self) };
         let tsc = std::ptr::from_ref(cpu.config.tsc.word()) as u64;
         let status = cpu.flags.status();
-        cpu.seen_generation = cpu.tlb.generation;
         cpu.seen_units = self.seen.units;
         let hot = cpu.state.hot_mut();
         (hot.context, hot.tsc) = (std::ptr::from_ref(&*self.context) as u64, tsc);

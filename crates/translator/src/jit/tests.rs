@@ -1,6 +1,7 @@
 //! Whole runs of translated code.
 
 use engine::ledger::Work;
+use engine::state::rflags;
 use engine::{Exit, Phase, Profile, Vcpu as _};
 use memory::Gpa;
 
@@ -49,6 +50,24 @@ fn without_translation_nothing_is_translated() {
     assert_eq!((exit, state.gpr[0]), (Exit::Halted, LINKS * ROUNDS));
     assert_eq!(bare.ledger.worked(Work::Translate), 0);
     assert!(bare.ledger.worked(Work::Instructions) > LINKS * ROUNDS);
+}
+
+#[test]
+fn a_handlers_return_with_rf_costs_nothing_without_code_breakpoints() {
+    // mov eax, 1; hlt
+    let run = |rf: u64, dr7: u64| {
+        let mut bare = Bare::new(&[0xb8, 1, 0, 0, 0, 0xf4], Config::default());
+        let mut state = bare.vcpu.save();
+        (state.rflags, state.dr7, state.dr[0]) = (state.rflags | rf, dr7, state.rip);
+        bare.vcpu.load(&state).unwrap();
+        let (exit, state) = bare.run();
+        (exit, state.rflags & rflags::RF, bare.ledger.worked(Work::Instructions))
+    };
+    let without = run(0, 0);
+    assert_eq!((without.0, without.1), (Exit::Halted, 0));
+    assert_eq!(run(rflags::RF, 0), without, "the same, interpreted instructions too");
+    assert_eq!(run(0, 1).0, Exit::Shutdown, "a breakpoint, and nobody to handle it");
+    assert_eq!(run(rflags::RF, 1).0, Exit::Halted, "held back");
 }
 
 #[test]

@@ -394,6 +394,14 @@ impl Cpu {
         self.watch && (0..4).any(|number| self.breakpoint_enabled(number, 0))
     }
 
+    /// Clears RF, which holds back code breakpoints for the one instruction that is about to run, where there are none: the
+    /// handler of each fault returns with it.
+    pub(crate) fn use_up_resume(&mut self) {
+        if self.state.rflags & rflags::TF == 0 && !self.code_breakpoints() {
+            self.state.rflags &= !rflags::RF;
+        }
+    }
+
     /// Breakpoint `number` is enabled for accesses of kind `kind` (0 code, 1 writes, 2 I/O, 3 reads and writes).
     fn breakpoint_enabled(&self, number: usize, kind: u64) -> bool {
         let dr7 = self.state.dr7;
