@@ -4,7 +4,7 @@
 //! reads again, so whatever the writer reads between [`begin`] and [`end`] (the clock, say) is later than whatever a
 //! reader has read with the old body.
 //!
-//! Neighbours: the clock's pages and the VM page are written with it; the reader is in the guest kit. Callers see to it
+//! Neighbours: the clock's pages and the VM page are written with it; the reader is in `contract`. Callers see to it
 //! that a page has one writer at a time.
 
 use crate::sync::{Ordering, fence};

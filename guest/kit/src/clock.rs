@@ -3,10 +3,10 @@
 use core::mem::offset_of;
 
 use contract::kvm::TimeInfo;
+use contract::seqlock;
 
 use crate::call::ordered_tsc;
 use crate::memory::Shared;
-use crate::seqlock;
 
 /// What `delta` ticks are in nanoseconds, by the scale of a [`TimeInfo`]. Any numbers are harmless.
 pub fn nanoseconds(delta: u64, mul: u32, shift: i8) -> u64 {

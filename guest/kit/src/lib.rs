@@ -39,15 +39,14 @@ mod clock;
 mod memory;
 mod probe;
 mod processor;
-mod seqlock;
 pub mod sync;
 mod vm;
 
 pub use batch::Batch;
 pub use call::{Status, Waited};
 pub use clock::nanoseconds;
-pub use contract::native::{VcpuPage, VmPage};
+pub use contract::native::{Terms, VcpuPage, VmPage};
 pub use memory::{Shared, VmMemory};
 pub use probe::{Found, find, find_here};
 pub use processor::{Masked, Processor};
-pub use vm::{Contract, Terms};
+pub use vm::Contract;

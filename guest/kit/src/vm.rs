@@ -4,33 +4,13 @@
 use core::mem::offset_of;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use contract::native::{ANY, CallEntry, FOREVER, FlushRange, VcpuPage, VmPage, call as number, msr, vm_state, waited};
+use contract::native::{ANY, CallEntry, FOREVER, FlushRange, Terms, VcpuPage, VmPage, call as number, msr, waited};
 
 use crate::call::{Status, Waited, call, result_of, write_msr};
 use crate::memory::{Shared, VmMemory};
 use crate::probe::Found;
 use crate::processor::Processor;
-use crate::seqlock;
 use crate::sync::Waiting;
-
-/// What the VM page says, of one moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Terms {
-    /// Moves with each revocation.
-    pub epoch: u64,
-    /// Features that can be accepted.
-    pub offered: u64,
-    /// Features that are honoured.
-    pub accepted: u64,
-    /// Accepted features that the host wants back.
-    pub revoking: u64,
-    /// Changes when the VM's state is used a second time.
-    pub generation: [u64; 2],
-    /// Nanoseconds since 1970-01-01 UTC when the clock was zero.
-    pub wall_ns: u64,
-    /// The host has waited too long for an acknowledgement.
-    pub overdue: bool,
-}
 
 /// A VM's contract with its host.
 pub struct Contract {
@@ -85,21 +65,8 @@ impl Contract {
     /// What the VM page says. No exit.
     pub fn terms(&self) -> Terms {
         let page = &self.memory.vm;
-        let body = || {
-            let state: u32 = page.read(offset_of!(VmPage, state));
-            let generation = offset_of!(VmPage, generation);
-            Terms {
-                epoch: page.read(offset_of!(VmPage, epoch)),
-                offered: page.read(offset_of!(VmPage, offered)),
-                accepted: page.read(offset_of!(VmPage, accepted)),
-                revoking: page.read(offset_of!(VmPage, revoking)),
-                generation: [page.read(generation), page.read(generation + 8)],
-                wall_ns: page.read(offset_of!(VmPage, wall_ns)),
-                overdue: state & vm_state::REVOKE_OVERDUE != 0,
-            }
-        };
         loop {
-            if let Some(terms) = seqlock::read(|| page.read(offset_of!(VmPage, version)), body) {
+            if let Some(terms) = Terms::read(|at| page.read(at), |at| page.read(at)) {
                 return terms;
             }
             core::hint::spin_loop();

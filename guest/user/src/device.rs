@@ -2,11 +2,10 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
 use contract::native::device::{DEVICE, VENDOR, capability, page, register};
-use contract::native::{EXIT_CAUSES, SIGNATURE, VERSION, VmPage, call, feature, vm_state};
+use contract::native::{EXIT_CAUSES, SIGNATURE, Terms, VERSION, call, feature};
 
 use crate::Error;
 use crate::map::Mapping;
@@ -17,25 +16,6 @@ const PCI: &str = "/sys/bus/pci/devices";
 const CONFIG: usize = 256;
 /// Looks at a page that is being written, before giving up: the host writes a few words at a time.
 const LOOKS: u32 = 1_000_000;
-
-/// What holds between the VM and its host, of one moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Terms {
-    /// Moves with each revocation.
-    pub epoch: u64,
-    /// Features that can be accepted.
-    pub offered: u64,
-    /// Features that are honoured.
-    pub accepted: u64,
-    /// Accepted features that the host wants back.
-    pub revoking: u64,
-    /// The host has waited too long for an acknowledgement.
-    pub overdue: bool,
-    /// Changes when the VM's state is used a second time; zero where `generation` is not accepted.
-    pub generation: [u8; 16],
-    /// When the VM's clock was zero, since 1970-01-01 UTC.
-    pub wall: Duration,
-}
 
 /// Names of features.
 pub fn names(features: u64) -> Vec<&'static str> {
@@ -133,28 +113,10 @@ impl Device {
     /// # Errors
     /// [`Error::Torn`].
     pub fn terms(&self) -> Result<Terms, Error> {
-        let field = |offset: usize| self.pages.load::<u64>(page::VM + offset as u64);
-        let version = || self.pages.load::<u32>(page::VM);
+        let load4 = |at: usize| self.pages.load(page::VM + at as u64);
+        let load8 = |at: usize| self.pages.load(page::VM + at as u64);
         for _ in 0..LOOKS {
-            let before = version();
-            fence(Ordering::Acquire);
-            let state = self.pages.load::<u32>(page::VM + std::mem::offset_of!(VmPage, state) as u64);
-            let id = std::mem::offset_of!(VmPage, generation);
-            let halves = [field(id), field(id + 8)].map(u64::to_le_bytes);
-            let mut generation = [0; 16];
-            generation[..8].copy_from_slice(&halves[0]);
-            generation[8..].copy_from_slice(&halves[1]);
-            let terms = Terms {
-                epoch: field(std::mem::offset_of!(VmPage, epoch)),
-                offered: field(std::mem::offset_of!(VmPage, offered)),
-                accepted: field(std::mem::offset_of!(VmPage, accepted)),
-                revoking: field(std::mem::offset_of!(VmPage, revoking)),
-                overdue: state & vm_state::REVOKE_OVERDUE != 0,
-                generation,
-                wall: Duration::from_nanos(field(std::mem::offset_of!(VmPage, wall_ns))),
-            };
-            fence(Ordering::Acquire);
-            if before.is_multiple_of(2) && before == version() {
+            if let Some(terms) = Terms::read(load4, load8) {
                 return Ok(terms);
             }
             std::hint::spin_loop();
@@ -343,10 +305,7 @@ pub(crate) mod tests {
         fake.put("resource2", 4, &3_u32.to_le_bytes());
         let terms = device.terms().unwrap();
         assert_eq!((terms.epoch, terms.offered, terms.accepted, terms.revoking), (5, 6, 2, 2));
-        assert_eq!(
-            (terms.overdue, &terms.generation[..9], terms.wall.as_nanos()),
-            (true, &[1, 2, 3, 4, 5, 6, 7, 8, 0][..], 9)
-        );
+        assert_eq!((terms.overdue, &terms.generation[..9], terms.wall_ns), (true, &[1, 2, 3, 4, 5, 6, 7, 8, 0][..], 9));
         fake.put("resource2", 0, &7_u32.to_le_bytes());
         assert!(matches!(device.terms(), Err(Error::Torn)));
     }

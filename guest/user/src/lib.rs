@@ -23,8 +23,8 @@ mod device;
 mod map;
 mod watch;
 
-pub use contract::native::{EXIT_CAUSES, feature};
-pub use device::{Device, Terms, names};
+pub use contract::native::{EXIT_CAUSES, Terms, feature};
+pub use device::{Device, names};
 pub use watch::{Change, Watcher};
 
 use std::path::PathBuf;

@@ -5,8 +5,10 @@
 
 pub mod device;
 mod pages;
+mod terms;
 
 pub use pages::{CallEntry, FlushRange, VcpuPage, VmPage, offset, run_state, vm_state};
+pub use terms::Terms;
 
 /// What EBX, ECX and EDX of the base leaf spell.
 pub const SIGNATURE: [u8; 12] = *b"CordialVMM\0\0";

@@ -34,7 +34,7 @@ impl Page {
         }
     }
 
-    /// The guest kit's reader: `between` is read while the body is.
+    /// The guest's reader: `between` is read while the body is.
     fn read<R>(&self, between: impl FnOnce() -> R) -> Option<([u64; 2], R)> {
         let body = || {
             let body = [0, 1].map(|index: usize| self.body[index].load(Ordering::Relaxed));

@@ -9,7 +9,7 @@ mod mutex;
 mod semaphore;
 mod spinlock;
 
-pub(crate) use core::sync::atomic::{AtomicU32, Ordering, fence};
+pub(crate) use core::sync::atomic::{AtomicU32, Ordering};
 
 pub use condvar::Condvar;
 pub use mutex::{Guard, Mutex};

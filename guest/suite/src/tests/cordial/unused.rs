@@ -85,7 +85,7 @@ fn end_in_memory(t: &mut T, _: &Contract, _: &Processor) {
 /// There is no generation id, nor a new one.
 fn generation(t: &mut T, contract: &Contract, _: &Processor) {
     outl(port::GENERATION, 0);
-    t.same("generation", contract.terms().generation, [0; 2]);
+    t.same("generation", contract.terms().generation, [0; 16]);
 }
 
 /// Exits are not told.
