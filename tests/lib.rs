@@ -10,6 +10,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
 use std::sync::OnceLock;
@@ -202,6 +203,11 @@ impl Guest {
     pub fn end(mut self) -> i32 {
         drop(self.input.take());
         self.program.wait().expect("the program ends").code().unwrap_or(-1)
+    }
+
+    /// Waits for it; the signal that ended it, if one did.
+    pub fn ended_by(mut self) -> Option<i32> {
+        self.program.wait().expect("the program ends").signal()
     }
 
     /// Kills it without a word.

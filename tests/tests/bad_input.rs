@@ -137,6 +137,16 @@ fn configuration() {
 }
 
 #[test]
+fn a_file_on_a_full_disk_is_named_with_what_helps() {
+    // The device that has no room for anything (full(4)).
+    let done = Cordial::run(&["-q", "--json=/dev/full", "--events", "/dev/full", "--", "true"]).done();
+    let full = "No space left on device (os error 28)";
+    let refused = format!("cannot write /dev/full: {full}: free some space on its disk, or name another place");
+    assert_eq!((done.status, done.said()), (SETUP, vec![&refused[..]]), "{}", done.stderr);
+    assert!(done.stderr.contains(&format!("events are lost from here on: /dev/full: {full}")), "{}", done.stderr);
+}
+
+#[test]
 fn a_full_cache_disk() {
     // A file where the directory should be is what an unprivileged test can do about its disk.
     let directory = tempfile::tempdir().unwrap();

@@ -1,6 +1,10 @@
 //! Machines that run, seen and told from other processes.
 
-use serde_json::Value;
+use std::{fs, thread};
+
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
 use tests::{Cordial, User};
 
 #[test]
@@ -16,9 +20,11 @@ fn a_machine_is_listed_while_it_runs_and_its_name_is_its_own() {
     );
     assert_eq!((machine["pid"].as_u64(), machines.as_array().map(Vec::len)), (Some(guest.pid().into()), Some(1)));
     assert!(user.verb(&["ps"]).text().lines().nth(1).is_some_and(|line| line.starts_with("web ")));
-    let again = Cordial::run(&["--name", "web", "--", "true"]).env("XDG_RUNTIME_DIR", user.directory()).done();
-    assert_eq!(again.status, 125);
-    assert!(again.said().last().is_some_and(|line| line.contains("web runs already")), "{}", again.stderr);
+    // Before any work: nobody has looked for the kernel.
+    let words = ["run", "--name", "web", "--kernel", "/nonexistent"];
+    let again = Cordial::new(&words).env("XDG_RUNTIME_DIR", user.directory()).done();
+    let refused = format!("a machine called web runs already (process {}): take another --name", guest.pid());
+    assert_eq!((again.status, again.said()), (125, vec![&refused[..]]), "{}", again.stderr);
     let other = user.guest(&[]);
     assert_eq!(user.json(&["ps"])["machines"][0]["name"], format!("vm-{}", other.pid()));
     assert_eq!((guest.end(), other.end()), (0, 0));
@@ -34,6 +40,27 @@ fn a_killed_machine_is_no_longer_listed() {
     assert_eq!(user.json(&["ps"])["machines"], Value::Array(Vec::new()));
     user.refused(&["contract", "show", "gone"], 3, "no machine called \"gone\" runs");
     assert_eq!(user.guest(&["--name", "gone"]).end(), 0, "its name is free");
+}
+
+#[test]
+fn a_signal_before_there_is_a_machine_leaves_nothing_behind() {
+    for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
+        let user = User::default();
+        // Nobody ever writes to it: whoever opens it waits.
+        let kernel = user.directory().join("kernel");
+        mknodat(CWD, &kernel, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let words = ["run", "--name", "early", "--kernel", kernel.to_str().unwrap()];
+        let run = Cordial::new(&words).env("XDG_RUNTIME_DIR", user.directory()).start();
+        let lock = user.directory().join("cordial/early/lock");
+        while !fs::read_to_string(&lock).is_ok_and(|text| text.ends_with('\n')) {
+            thread::yield_now();
+        }
+        let machines = user.json(&["ps"])["machines"].clone();
+        assert_eq!(machines, json!([{ "name": "early", "pid": run.pid() }]), "it is listed, and says nothing yet");
+        kill_process(Pid::from_raw(run.pid() as i32).unwrap(), signal).unwrap();
+        assert_eq!(run.ended_by(), Some(signal.as_raw()));
+        assert_eq!(user.directory().join("cordial").read_dir().unwrap().count(), 0, "after {signal:?}");
+    }
 }
 
 #[test]

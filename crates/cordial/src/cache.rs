@@ -168,7 +168,7 @@ impl Cache {
     /// # Errors
     /// A directory that cannot be written, or too little room on its disk.
     pub fn lock(&self) -> Result<Addition<'_>, Failure> {
-        let failed = |error: std::io::Error| Failure::io(format!("use the cache {}", self.root.display()), &error);
+        let failed = |error: std::io::Error| Failure::cache(format!("use the cache {}", self.root.display()), &error);
         fs::create_dir_all(self.packages()).map_err(failed)?;
         let lock = File::create(self.root.join("lock")).map_err(failed)?;
         lock.lock().map_err(failed)?;
@@ -203,7 +203,7 @@ impl Cache {
         if !self.packages().exists() {
             return Ok(Vec::new());
         }
-        let failed = |error: std::io::Error| Failure::io(format!("clean the cache {}", self.root.display()), &error);
+        let failed = |error: std::io::Error| Failure::cache(format!("clean the cache {}", self.root.display()), &error);
         let lock = File::create(self.root.join("lock")).map_err(failed)?;
         lock.lock().map_err(failed)?;
         let (mut seen, mut removed) = (Vec::new(), Vec::new());
@@ -234,7 +234,7 @@ impl Addition<'_> {
         tempfile::Builder::new()
             .prefix(".new-")
             .tempdir_in(self.cache.packages())
-            .map_err(|error| Failure::io("write to the cache", &error))
+            .map_err(|error| Failure::cache("write to the cache", &error))
     }
 
     /// Makes the prepared directory the entry for its package, replacing one that is there. `files` are its contents.
@@ -248,7 +248,7 @@ impl Addition<'_> {
         request: &str,
         files: &[String],
     ) -> Result<Entry, Failure> {
-        let failed = |error: std::io::Error| Failure::io("write to the cache", &error);
+        let failed = |error: std::io::Error| Failure::cache("write to the cache", &error);
         let hashes = files
             .iter()
             .map(|file| Ok((file.clone(), hash_file(&prepared.path().join(file))?)))

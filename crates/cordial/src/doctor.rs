@@ -177,7 +177,7 @@ fn cache() -> Row {
         let addition = cache.lock()?;
         let probe = addition.workspace()?;
         std::fs::write(probe.path().join("probe"), [0; 4096])
-            .map_err(|error| Failure::io("write to the cache", &error))?;
+            .map_err(|error| Failure::cache("write to the cache", &error))?;
         let free = cache.free_space().map_or_else(|error| error.to_string(), human);
         Ok(format!("{} can be written, {free} free", cache.root().display()))
     });

@@ -1,6 +1,7 @@
 //! How things fail, and the status the process ends with.
 
 use std::fmt;
+use std::io;
 
 /// The exit statuses that are ours. `cordial run` otherwise passes the guest's through.
 pub mod status {
@@ -74,15 +75,20 @@ impl Failure {
         Self { kind: Kind::Other, message: message.into() }
     }
 
-    /// A failed file operation.
-    pub fn io(doing: impl fmt::Display, error: &std::io::Error) -> Self {
-        let advice = match error.kind() {
-            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
-                ": free some space, or point XDG_CACHE_HOME at another disk"
-            }
-            _ => "",
-        };
-        Self::other(format!("cannot {doing}: {error}{advice}"))
+    /// A failed file operation: `doing` names the file.
+    pub fn io(doing: impl fmt::Display, error: &io::Error) -> Self {
+        Self::on_disk(doing, error, "free some space on its disk, or name another place")
+    }
+
+    /// The same in the cache.
+    pub fn cache(doing: impl fmt::Display, error: &io::Error) -> Self {
+        Self::on_disk(doing, error, "free some space, or point XDG_CACHE_HOME at another disk")
+    }
+
+    fn on_disk(doing: impl fmt::Display, error: &io::Error, where_full: &str) -> Self {
+        let full = matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+        let (colon, advice) = if full { (": ", where_full) } else { ("", "") };
+        Self::other(format!("cannot {doing}: {error}{colon}{advice}"))
     }
 
     /// The status `run` ends with.
@@ -112,3 +118,22 @@ impl fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_told_with_what_helps_there() {
+        let full = io::Error::from(io::ErrorKind::StorageFull);
+        let file = Failure::io("write out.json", &full).message;
+        assert_eq!(file, "cannot write out.json: no storage space: free some space on its disk, or name another place");
+        let cache = Failure::cache("use the cache /c", &full).message;
+        assert!(
+            cache.starts_with("cannot use the cache /c: ")
+                && cache.ends_with("or point XDG_CACHE_HOME at another disk")
+        );
+        let other = Failure::io("write out.json", &io::ErrorKind::NotFound.into()).message;
+        assert_eq!(other, "cannot write out.json: entity not found");
+    }
+}

@@ -5,7 +5,7 @@ use crate::failure::Failure;
 use crate::values::human;
 use serde_json::json;
 
-/// A machine, and what it says of itself; `None` where it does not answer.
+/// A machine, and what it says of itself; `None` where it does not answer, or not yet.
 type Row = (Running, Option<Facts>);
 
 /// What it prints.
@@ -44,7 +44,7 @@ fn table(rows: &[Row]) -> String {
                 human(memory),
                 duration(uptime_ms)
             ),
-            None => format!("{:<20} {pid:>8} does not answer\n", running.name),
+            None => format!("{:<20} {pid:>8} is being prepared, or does not answer\n", running.name),
         };
     }
     text
@@ -80,7 +80,7 @@ mod tests {
         let text = table(&rows);
         let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(lines[1], ["web", "7", "translate", "2", "1", "GiB", "1h02m", "/boot/vmlinuz"]);
-        assert_eq!(lines[2][..3], ["vm-8", "8", "does"]);
+        assert_eq!(lines[2].join(" "), "vm-8 8 is being prepared, or does not answer");
         let document: serde_json::Value = serde_json::from_str(&document(&rows)).unwrap();
         assert_eq!(document["schema"], "cordial.ps/1");
         assert_eq!((&document["machines"][0]["cpus"], &document["machines"][1]["pid"]), (&json!(2), &json!(8)));

@@ -8,7 +8,6 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 /// Longest name in bytes.
 const LONGEST_NAME: usize = 64;
@@ -68,7 +67,6 @@ pub fn check_name(name: &str) -> Result<(), String> {
 pub struct Place {
     directory: PathBuf,
     name: String,
-    listener: Arc<UnixListener>,
     _lock: File,
 }
 
@@ -76,7 +74,7 @@ impl Place {
     /// Takes `name` for a machine of this process.
     ///
     /// # Errors
-    /// A name that cannot be, that a running machine has, or whose directory or socket cannot be made.
+    /// A name that cannot be, that a running machine has, or whose directory cannot be made.
     pub fn take(name: &str) -> Result<Self, Failure> {
         Self::take_in(&root(), name)
     }
@@ -84,18 +82,21 @@ impl Place {
     pub(super) fn take_in(root: &Path, name: &str) -> Result<Self, Failure> {
         check_name(name).map_err(|wanted| Failure::usage(format!("name \"{name}\": {wanted}")))?;
         let directory = root.join(name);
+        let shown = directory.display().to_string();
         if directory.as_os_str().len() + 1 + SOCKET.len() > LONGEST_SOCKET {
-            let shown = directory.display();
             let message = format!("{shown} is too long for a socket: take a shorter name, or another XDG_RUNTIME_DIR");
             return Err(Failure::usage(message));
         }
-        let failed = |error: &io::Error| Failure::io(format!("make {}", directory.display()), error);
+        let failed = |error: &io::Error| Failure::io(format!("make {shown}"), error);
         make_private(root).map_err(|error| failed(&error))?;
         check_private(root).map_err(|why| Failure::other(format!("cannot use {}: {why}", root.display())))?;
         for _ in 0..TRIES {
             make_private(&directory).map_err(|error| failed(&error))?;
             match lock(&directory) {
-                Ok(Some(lock)) => return Self::fill(directory.clone(), name, lock).map_err(|error| failed(&error)),
+                Ok(Some(mut lock)) => {
+                    let _ = lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id()));
+                    return Ok(Self { directory, name: name.to_owned(), _lock: lock });
+                }
                 Ok(None) => {
                     let holder = holder(&directory).map_or_else(String::new, |pid| format!(" (process {pid})"));
                     let message = format!("a machine called {name} runs already{holder}: take another --name");
@@ -109,15 +110,6 @@ impl Place {
         Err(failed(&io::ErrorKind::NotFound.into()))
     }
 
-    /// Makes a directory whose lock is held here the place of a machine.
-    fn fill(directory: PathBuf, name: &str, mut lock: File) -> io::Result<Self> {
-        let socket = directory.join(SOCKET);
-        let _ = fs::remove_file(&socket); // of a dead process
-        let _ = lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id()));
-        let listener = UnixListener::bind(&socket).inspect_err(|_| clear(&directory))?;
-        Ok(Self { directory, name: name.to_owned(), listener: Arc::new(listener), _lock: lock })
-    }
-
     /// The machine's name.
     pub fn name(&self) -> &str {
         &self.name
@@ -128,9 +120,14 @@ impl Place {
         self.directory.join(SOCKET)
     }
 
-    /// Who listens there.
-    pub(super) fn listener(&self) -> Arc<UnixListener> {
-        Arc::clone(&self.listener)
+    /// Makes the socket, at which callers are heard from now on.
+    ///
+    /// # Errors
+    /// The host's.
+    pub(super) fn listen(&self) -> Result<UnixListener, Failure> {
+        let socket = self.socket();
+        let _ = fs::remove_file(&socket); // of a dead process
+        UnixListener::bind(&socket).map_err(|error| Failure::io(format!("listen at {}", socket.display()), &error))
     }
 }
 
@@ -290,6 +287,7 @@ mod tests {
         fs::create_dir(&dead).unwrap();
         fs::write(dead.join(SOCKET), "").unwrap();
         let place = Place::take_in(root.path(), "vm-1").unwrap();
+        let _listener = place.listen().unwrap();
         assert!(UnixStream::connect(place.socket()).is_ok(), "a socket of a dead process is not in the way");
     }
 
@@ -336,7 +334,10 @@ mod tests {
         // Something that is no socket, and is not taken away, in the socket's place.
         let full = root.path().join("full");
         fs::create_dir_all(full.join(SOCKET)).unwrap();
-        assert!(Place::take_in(root.path(), "full").unwrap_err().to_string().contains("/full: "));
+        let place = Place::take_in(root.path(), "full").unwrap();
+        let refused = place.listen().unwrap_err().to_string();
+        assert!(refused.contains("cannot listen at ") && refused.contains("/full/control.sock: "), "{refused}");
+        drop(place);
         assert!(!full.join(LOCK).exists());
     }
 }

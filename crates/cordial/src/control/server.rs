@@ -74,13 +74,13 @@ impl Server {
     /// Listens at `place` for those who ask about the machine of `handle`.
     ///
     /// # Errors
-    /// The host refuses a thread.
+    /// The host refuses the socket or a thread.
     pub fn start(place: Place, facts: Facts, handle: Handle) -> Result<Self, Failure> {
         Self::with(place, Subject { facts, handle })
     }
 
     fn with(place: Place, machine: impl Machine) -> Result<Self, Failure> {
-        let (listener, ending) = (place.listener(), Arc::<AtomicBool>::default());
+        let (listener, ending) = (place.listen()?, Arc::<AtomicBool>::default());
         let (stop, machine) = (Arc::clone(&ending), Arc::new(machine));
         thread::Builder::new()
             .name("control".into())

@@ -41,7 +41,8 @@ impl Apt {
     pub fn in_cache(cache: &Cache) -> Result<Self, Failure> {
         let state = cache.root().join("apt");
         for directory in ["lists/partial", "cache/archives/partial"] {
-            fs::create_dir_all(state.join(directory)).map_err(|error| Failure::io("make apt's directory", &error))?;
+            fs::create_dir_all(state.join(directory))
+                .map_err(|error| Failure::cache("make apt's directory", &error))?;
         }
         let apt = Self { state };
         match apt.command("apt-get").arg("--version").output() {
@@ -109,7 +110,7 @@ impl Apt {
         if indexes == 0 {
             return Err(explain("find any Debian package index", &output));
         }
-        fs::write(self.refreshed(), "").map_err(|error| Failure::io("write apt's state", &error))
+        fs::write(self.refreshed(), "").map_err(|error| Failure::cache("write apt's state", &error))
     }
 
     /// The candidate version of a package, where the sources have one.

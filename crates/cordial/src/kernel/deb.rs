@@ -10,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 /// # Errors
 /// Not a package, a damaged one, or a disk that cannot take it.
 pub fn unpack(package: &Path, directory: &Path, wanted: impl Fn(&Path) -> bool) -> Result<Vec<PathBuf>, Failure> {
-    let failed = |error: io::Error| Failure::io(format!("unpack {}", package.display()), &error);
+    let failed = |error: io::Error| Failure::cache(format!("unpack {}", package.display()), &error);
     let mut archive = ar::Archive::new(BufReader::new(File::open(package).map_err(failed)?));
     while let Some(member) = archive.next_entry() {
         let member = member.map_err(failed)?;

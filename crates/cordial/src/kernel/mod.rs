@@ -291,7 +291,7 @@ fn unpack_kernel(
                 file.starts_with("modules.") || file.strip_prefix("kernel/").is_some_and(place)
             })
     })?;
-    let failed = |error: std::io::Error| Failure::io("write to the cache", &error);
+    let failed = |error: std::io::Error| Failure::cache("write to the cache", &error);
     // Newer packages have everything below /usr.
     let usr = everything.path().join("usr/lib");
     if usr.exists() {
@@ -339,7 +339,7 @@ pub fn pull_busybox(cache: &Cache) -> Result<Entry, Failure> {
     let workspace = addition.workspace()?;
     let file = apt.download(&package, workspace.path())?;
     deb::unpack(&file, workspace.path(), |path| path.ends_with("bin/busybox"))?;
-    let failed = |error: std::io::Error| Failure::io("write to the cache", &error);
+    let failed = |error: std::io::Error| Failure::cache("write to the cache", &error);
     let unpacked = ["bin", "usr/bin"].map(|place| workspace.path().join(place).join("busybox"));
     let unpacked = unpacked.iter().find(|path| path.exists());
     let unpacked = unpacked.ok_or_else(|| Failure::other(format!("{BUSYBOX} has no busybox in it")))?;

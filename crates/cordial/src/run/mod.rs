@@ -1,4 +1,4 @@
-//! `cordial run`: prepare, connect, supervise, report.
+//! `cordial run`: take the name, prepare, connect, supervise, report.
 //!
 //! ```text
 //!   prepare ──> Prepared ──> connect ──> machine's attachments, session
@@ -12,6 +12,7 @@ pub mod prepare;
 pub mod profile;
 mod progress;
 mod report;
+mod signals;
 mod supervise;
 pub mod verdict;
 
@@ -24,6 +25,7 @@ use machine::EngineWish;
 use prepare::{Options, Prepared, prepare};
 use progress::Progress;
 use report::Document;
+use signals::Signals;
 use std::io::{IsTerminal, Write};
 
 /// Lines of the guest's console in a failure's explanation.
@@ -40,6 +42,11 @@ pub fn run(arguments: &RunArguments) -> Result<u8, Failure> {
         return Ok(0);
     }
     let options = Options::read(&settings)?;
+    let signals = Signals::watch()?;
+    if !arguments.dry_run {
+        // Before any work for a machine that could not have its name.
+        signals.keep(|| place(options.name.as_deref()))?;
+    }
     let wish = EngineWish {
         choice: options.engine,
         check: options.engine_check,
@@ -62,13 +69,12 @@ pub fn run(arguments: &RunArguments) -> Result<u8, Failure> {
         return Ok(0);
     }
     progress.line(&format!("kernel: {} ({})", prepared.kernel.image.display(), prepared.kernel.reason));
-    let place = place(prepared.options.name.as_deref())?;
     let capture = arguments.json.as_deref() == Some("-");
     let connected = connect::connect(&prepared, capture)?;
     if connected.raw_from_start || prepared.command.as_ref().is_some_and(|command| command.terminal) {
         progress.line(terminal::WAY_OUT);
     }
-    let ended = supervise::supervise(&prepared, connected, place, &mut progress)?;
+    let ended = supervise::supervise(&prepared, connected, signals, &mut progress)?;
     progress.end(&ended.verdict, engine.name);
     explain(&prepared, &ended);
     if prepared.options.exits {
@@ -92,14 +98,19 @@ pub fn run(arguments: &RunArguments) -> Result<u8, Failure> {
     Ok(ended.verdict.status())
 }
 
-/// Where other processes find the machine. One without a name of the user's choice runs without, where that cannot be.
+/// Where other processes find the machine.
 fn place(name: Option<&str>) -> Result<Option<Place>, Failure> {
-    match name {
-        Some(name) => Place::take(name).map(Some),
-        None => Ok(Place::take(&format!("vm-{}", std::process::id())).map(Some).unwrap_or_else(|error| {
+    reachable(name, name.map_or_else(|| Place::take(&format!("vm-{}", std::process::id())), Place::take))
+}
+
+/// What it takes to be reached by other processes. A machine without a name of the user's choice runs without.
+fn reachable<T>(name: Option<&str>, attempt: Result<T, Failure>) -> Result<Option<T>, Failure> {
+    match attempt {
+        Err(error) if name.is_none() => {
             tracing::warn!("other processes cannot reach this machine: {error}");
-            None
-        })),
+            Ok(None)
+        }
+        attempt => attempt.map(Some),
     }
 }
 

@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::json;
 use std::fs::File;
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// Tells it.
@@ -17,14 +17,15 @@ pub(super) struct Progress {
     quiet: bool,
     terminal: bool,
     transient: bool,
-    events: Option<File>,
+    events: Option<(PathBuf, File)>,
     started: Instant,
 }
 
 impl Progress {
     pub(super) fn new(quiet: bool, events: Option<&Path>) -> Result<Self, Failure> {
         let open = |path: &Path| {
-            File::create(path).map_err(|error| Failure::io(format!("write events to {}", path.display()), &error))
+            let failed = |error| Failure::io(format!("write events to {}", path.display()), &error);
+            File::create(path).map(|file| (path.to_owned(), file)).map_err(failed)
         };
         Ok(Self {
             quiet,
@@ -89,10 +90,10 @@ impl Progress {
     }
 
     fn write(&mut self, line: &serde_json::Value) {
-        if let Some(file) = &mut self.events
+        if let Some((path, file)) = &mut self.events
             && let Err(error) = writeln!(file, "{line}")
         {
-            tracing::warn!("events are lost from here on: {error}");
+            tracing::warn!("events are lost from here on: {}: {error}", path.display());
             self.events = None;
         }
     }

@@ -5,6 +5,8 @@ use super::exits::Table;
 use super::prepare::Prepared;
 use super::profile::Profile;
 use super::progress::Progress;
+use super::reachable;
+use super::signals::Signals;
 use super::verdict::{Evidence, Stop, Verdict};
 use crate::console::ConsoleLog;
 use crate::control::{Facts, Place, Server};
@@ -12,8 +14,7 @@ use crate::failure::Failure;
 use crate::session::{Notice, Session};
 use crate::terminal::{self, RawMode};
 use machine::{Event, Handle, Machine, Report};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGWINCH};
-use signal_hook::iterator::Signals;
+use signal_hook::consts::SIGWINCH;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -55,25 +56,27 @@ impl Ended {
 
 /// Assembles the machine, runs it, and sees to it that it ends.
 ///
-/// Other processes reach it at `place`.
+/// Other processes reach it at the place that `signals` has kept.
 pub(super) fn supervise(
     prepared: &Prepared,
     connected: Connected,
-    place: Option<Place>,
+    signals: Signals,
     progress: &mut Progress,
 ) -> Result<Ended, Failure> {
     let Connected { attachments, events, session, console, captured, escape, raw_from_start } = connected;
     let machine = Machine::assemble(&prepared.plan, attachments).map_err(|error| Failure::other(error.to_string()))?;
     let (happens, happenings) = channel();
     let handle = machine.handle();
-    let _server = place.map(|place| serve(place, prepared, &handle)).transpose()?;
+    let (place, told) = signals.tell();
+    forward(told, happens.clone(), Happening::Signal);
+    let serve = |place| reachable(prepared.options.name.as_deref(), serve(place, prepared, &handle));
+    let _server = place.map(serve).transpose()?.flatten();
     let session = session.map(|(session, notices)| {
         forward(notices, happens.clone(), Happening::Guest);
         session
     });
     forward(events, happens.clone(), Happening::Machine);
     forward(escape, happens.clone(), |()| Happening::Escape);
-    let signals = watch_signals(happens.clone())?;
     thread::spawn(move || {
         // Nobody listens only where the user could not wait for the end.
         drop(happens.send(Happening::Ended(Box::new(machine.run()))));
@@ -90,7 +93,7 @@ pub(super) fn supervise(
         guest_kernel: None,
     };
     let end = supervision.watch(&happenings);
-    signals.close();
+    drop(signals);
     drop(supervision.raw.take());
     let Supervision { mut evidence, guest_kernel, .. } = supervision;
     evidence.panic = console.panic();
@@ -125,14 +128,6 @@ fn forward<T: Send + 'static>(
     wrap: impl Fn(T) -> Happening + Send + 'static,
 ) {
     thread::spawn(move || from.into_iter().map(wrap).try_for_each(|happening| to.send(happening)));
-}
-
-fn watch_signals(happens: Sender<Happening>) -> Result<signal_hook::iterator::Handle, Failure> {
-    let mut signals =
-        Signals::new([SIGINT, SIGTERM, SIGHUP, SIGWINCH]).map_err(|error| Failure::io("watch for signals", &error))?;
-    let handle = signals.handle();
-    thread::spawn(move || signals.forever().map(Happening::Signal).try_for_each(|signal| happens.send(signal)));
-    Ok(handle)
 }
 
 struct Supervision<'a> {
