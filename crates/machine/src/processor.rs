@@ -179,7 +179,7 @@ impl Processor {
             // Taken before the look at what they stand for, so that what comes behind the look raises them anew.
             let raised = self.signal.take(Signals::WAKE | wakes & Signals::INTERRUPT);
             owed |= raised & Signals::INTERRUPT;
-            let asked = self.signal.pending().intersects(wakes & !Signals::INTERRUPT);
+            let asked = self.asked_while_waiting(wakes & !Signals::INTERRUPT);
             let deliverable = wakes.contains(Signals::INTERRUPT) && self.io.interrupt_pending();
             // No engine waits for a call that nobody could have made.
             let Some(native) = self.io.paravirt.native() else { break 0 };
@@ -196,12 +196,22 @@ impl Processor {
         self.vcpu.answer(value);
     }
 
+    /// True where any of `signals` is for this processor while its call waits. A pause is waited for here, inside of the call:
+    /// what ends the call meanwhile, a wake or its timeout, is what it is told afterwards.
+    fn asked_while_waiting(&mut self, signals: Signals) -> bool {
+        let pending = self.signal.pending();
+        if pending.contains(Signals::STOP) {
+            self.stopped();
+        }
+        pending.intersects(signals)
+    }
+
     /// The same where the engine has the local APIC. `None` where the processor was reset meanwhile.
     fn wait_in_engine(&mut self) -> Option<u64> {
         loop {
             // Taken before the look at what it stands for.
             self.signal.take(Signals::WAKE);
-            let asked = self.signal.pending().intersects(Signals::INIT | Signals::STOP);
+            let asked = self.asked_while_waiting(Signals::INIT | Signals::STOP);
             let native = self.io.paravirt.native()?;
             let left = match native.asleep() {
                 Asleep::Over(value) => return Some(value),

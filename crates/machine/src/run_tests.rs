@@ -486,6 +486,50 @@ fn a_call_that_waits_in_an_engine_with_local_apics_ends_as_the_engine_says() {
 }
 
 #[test]
+fn a_wait_that_a_pause_falls_into_ends_by_its_timeout_or_with_the_pause() {
+    for own_apics in [false, true] {
+        let begun = Arc::new(AtomicU64::new(0));
+        let wait = |timeout: u64| {
+            let (begun, mut wait) = (Arc::clone(&begun), wait_for_zero(timeout));
+            step(move |io, vcpu| {
+                let exit = wait(io, vcpu);
+                begun.fetch_add(1, Ordering::SeqCst);
+                exit
+            })
+        };
+        let ended = |how: u64| {
+            step(move |_, vcpu| {
+                assert_eq!(vcpu.state.gpr[0], how);
+                Exit::Yielded
+            })
+        };
+        let accept = step(|io, _| {
+            assert_eq!(native(io, call::ACCEPT, [feature::WAIT, 0, 0, 0]), Some(1));
+            Exit::Yielded
+        });
+        let reset = step(|io, _| {
+            io.port_write(0xcf9, &[6]);
+            Exit::Device
+        });
+        let [first, second] = [50_000_000, u64::MAX].map(wait);
+        let script = vec![accept, first, ended(waited::TIMED_OUT), second, ended(waited::INTERRUPTED), reset];
+        let change = |plan: &mut Plan| plan.dialects = Dialects { cordial: true, ..Dialects::NONE };
+        let Bench { machine, _kernel, .. } = bench_on("paused-waits", change, vec![script], own_apics);
+        let handle = machine.handle();
+        let running = std::thread::spawn(move || machine.run().unwrap());
+        for count in 1..=2 {
+            while begun.load(Ordering::SeqCst) < count {
+                std::thread::yield_now();
+            }
+            handle.pause();
+            std::thread::sleep(std::time::Duration::from_millis(60));
+            handle.resume();
+        }
+        assert_eq!(running.join().unwrap().outcome, Outcome::Reset, "own APICs: {own_apics}");
+    }
+}
+
+#[test]
 fn an_engine_with_local_apics_is_offered_what_it_can_honour() {
     let dialects = Dialects { cordial: true, ..Dialects::NONE };
     let plan = Plan { dialects, ..Plan::new("vmlinuz") };

@@ -174,6 +174,18 @@ pub fn outb(port: u16, value: u8) {
     unsafe { asm!("out dx, al", in("dx") port, in("al") value) };
 }
 
+pub fn inl(port: u16) -> u32 {
+    let value;
+    // SAFETY: ports reach devices, never memory that Rust knows.
+    unsafe { asm!("in eax, dx", in("dx") port, out("eax") value) };
+    value
+}
+
+pub fn outl(port: u16, value: u32) {
+    // SAFETY: as above.
+    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value) };
+}
+
 pub fn rdmsr(index: u32) -> u64 {
     let (low, high): (u32, u32);
     // SAFETY: reading has no effect on memory; a refusal is an exception that ends the test.

@@ -236,13 +236,6 @@ fn hpet(t: &mut T) {
     t.is("stood", stands.get() > 100);
 }
 
-fn inl(port: u16) -> u32 {
-    let value;
-    // SAFETY: ports reach devices, never memory that Rust knows.
-    unsafe { core::arch::asm!("in eax, dx", in("dx") port, out("eax") value) };
-    value
-}
-
 /// The ACPI PM timer, 32 bits wide here.
 fn pm_timer(t: &mut T) {
     let Some(coarse) = coarse(t) else { return };

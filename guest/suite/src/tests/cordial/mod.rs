@@ -5,6 +5,7 @@
 
 mod agreement;
 mod interrupts;
+mod keeping;
 mod lists;
 mod pages;
 mod pause;
@@ -29,7 +30,9 @@ use kit::{Contract, Processor, Shared, Status, VcpuPage, VmMemory};
 tests! {
     agreement { found, refused_before_accepted, accepted, unknown_calls }
     pages { bad_pages, pages_twice, ledger }
-    time { clock, clock_goes_on, clock_keeps, time_of_day, timer, merged_timers }
+    time { clock, clock_goes_on }
+    keeping { clock_keeps }
+    time { time_of_day, timer, merged_timers }
     interrupts { masked_interrupts, ends_in_memory }
     processors { stolen, yields, critical_sections }
     waiting { free_locks }
@@ -41,7 +44,7 @@ tests! {
     processors { flush }
     time { timers_of_all }
     processors { halted }
-    pause { paused_in_wait, paused_in_hlt, paused_with_timers, paused_in_yield }
+    pause { paused_in_wait, paused_with_timeout, paused_in_hlt, paused_with_timers, paused_in_yield }
     pages { generation }
     storm { storm }
     agreement { overdue, revoked_twice, revoked }
@@ -57,6 +60,8 @@ mod port {
     pub const RATE: u16 = 0x2104;
     pub const GENERATION: u16 = 0x2108;
     pub const PAUSE: u16 = 0x210C;
+    /// The host's CLOCK_MONOTONIC, nanoseconds: the low half is read first, and says of which moment.
+    pub const HOST_NS: [u16; 2] = [0x2100, 0x2104];
 }
 
 const VECTOR: u8 = 0x61;
@@ -131,11 +136,6 @@ fn exits(contract: &Contract, processor: &Processor, work: impl FnOnce()) -> u64
 fn write_msr(register: u32, value: u64) -> Exit {
     let index = u64::from(msr::BASE + register);
     code!("wrmsr").kernel().with(|r| (r.rcx, r.rax, r.rdx) = (index, value & 0xFFFF_FFFF, value >> 32)).run()
-}
-
-fn outl(port: u16, value: u32) {
-    // SAFETY: a port of a device, which answers with nothing but what the contract allows.
-    unsafe { core::arch::asm!("out dx, eax", in("dx") port, in("eax") value) };
 }
 
 /// Waits for what takes long where the host is busy with others. Says whether it came true.

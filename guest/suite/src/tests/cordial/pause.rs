@@ -100,6 +100,32 @@ pub(super) fn paused_in_wait(t: &mut T) {
     t.is("by the wake", woken == Ok(1) || !contract.uses(feature::RUN_STATE));
 }
 
+/// In a wait whose timeout passes in the pause: that is what ends it, not early, and only it. The next wait is woken.
+pub(super) fn paused_with_timeout(t: &mut T) {
+    let Some((contract, _, _)) = several(t, feature::WAIT | feature::CLOCK) else { return };
+    let work = |cpu| {
+        told_of(cpu, |contract, processor| {
+            let deadline = processor.now() + AHEAD;
+            seen(cpu).store(1, SeqCst);
+            let ended = contract.wait(&WORD, 1, Some(AHEAD));
+            let early = processor.now() < deadline;
+            seen(cpu).store(2 + u64::from(early) + 0x100 * u64::from(ended != Ok(Waited::TimedOut)), SeqCst);
+            let ended = contract.wait(&WORD, 1, None);
+            seen(cpu).store(if ended == Ok(Waited::Woken) { 4 } else { 5 }, SeqCst);
+        });
+    };
+    paused(t, contract, work, run_state::WAITING, |_| AHEAD / MILLISECOND + 10);
+    t.is("ends", patiently(|| seen(1).load(SeqCst) != 1));
+    t.eq("by its timeout, not early", seen(1).load(SeqCst), 2);
+    asleep_again(t, contract, run_state::WAITING);
+    WORD.store(0, SeqCst);
+    // Where nobody tells that it sleeps, it may not yet.
+    let woken = contract.wake(&WORD, 1);
+    awake(t);
+    t.eq("the next one is woken", seen(1).load(SeqCst), if woken == Ok(1) { 4 } else { 5 });
+    t.is("by the wake", woken == Ok(1) || !contract.uses(feature::RUN_STATE));
+}
+
 /// In HLT: it halts on, until its interrupt comes.
 pub(super) fn paused_in_hlt(t: &mut T) {
     let Some((contract, _, _)) = several(t, feature::CLOCK) else { return };

@@ -40,43 +40,6 @@ pub(super) fn clock_goes_on(t: &mut T) {
     t.eq("backwards", backwards, 0);
 }
 
-/// The clock is where the TSC says that it should be, within a microsecond: the host writes its scale anew 100 times, and pauses
-/// us. A read of the clock lies between two reads of the TSC, so what is beyond both is the clock's.
-pub(super) fn clock_keeps(t: &mut T) {
-    let Some((contract, processor)) = using(t, feature::CLOCK) else { return };
-    let khz = u64::from(contract.found().tsc_khz);
-    let read = || (rdtsc(), processor.now(), rdtsc());
-    outl(port::RATE, khz as u32);
-    let (mut start, mut last, mut backwards, mut beyond) = (read(), 0, 0, 0);
-    for _ in 0..32 {
-        let again = read();
-        if again.2 - again.0 < start.2 - start.0 {
-            start = again;
-        }
-    }
-    let mut look = || {
-        let now = read();
-        let ns = |ticks: u64| (u128::from(ticks) * 1_000_000 / u128::from(khz)) as u64;
-        let (least, most, passed) = (ns(now.0 - start.2), ns(now.2 - start.0) + 1, now.1 - start.1);
-        beyond = least.saturating_sub(passed).max(passed.saturating_sub(most)).max(beyond);
-        backwards += u64::from(now.1 < last);
-        last = now.1;
-    };
-    for _ in 0..100 {
-        outl(port::RATE, khz as u32);
-        (0..20).for_each(|_| look());
-    }
-    processor.stood_still();
-    let before = processor.now();
-    outl(port::PAUSE, 50);
-    t.is("time goes on in a pause", processor.now() - before >= 49 * MILLISECOND); // two clocks of the host's
-    t.is("told", processor.stood_still());
-    t.is("told once", !processor.stood_still());
-    look();
-    t.eq("backwards", backwards, 0);
-    t.is(format_args!("within a microsecond: {beyond} ns beyond"), beyond <= 1000);
-}
-
 /// One exit; coarse; refused beyond the rate.
 pub(super) fn time_of_day(t: &mut T) {
     let Some((contract, processor)) = using(t, feature::TIME_OF_DAY) else { return };
