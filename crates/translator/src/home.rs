@@ -96,6 +96,8 @@ pub(crate) struct Hot {
     /// Those that are an offset in a page, and the first above them.
     pub offset_bits: u64,
     pub page_bit: u64,
+    /// The low bits of an address, as many as the index says.
+    pub low_bits: [u64; 5],
     /// Guest instructions that translated code has run since the monitor last looked, where they are counted: a part in
     /// each.
     pub instructions: [u64; COUNTERS],
@@ -147,6 +149,7 @@ impl Home {
         home.hot_mut().mxcsr = 0x1f80;
         let hot = home.hot_mut();
         (hot.index_bits, hot.offset_bits, hot.page_bit) = (crate::mmu::INDEX_BITS, PAGE_SIZE - 1, PAGE_SIZE);
+        hot.low_bits = std::array::from_fn(|count| (1 << count) - 1);
         Ok(home)
     }
 
@@ -252,6 +255,7 @@ pub(crate) mod offset {
         VECTORS_AWAY vectors_away; EXIT exit; VALUE value; ADDRESS address; SCRATCH scratch; MXCSR mxcsr;
         LANDING landing; WAITS waits; DATA_MODE data_mode; TABLES tables; TSC tsc; PLACED_COUNT placed; INDEX_BITS index_bits;
         GROUP group; OWN_FLAGS own_flags; OFFSET_BITS offset_bits; PAGE_BIT page_bit;
+        LOW_BITS low_bits;
         INSTRUCTIONS instructions;
     }
 

@@ -2,12 +2,12 @@
 
 use super::asm::{At, Label};
 use super::cold::Cold;
-use super::emit::{Address, Emit, READ, READ_BIAS, T1, WRITE, condition};
+use super::emit::{Address, Emit, READ, READ_AHEAD, T1, WRITE, condition};
 use crate::home::offset;
 
 /// The register of the table that an access looks into, and what is too much in it.
 fn table_for(access: Access) -> (u8, i32) {
-    if access.write { (WRITE, 0) } else { (READ, READ_BIAS as i32) }
+    if access.write { (WRITE, 0) } else { (READ, READ_AHEAD) }
 }
 
 /// What an access is like.
@@ -34,13 +34,13 @@ impl Emit<'_> {
         self.colds.push(Cold::Miss { here: miss, again, address, access, site });
         let register = match address {
             Address::Constant(value) => {
-                let (table, bias) = table_for(access);
+                let (table, ahead) = table_for(access);
                 let index = crate::mmu::table_index(value as i64 as u64);
                 match i32::try_from(8 * index) {
-                    Ok(near) => self.asm.load(T1, At::Base(table, near - bias)),
+                    Ok(near) => self.asm.load(T1, At::Base(table, near + ahead)),
                     Err(_) => {
                         self.asm.constant(T1, index as u64);
-                        self.asm.load(T1, At::Index(table, T1, 3, -bias));
+                        self.asm.load(T1, At::Index(table, T1, 3, ahead));
                     }
                 }
                 self.missing(access.live, miss);
@@ -49,19 +49,15 @@ impl Emit<'_> {
             Address::In(register) => register,
         };
         if !access.aligned && access.bytes > 1 {
-            if access.live {
-                self.crossing_with_flags(register, access, site);
-            } else {
-                self.crossing(register, access, site);
-            }
+            self.crossing(register, access, site);
         }
         if access.live {
             self.asm.extract_at(T1, register, self.field(offset::INDEX_BITS));
         } else {
             self.asm.extract_bits(T1, register, READ);
         }
-        let (table, bias) = table_for(access);
-        self.asm.load(T1, At::Index(table, T1, 3, -bias));
+        let (table, ahead) = table_for(access);
+        self.asm.load(T1, At::Index(table, T1, 3, ahead));
         self.missing(access.live, miss);
         At::Index(register, T1, 0, 0)
     }
@@ -84,32 +80,39 @@ impl Emit<'_> {
         }
     }
 
-    /// Leaves where an access may cross a page; flags are lost.
+    /// Leaves where an access may cross a page.
     fn crossing(&mut self, register: u8, access: Access, site: u32) {
-        if access.bytes.is_power_of_two() && !access.anywhere && access.bytes <= 128 {
-            let (unaligned, back) = (self.asm.label(), self.asm.label());
-            self.asm.test_byte(register, (access.bytes - 1) as u8);
-            self.asm.jcc(condition::NOT_ZERO, unaligned);
-            self.asm.bind(back);
-            self.colds.push(Cold::Unaligned { here: unaligned, back, address: register, access, site });
+        let (here, back) = (self.asm.label(), self.asm.label());
+        if access.bytes.is_power_of_two() && !access.anywhere {
+            if access.live {
+                let bits = self.field(offset::LOW_BITS + 8 * access.bytes.trailing_zeros() as i32);
+                self.asm.extract_at(T1, register, bits);
+                self.asm.jrcxz(back);
+                self.asm.jmp(here);
+            } else {
+                self.asm.test_byte(register, (access.bytes - 1) as u8);
+                self.asm.jcc(condition::NOT_ZERO, here);
+            }
+            self.colds.push(Cold::Unaligned { here, back, address: register, access, site });
         } else {
-            let crosses = self.asm.label();
-            self.compare_page_end(T1, register, access.bytes);
-            self.asm.jcc(condition::ABOVE, crosses);
-            self.colds.push(Cold::Site { here: crosses, site });
+            if access.live {
+                self.crossing_bit(register, access.bytes);
+                self.asm.jrcxz(back);
+                self.asm.jmp(here);
+            } else {
+                self.compare_page_end(T1, register, access.bytes);
+                self.asm.jcc(condition::ABOVE, here);
+            }
+            self.colds.push(Cold::Site { here, site });
         }
+        self.asm.bind(back);
     }
 
-    /// Leaves where an access may cross a page; flags stay.
-    fn crossing_with_flags(&mut self, register: u8, access: Access, site: u32) {
-        let (inside, crosses) = (self.asm.label(), self.asm.label());
-        self.asm.extract_at(T1, register, self.field(offset::OFFSET_BITS));
-        self.asm.lea(T1, At::Base(T1, access.bytes as i32 - 1));
+    /// T1 becomes zero where `bytes` at an address do not cross its page's end; flags stay.
+    pub(super) fn crossing_bit(&mut self, address: u8, bytes: u32) {
+        self.asm.extract_at(T1, address, self.field(offset::OFFSET_BITS));
+        self.asm.lea(T1, At::Base(T1, bytes as i32 - 1));
         self.asm.extract_at(T1, T1, self.field(offset::PAGE_BIT));
-        self.asm.jrcxz(inside);
-        self.asm.jmp(crosses);
-        self.asm.bind(inside);
-        self.colds.push(Cold::Site { here: crosses, site });
     }
 
     /// "Above" where `bytes` at an address cross its page's end.

@@ -82,9 +82,18 @@ impl<'a> Emit<'a> {
             }
             Cold::Unaligned { here, back, address, access, site } => {
                 self.asm.bind(here);
-                self.compare_page_end(T1, address, access.bytes);
-                self.asm.jcc(condition::BELOW_OR_EQUAL, back);
-                self.leave_at(site);
+                if access.live {
+                    self.crossing_bit(address, access.bytes);
+                    let inside = self.asm.label();
+                    self.asm.jrcxz(inside);
+                    self.leave_at(site);
+                    self.asm.bind(inside);
+                    self.asm.jmp(back);
+                } else {
+                    self.compare_page_end(T1, address, access.bytes);
+                    self.asm.jcc(condition::BELOW_OR_EQUAL, back);
+                    self.leave_at(site);
+                }
             }
             Cold::Exit { here, exit, poll } => {
                 self.asm.bind(here);

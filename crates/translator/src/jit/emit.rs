@@ -5,7 +5,7 @@
 //!   host   rax r9  rdx rbx r8  rbp rsi rdi r12 r13 | in memory
 //!
 //!   rcx, r11, r10   temporaries: addend, effective address, operand
-//!   r15             start of the read table, plus 0x240c: its low 16 bits say BEXTR what an index is made of
+//!   r15             4 bytes before the read table: its low 16 bits say BEXTR what an index is made of
 //!   r14             start of the write table
 //!   rsp             the shadow return stack
 //! ```
@@ -24,6 +24,7 @@ use super::near::Far;
 use super::thunk::Thunks;
 use crate::arena::Next;
 use crate::home::offset;
+use crate::mmu::TABLE_SKEW;
 
 /// Addend, count, scratch.
 pub(super) const T1: u8 = reg::RCX;
@@ -35,8 +36,9 @@ pub(super) const T3: u8 = reg::R10;
 pub(super) const READ: u8 = reg::R15;
 /// Write table.
 pub(super) const WRITE: u8 = reg::R14;
-/// What the read table's register is more than the table's start: 36 bits from bit 12 on, as BEXTR reads it.
-pub(super) const READ_BIAS: u64 = 36 << 8 | 12;
+/// How far the read table begins behind where its register points: a displacement of 8 bits. The register's low 16 bits are
+/// 36 bits from bit 12 on, as BEXTR reads it.
+pub(super) const READ_AHEAD: i32 = TABLE_SKEW as i32 - (36 << 8 | 12);
 
 const RSP: usize = 4;
 /// A jump of the host's with a displacement of 32 bits.

@@ -23,7 +23,7 @@ use std::ops::Range;
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
 use super::asm::At;
-use super::emit::{Emit, READ, READ_BIAS, STACK, T1, T2, T3, WRITE};
+use super::emit::{Emit, READ, READ_AHEAD, STACK, T1, T2, T3, WRITE};
 use super::near::is_locked;
 use super::read::MOST;
 use super::same::{Source, high_register, writes_stack_pointer};
@@ -363,11 +363,11 @@ fn displacement(instruction: &Instruction) -> Option<i64> {
 impl Emit<'_> {
     /// T3 becomes the addend of a group's first page, T2 its first address; flags say whether there is none.
     pub(super) fn find_group(&mut self, group: &Group) {
-        let (table, bias) = if group.writes { (WRITE, 0) } else { (READ, READ_BIAS as i32) };
+        let (table, ahead) = if group.writes { (WRITE, 0) } else { (READ, READ_AHEAD) };
         self.cached = None;
         self.asm.lea(T2, At::Base(STACK, group.start));
         self.asm.extract_bits(T1, T2, READ);
-        self.asm.load(T3, At::Index(table, T1, 3, -bias));
+        self.asm.load(T3, At::Index(table, T1, 3, ahead));
         self.asm.test(T3, T3);
     }
 

@@ -14,7 +14,7 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::asm::{At, Label};
-use super::emit::{Address, Emit, READ, READ_BIAS, T1, T2, WRITE, condition};
+use super::emit::{Address, Emit, READ, READ_AHEAD, T1, T2, WRITE, condition};
 use super::encoding::Encoding;
 use super::group::{Sum, is_sum};
 use super::same::{Source, on_stack};
@@ -124,8 +124,8 @@ impl<'a> Emit<'a> {
             }
         };
         self.asm.extract_bits(T1, address, READ);
-        let (table, bias) = if write { (WRITE, 0) } else { (READ, READ_BIAS as i32) };
-        self.asm.compare_at(At::Index(table, T1, 3, -bias), distance);
+        let (table, ahead) = if write { (WRITE, 0) } else { (READ, READ_AHEAD) };
+        self.asm.compare_at(At::Index(table, T1, 3, ahead), distance);
     }
 }
 

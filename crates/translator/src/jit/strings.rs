@@ -6,7 +6,7 @@
 use iced_x86::{Code, Instruction, OpKind, Register};
 
 use super::asm::{At, Label, Place, reg};
-use super::emit::{READ, READ_BIAS, T1, T3, WRITE, condition};
+use super::emit::{READ, READ_AHEAD, T1, T3, WRITE, condition};
 use super::thunk::Builder;
 use crate::home::offset;
 
@@ -70,7 +70,7 @@ impl Builder<'_> {
         let target = if moves { reg::RAX } else { reg::RDX };
         self.addend(target, reg::RDI, (WRITE, 0), user, out);
         if moves {
-            self.addend(reg::RDX, reg::RSI, (READ, READ_BIAS as i32), user, out);
+            self.addend(reg::RDX, reg::RSI, (READ, READ_AHEAD), user, out);
             self.apart(out);
             self.asm.lea(reg::RSI, At::Index(reg::RSI, reg::RDX, 0, 0));
         }
@@ -135,7 +135,7 @@ impl Builder<'_> {
     }
 
     /// `to` becomes the addend of the page of an address; goes to `out` where there is none. T1 is lost.
-    fn addend(&mut self, to: u8, address: u8, (table, bias): (u8, i32), user: bool, out: Label) {
+    fn addend(&mut self, to: u8, address: u8, (table, ahead): (u8, i32), user: bool, out: Label) {
         self.asm.mov(T1, address);
         if user {
             self.shift_right(T1, 47);
@@ -149,7 +149,7 @@ impl Builder<'_> {
             self.asm.jcc(condition::NOT_ZERO, out);
         }
         self.asm.extract_bits(T1, address, READ);
-        self.asm.load(to, At::Index(table, T1, 3, -bias));
+        self.asm.load(to, At::Index(table, T1, 3, ahead));
         self.asm.test(to, to);
         self.asm.jcc(condition::ZERO, out);
     }

@@ -10,7 +10,7 @@
 //! registers in the XSAVE area, whenever the monitor runs.
 
 use super::asm::{Asm, At, Label, reg};
-use super::emit::{HOST, Known, READ, READ_BIAS, T1, T2, T3, WRITE};
+use super::emit::{HOST, Known, READ, READ_AHEAD, T1, T2, T3, WRITE};
 use super::strings;
 use crate::home::{NOWHERE, offset};
 
@@ -250,7 +250,7 @@ impl Builder<'_> {
         self.asm.ret();
         self.asm.bind(lower);
         self.asm.extract_at(T1, T2, self.field(offset::INDEX_BITS));
-        self.asm.load(T1, At::Index(READ, T1, 3, -(READ_BIAS as i32)));
+        self.asm.load(T1, At::Index(READ, T1, 3, READ_AHEAD));
         self.asm.jrcxz(missing);
         self.asm.lea(T1, At::Index(T1, T2, 0, 0));
         self.asm.load(reg::RAX, At::Base(T3, offset::HOST_IN_ANCHOR));

@@ -11,7 +11,7 @@ use iced_x86::{
     Mnemonic, OpAccess, OpKind, Register, UsedMemory,
 };
 
-use super::emit::{Known, READ_BIAS};
+use super::emit::{Known, READ_AHEAD};
 use crate::home::{LANDINGS, offset};
 use state::{Held, Part, R10, RCX, SCRATCH, START, State, Sum, slot};
 
@@ -379,13 +379,13 @@ impl Piece<'_> {
             }
             (Register::R14 | Register::R15, Register::None) => loads_rcx,
             (Register::R14 | Register::R15, Register::RCX) => {
-                let bias = if base == Register::R15 { READ_BIAS as i64 } else { 0 };
+                let ahead = if base == Register::R15 { i64::from(READ_AHEAD) } else { 0 };
                 let index = match state.held[RCX] {
                     Held::Index(_) => true,
                     Held::Constant(value) => (0..ENTRIES).contains(&value),
                     _ => false,
                 };
-                loads && scale == 8 && index && displacement == -bias
+                loads && scale == 8 && index && displacement == ahead
             }
             (Register::RCX | Register::R10 | Register::R11, Register::None) => match state.of(base) {
                 Held::Addend { write } => write || !stores,

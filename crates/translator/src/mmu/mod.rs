@@ -18,7 +18,7 @@ mod window;
 mod written;
 
 pub(crate) use address::canonical;
-pub(crate) use table::{INDEX_BITS, index as table_index};
+pub(crate) use table::{INDEX_BITS, SKEW as TABLE_SKEW, index as table_index};
 pub(crate) use tlb::{DataMode, Fill, Starts, Tlb};
 pub(crate) use walk::{Access, Rights};
 pub(crate) use window::Window;

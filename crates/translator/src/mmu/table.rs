@@ -15,7 +15,7 @@ use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap_anony
 const HALF: usize = 1 << 35;
 const HALF_BYTES: usize = HALF * 8;
 /// Bytes of address space a table takes.
-const MAPPED: usize = 2 * HALF_BYTES + ALIGNMENT;
+const MAPPED: usize = 2 * HALF_BYTES + 2 * ALIGNMENT;
 /// Logged entries after which a table is swept rather than remembered any longer.
 const MOST_LOGGED: usize = 1 << 16;
 /// Probes that found nothing after which the table is given back to the host: each may have cost it a page of page tables.
@@ -28,8 +28,12 @@ const ENTRIES_LOG2: u32 = 9;
 
 const FLAGS: MapFlags = MapFlags::PRIVATE.union(MapFlags::NORESERVE);
 
-/// Tables begin at multiples of this.
+/// Tables begin so far behind multiples of this: the register that points just before one is read by BEXTR, too.
 const ALIGNMENT: usize = 1 << 16;
+pub(crate) const SKEW: usize = 0x2410;
+/// Whole pages of the lower half, from the multiple on, and where those begin that have nothing of it.
+const LOWER_END: usize = HALF_BYTES + SKEW / PAGE_SIZE as usize * PAGE_SIZE as usize;
+const UPPER: usize = LOWER_END + PAGE_SIZE as usize;
 /// The bits of an address that are the index of its entry.
 pub(crate) const INDEX_BITS: u64 = 0xffff_ffff_f000;
 
@@ -76,7 +80,7 @@ impl Table {
         let place = FIRST_PLACE + (place - FIRST_PLACE) % (LAST_PLACE - FIRST_PLACE);
         // SAFETY: a new mapping: the kernel chooses another address where this one is not free.
         let mapping = unsafe { mmap_anonymous(place as *mut c_void, MAPPED, access, FLAGS)? };
-        let entries = mapping.map_addr(|address| address.next_multiple_of(ALIGNMENT)).cast::<u64>();
+        let entries = mapping.map_addr(|address| address.next_multiple_of(ALIGNMENT) + SKEW).cast::<u64>();
         let Some(entries) = NonNull::new(entries) else { return Err(io::Error::other("mapped at address zero")) };
         let table = Self {
             entries,
@@ -92,13 +96,15 @@ impl Table {
         // SAFETY: the mapping just made. Huge pages would turn each sparse entry into 2 MiB of memory.
         unsafe { madvise(mapping, MAPPED, Advice::LinuxNoHugepage) }?;
         if lower_only {
-            // SAFETY: the second half, inside the mapping.
-            unsafe { mprotect(entries.as_ptr().add(HALF).cast(), HALF_BYTES, MprotectFlags::empty()) }?;
+            // SAFETY: the second half but for what shares a page with the first, inside the mapping.
+            unsafe {
+                mprotect(entries.as_ptr().byte_sub(SKEW).byte_add(UPPER).cast(), HALF_BYTES, MprotectFlags::empty())
+            }?;
         }
         Ok(table)
     }
 
-    /// The address of page 0's entry, for generated code: a multiple of 64 KiB.
+    /// The address of page 0's entry, for generated code: [`SKEW`] bytes behind a multiple of 64 KiB.
     pub(crate) fn start(&self) -> u64 {
         self.entries.as_ptr() as u64
     }
@@ -126,7 +132,7 @@ impl Table {
             let log = if global { &mut self.global } else { &mut self.local };
             if log.len() >= MOST_LOGGED {
                 self.clear(true);
-                self.give_back(2 * HALF_BYTES);
+                self.give_back(UPPER + HALF_BYTES);
                 return self.set(address, addend, global);
             }
             log.push(at);
@@ -204,7 +210,7 @@ impl Table {
             self.global_below = false;
         }
         if self.left >= MOST_LEFT && !self.global_below {
-            self.give_back(HALF_BYTES);
+            self.give_back(LOWER_END);
         }
     }
 
@@ -213,17 +219,17 @@ impl Table {
         self.misses += 1;
         if self.misses >= MOST_MISSES {
             self.clear(true);
-            self.give_back(2 * HALF_BYTES);
+            self.give_back(UPPER + HALF_BYTES);
         }
     }
 
-    /// Returns the memory of the table's first `most` bytes to the host, and the page tables that say where it is. They
+    /// Returns the memory of the table's first `most` bytes, from the multiple of 64 KiB on, to the host, and the page tables that say where it is. They
     /// must be clear.
     fn give_back(&mut self, most: usize) {
         (self.misses, self.left) = (0, 0);
-        let bytes = if self.lower_only { HALF_BYTES } else { most };
+        let bytes = if self.lower_only { LOWER_END } else { most };
         let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, FLAGS | MapFlags::FIXED);
-        let at = self.entries.as_ptr().cast();
+        let at = self.entries.as_ptr().wrapping_byte_sub(SKEW).cast();
         // SAFETY: in place of this value's own mapping, whose entries are all zero, as they are afterwards.
         let made = unsafe { mmap_anonymous(at, bytes, access, flags) };
         // The old mapping may be gone then, and with it whatever could go on: as with memory that cannot be had.

@@ -14,7 +14,6 @@ const BOUNDS: Bounds<'_> = Bounds {
     others: &[],
 };
 const HOST: At = At::Index(R8, RCX, 0, 0);
-const BIAS: i32 = READ_BIAS as i32;
 
 fn complaint(build: impl FnOnce(&mut Asm)) -> String {
     let mut asm = Asm::new(AT);
@@ -24,10 +23,10 @@ fn complaint(build: impl FnOnce(&mut Asm)) -> String {
 }
 
 /// The check of an access at R8, with `access` after it; both go on behind it.
-fn checked(asm: &mut Asm, table: u8, bias: i32, access: impl FnOnce(&mut Asm)) {
+fn checked(asm: &mut Asm, table: u8, ahead: i32, access: impl FnOnce(&mut Asm)) {
     let miss = asm.label();
     asm.extract_bits(RCX, R8, R15);
-    asm.load(RCX, At::Index(table, RCX, 3, -bias));
+    asm.load(RCX, At::Index(table, RCX, 3, ahead));
     asm.jrcxz(miss);
     access(asm);
     asm.bind(miss);
@@ -35,7 +34,7 @@ fn checked(asm: &mut Asm, table: u8, bias: i32, access: impl FnOnce(&mut Asm)) {
 
 #[test]
 fn checked_accesses_are_good() {
-    assert_eq!(complaint(|asm| checked(asm, R15, BIAS, |asm| asm.load(RAX, HOST))), "");
+    assert_eq!(complaint(|asm| checked(asm, R15, READ_AHEAD, |asm| asm.load(RAX, HOST))), "");
     assert_eq!(complaint(|asm| checked(asm, R14, 0, |asm| asm.store(HOST, RAX))), "");
     let folded = |asm: &mut Asm| {
         asm.lea(R11, HOST);
@@ -50,7 +49,7 @@ fn unchecked_accesses_are_not() {
         let complaint = complaint(build);
         assert!(complaint.contains("reaches"), "{complaint:?}");
     };
-    wrong(&|asm| checked(asm, R15, BIAS, |asm| asm.store(HOST, RAX))); // a read entry
+    wrong(&|asm| checked(asm, R15, READ_AHEAD, |asm| asm.store(HOST, RAX))); // a read entry
     wrong(&|asm| checked(asm, R14, 0, |asm| asm.load(RAX, At::Index(R8, RCX, 0, 8)))); // displaced
     wrong(&|asm| asm.load(RAX, HOST));
     wrong(&|asm| asm.load(RAX, At::Base(R8, 0)));
@@ -60,7 +59,7 @@ fn unchecked_accesses_are_not() {
     wrong(&|asm| {
         // The index is not kept in the table.
         asm.rotate_right(RCX, R8, 12);
-        asm.load(RCX, At::Index(R15, RCX, 3, -BIAS));
+        asm.load(RCX, At::Index(R15, RCX, 3, READ_AHEAD));
     });
     wrong(&|asm| {
         // Where the access missed, it is made as well.
@@ -78,11 +77,11 @@ fn unchecked_accesses_are_not() {
 }
 
 /// The check that a page at R8 is in the window, with an access after it.
-fn near(asm: &mut Asm, table: u8, bias: i32, access: impl FnOnce(&mut Asm)) {
+fn near(asm: &mut Asm, table: u8, ahead: i32, access: impl FnOnce(&mut Asm)) {
     let far = asm.label();
     asm.lea(RCX, At::Index(R8, RAX, 3, 15));
     asm.extract_bits(RCX, RCX, R15);
-    asm.compare_at(At::Index(table, RCX, 3, -bias), BOUNDS.distance as i32);
+    asm.compare_at(At::Index(table, RCX, 3, ahead), BOUNDS.distance as i32);
     asm.jcc(condition::NOT_ZERO, far);
     access(asm);
     asm.bind(far);
@@ -91,13 +90,13 @@ fn near(asm: &mut Asm, table: u8, bias: i32, access: impl FnOnce(&mut Asm)) {
 #[test]
 fn accesses_in_the_window_follow_the_comparison_of_their_own_address() {
     let at = |distance: i32| At::Index(R8, RAX, 3, BOUNDS.distance as i32 + distance);
-    assert_eq!(complaint(|asm| near(asm, R15, BIAS, |asm| asm.load(RAX, at(8)))), "");
+    assert_eq!(complaint(|asm| near(asm, R15, READ_AHEAD, |asm| asm.load(RAX, at(8)))), "");
     assert_eq!(complaint(|asm| near(asm, R14, 0, |asm| asm.store(at(15), R11))), "");
     let wrong = |build: &dyn Fn(&mut Asm)| {
         let complaint = complaint(build);
         assert!(complaint.contains("reaches"), "{complaint:?}");
     };
-    wrong(&|asm| near(asm, R15, BIAS, |asm| asm.store(at(8), R11))); // a read entry
+    wrong(&|asm| near(asm, R15, READ_AHEAD, |asm| asm.store(at(8), R11))); // a read entry
     wrong(&|asm| near(asm, R14, 0, |asm| asm.load(R11, at(0x100)))); // too far away
     wrong(&|asm| near(asm, R14, 0, |asm| asm.load(R11, At::Index(R8, RAX, 2, BOUNDS.distance as i32))));
     wrong(&|asm| near(asm, R14, 0, |asm| asm.load(R11, At::Index(R8, RAX, 3, 8)))); // without the distance
@@ -123,7 +122,7 @@ fn a_check_is_good_for_what_lies_before_its_byte() {
         asm.load(R11, slot);
         asm.lea(RCX, At::Base(R11, 40));
         asm.extract_bits(RCX, RCX, R15);
-        asm.compare_at(At::Index(R15, RCX, 3, -BIAS), BOUNDS.distance as i32);
+        asm.compare_at(At::Index(R15, RCX, 3, READ_AHEAD), BOUNDS.distance as i32);
         asm.jcc(condition::NOT_ZERO, far);
         asm.load(R11, At::Absolute(BOUNDS.known.low + offset::GPR));
         between(asm);
@@ -155,7 +154,7 @@ fn a_check_is_good_for_a_copy_of_the_register_too() {
             let far = asm.label();
             asm.load(R11, slot);
             asm.extract_bits(RCX, R11, R15);
-            asm.compare_at(At::Index(R15, RCX, 3, -BIAS), BOUNDS.distance as i32);
+            asm.compare_at(At::Index(R15, RCX, 3, READ_AHEAD), BOUNDS.distance as i32);
             asm.jcc(condition::NOT_ZERO, far);
             asm.load(R10, slot);
             asm.store(copy, R10);
