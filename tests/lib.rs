@@ -133,8 +133,8 @@ impl Cordial {
     }
 
     /// The command itself.
-    pub fn command(&mut self) -> &mut Command {
-        &mut self.0
+    pub fn into_command(self) -> Command {
+        self.0
     }
 
     /// Runs it to its end.
@@ -340,10 +340,16 @@ fn set_size(terminal: &File, rows: u16, columns: u16) {
     tcsetwinsize(terminal, size).expect("a terminal has a size");
 }
 
-/// The program's file, built for these tests if it is not there yet or is older than its sources.
+/// Names the program's file where whoever runs the tests has built it just now, as `cargo xtask test` has.
+const BUILT: &str = "CORDIAL_TESTS_PROGRAM";
+
+/// The program's file. Built for these tests if it is not there yet or is older than its sources, but where it is named.
 pub fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
+        if let Some(built) = std::env::var_os(BUILT) {
+            return built.into();
+        }
         // target/PROFILE/deps/TEST: the program of the same profile lies two levels up.
         let test = std::env::current_exe().expect("a test knows its file");
         let directory = test.parent().and_then(Path::parent).expect("target/PROFILE/deps").to_path_buf();
@@ -352,7 +358,9 @@ pub fn program() -> &'static Path {
             Some(profile) => profile,
         };
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo.args(["build", "--quiet", "--package", "cordial", "--profile", profile]);
+        // All of the workspace and a test: cargo chooses the features of dependencies by what it is asked for, and by
+        // itself the program would have others than it has in a run of all tests, and be built twice with most of them.
+        cargo.args(["build", "--quiet", "--workspace", "--bin", "cordial", "--test", "qemu", "--profile", profile]);
         cargo.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
         cargo.arg("--target-dir").arg(directory.parent().expect("target"));
         assert!(cargo.status().expect("cargo runs").success(), "the program does not build");

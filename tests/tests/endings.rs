@@ -36,19 +36,7 @@ fn the_keyboard_controller_resets() {
     assert!(done.said().contains(&"the guest ended before its command did"), "{}", done.stderr);
 }
 
-#[test]
-fn events_tell_the_outcome() {
-    let directory = tempfile::tempdir().unwrap();
-    let events = directory.path().join("events");
-    let done = Cordial::run(&["-q", "--events", events.to_str().unwrap(), "--", "sh", "-c", "exit 9"]).done();
-    assert_eq!(done.status, 9, "{}", done.stderr);
-    let text = std::fs::read_to_string(&events).unwrap();
-    let events: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert!(events.iter().all(|event| event["schema"] == "cordial.event/1"));
-    let end = events.last().unwrap();
-    assert_eq!((&end["outcome"], &end["guest_status"]), (&Value::from("exited"), &Value::from(9)));
-}
-
+/// And nobody is profiled who did not ask.
 #[test]
 fn exits_are_counted_and_told_to_programs() {
     let done =
@@ -66,6 +54,7 @@ fn exits_are_counted_and_told_to_programs() {
     assert!(count("port-write") > 1000, "the kernel's messages went out by the port: {causes:?}");
     assert!(count("halt") > 0 && count("interrupt") > 0 && count("mmio-write") > 0, "{causes:?}");
     assert!(done.stderr.contains("port-write"), "the table is on standard error: {}", done.stderr);
+    assert_eq!((document.get("profile"), &document["exits"]["work"]["native-instructions"]), (None, &Value::from(0)));
 }
 
 #[test]

@@ -34,16 +34,6 @@ fn a_tiny_code_cache_gives_right_results() {
 }
 
 #[test]
-fn an_interpreted_guest_translates_nothing() {
-    let done = Cordial::run(&["--json", "--engine-check", "interpret", "--", "echo", "interpreted"]).done();
-    assert_eq!(done.status, 0, "{}", done.stderr);
-    let document: Value = serde_json::from_slice(&done.stdout).expect("one JSON document");
-    assert_eq!(document["stdout"]["text"], "interpreted\n");
-    assert_eq!(document["exits"]["work"]["translate"], 0);
-    assert_eq!(document["plan"]["engine_check"], "interpret");
-}
-
-#[test]
 fn a_guest_whose_sensitive_instructions_are_all_exits_does_the_same() {
     let words = ["--json", "--engine", "translate", "--virt", "classic", "-c", "1", "--", "sh", "-c", WORK];
     let done = Cordial::run(&words).done();

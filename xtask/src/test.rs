@@ -16,6 +16,8 @@ pub(crate) const PROFILE: &str = "ci";
 
 /// Where nextest leaves its report, below the target folder: .config/nextest.toml.
 const REPORT: &str = "nextest/default/junit.xml";
+/// How the end-to-end tests are told which program they are to drive: tests/lib.rs.
+const PROGRAM: &str = "CORDIAL_TESTS_PROGRAM";
 /// How a test begins the line that says what it needs and has not found.
 const SKIPPED: &str = "skipped";
 
@@ -31,6 +33,10 @@ pub(crate) fn run(arguments: &[&str]) -> Result<bool> {
         tests.args(["nextest", "run", "--no-fail-fast", "--cargo-profile", PROFILE]);
     } else {
         tests.args(["test", "--no-fail-fast", "--all-targets", "--profile", PROFILE]);
+    }
+    if arguments.is_empty() {
+        // Building all tests builds the program, and what it embeds: no test has to ask cargo for it.
+        tests.env(PROGRAM, target(&root).join(PROFILE).join("cordial"));
     }
     let passed = run::succeeds(tests.args(arguments))?;
     for (test, why) in skipped(&fs::read_to_string(report).unwrap_or_default()) {
