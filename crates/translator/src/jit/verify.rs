@@ -76,17 +76,20 @@ struct Piece<'a> {
 impl Piece<'_> {
     /// The states before all instructions that can be reached.
     fn follow(&mut self) -> Result<Vec<Option<State>>, String> {
-        let mut states = vec![None; self.instructions.len()];
+        let mut states: Vec<Option<State>> = vec![None; self.instructions.len()];
         let mut open = vec![(0, START)];
         while let Some((position, state)) = open.pop() {
             let Some(known) = states.get_mut(position) else {
                 return Err("emitted code runs over its end".into());
             };
-            let merged = known.map_or(state, |known: State| known.merge(state));
-            if *known == Some(merged) {
+            let merged = match known {
+                Some(known) => known.merge(&state),
+                None => state,
+            };
+            if known.as_ref() == Some(&merged) {
                 continue;
             }
-            *known = Some(merged);
+            *known = Some(merged.clone());
             let instruction = self.instructions[position];
             let after = self.after(&instruction, &merged);
             // What runs elsewhere is not what code runs on into.
@@ -100,12 +103,18 @@ impl Piece<'_> {
             match instruction.flow_control() {
                 FlowControl::Next => open.push((behind, after)),
                 FlowControl::ConditionalBranch => {
-                    let mut stays = if instruction.mnemonic() == Mnemonic::Ja { after.not_above() } else { after };
+                    let mut stays = after.clone();
+                    if instruction.mnemonic() == Mnemonic::Ja {
+                        stays = stays.not_above();
+                    }
                     if instruction.mnemonic() == Mnemonic::Jne {
                         stays = State { looked_up: merged.looked_up, ..stays }.found();
                         stays.looked_up = None;
                     }
-                    open.push((behind, zero.map_or(stays, |slot| stays.not_zero(slot))));
+                    if let Some(slot) = zero {
+                        stays = stays.not_zero(slot);
+                    }
+                    open.push((behind, stays));
                     self.go(&instruction, after, &mut open)?;
                 }
                 FlowControl::UnconditionalBranch => self.go(&instruction, after, &mut open)?,
@@ -113,7 +122,8 @@ impl Piece<'_> {
                     let keeps = self.bounds.keeping.contains(&instruction.near_branch_target());
                     let mut known = START;
                     if keeps {
-                        (known.held[R10], known.group, known.near) = (merged.held[R10], merged.group, merged.near);
+                        (known.held[R10], known.group, known.near) =
+                            (merged.held[R10], merged.group, merged.near.clone());
                         for lost in [Register::RCX, Register::R11] {
                             known.forget(Part::Host(lost));
                         }
@@ -145,7 +155,7 @@ impl Piece<'_> {
     fn after(&mut self, instruction: &Instruction, before: &State) -> State {
         let conditional = instruction.flow_control() == FlowControl::ConditionalBranch;
         let compared = before.compared.filter(|_| conditional);
-        let mut after = State { tested: None, compared, looked_up: None, ..*before };
+        let mut after = State { tested: None, compared, looked_up: None, ..before.clone() };
         for used in self.infos.info(instruction).used_registers().iter().filter(|used| writes(used.access())) {
             if let Some(slot) = slot(used.register()) {
                 after.held[slot] = Held::Anything;
@@ -282,7 +292,7 @@ impl Piece<'_> {
         let named = |one, other| [here.renamed(one, other), here.renamed(other, one)];
         let [this, that] = state.same.map_or([here; 2], |(one, other)| named(one, other));
         let bytes = memory.memory_size().size() as i64;
-        state.near.iter().flatten().any(|(byte, write)| {
+        state.near.iter().any(|(byte, write)| {
             // All of it up to that byte, and not further away than the page before; or an aligned one, from that byte on.
             let good = |from: i64| from > -0x1000 && from + bytes <= 1 || from == 0;
             let beyond = |sum: &Sum| sum.beyond(byte).is_some_and(good);

@@ -56,8 +56,9 @@ impl Sum {
     }
 }
 
-/// Addresses known to be of pages in the window: one for a group and one for an access of each instruction of a block.
-pub(super) type Near = [Option<(Sum, bool)>; 48];
+/// Most addresses that are known to be of pages in the window: one for a group and one for an access of each instruction of a
+/// block.
+const MOST_NEAR: usize = 2 * crate::jit::read::MOST;
 
 /// What a temporary register holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,7 +95,7 @@ pub(super) enum Held {
 }
 
 /// What is known before an instruction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct State {
     /// RCX, R10, R11 and the home's scratch field.
     pub held: [Held; 4],
@@ -106,7 +107,7 @@ pub(super) struct State {
     /// writing.
     pub looked_up: Option<(Sum, bool)>,
     /// Addresses whose pages are in the window, the last first, and whether they may be written.
-    pub near: Near,
+    pub near: Vec<(Sum, bool)>,
     /// From the guest's RSP, what the page whose addend R10 is certainly has.
     pub group: Option<(i64, i64)>,
     /// Two guest registers that are kept in the home and have one value: one was copied to the other.
@@ -118,7 +119,7 @@ pub(super) const START: State = State {
     tested: None,
     compared: None,
     looked_up: None,
-    near: [None; 48],
+    near: Vec::new(),
     group: None,
     same: None,
 };
@@ -140,8 +141,9 @@ impl State {
         slot(register).map_or(Held::Anything, |slot| self.held[slot])
     }
 
-    pub(super) fn merge(self, other: Self) -> Self {
+    pub(super) fn merge(&self, other: &Self) -> Self {
         let mut held = self.held;
+        let near = self.near.iter().filter(|near| other.near.contains(near)).copied().collect();
         for (mine, theirs) in held.iter_mut().zip(other.held) {
             if *mine != theirs {
                 *mine = Held::Anything;
@@ -152,7 +154,7 @@ impl State {
             tested: self.tested.filter(|_| self.tested == other.tested),
             compared: self.compared.filter(|_| self.compared == other.compared),
             looked_up: self.looked_up.filter(|_| self.looked_up == other.looked_up),
-            near: self.near.map(|near| near.filter(|_| other.near.contains(&near))),
+            near,
             group: self.group.filter(|_| self.group == other.group),
             same: self.same.filter(|_| self.same == other.same),
         }
@@ -188,7 +190,7 @@ impl State {
             };
         }
         self.looked_up = self.looked_up.filter(|(sum, _)| !sum.has(part));
-        self.near = self.near.map(|near| near.filter(|(sum, _)| !sum.has(part)));
+        self.near.retain(|(sum, _)| !sum.has(part));
     }
 
     /// What is known of one of two registers with the same value is said of the other.
@@ -203,14 +205,16 @@ impl State {
             };
         }
         self.looked_up = self.looked_up.map(|(sum, write)| (sum.renamed(from, to), write));
-        self.near = self.near.map(|near| near.map(|(sum, write)| (sum.renamed(from, to), write)));
+        self.near.iter_mut().for_each(|(sum, _)| *sum = sum.renamed(from, to));
     }
 
     /// The address of the page that has been looked up is in the window.
     pub(super) fn found(mut self) -> Self {
-        if self.looked_up.is_some() && !self.near.contains(&self.looked_up) {
-            self.near.rotate_right(1);
-            self.near[0] = self.looked_up;
+        if let Some(found) = self.looked_up
+            && !self.near.contains(&found)
+        {
+            self.near.insert(0, found);
+            self.near.truncate(MOST_NEAR);
         }
         self
     }
@@ -237,10 +241,13 @@ impl State {
 
     /// RSP has moved.
     pub(super) fn moved(mut self, by: Option<i64>) -> Self {
-        let near = by.map(|by| self.near.map(|near| near.map(|(sum, write)| (sum.after_move(by), write))));
+        let moved = by.map(|by| {
+            let near = self.near.iter().filter(|(sum, _)| sum.index != Part::Host(Register::R8));
+            near.map(|&(sum, write)| (sum.after_move(by), write)).collect()
+        });
         self.forget(Part::Host(Register::R8));
-        if let Some(near) = near {
-            self.near = near.map(|near| near.filter(|(sum, _)| sum.index != Part::Host(Register::R8)));
+        if let Some(moved) = moved {
+            self.near = moved;
         }
         self.group = self.group.zip(by).map(|((start, end), by)| (start - by, end - by));
         for held in &mut self.held {
