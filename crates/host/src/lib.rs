@@ -11,6 +11,7 @@ mod low;
 mod process;
 mod run_delay;
 mod sample;
+mod signals;
 mod timer;
 
 pub use clock::{Clock, HostClock, read_tsc};
@@ -20,4 +21,5 @@ pub use low::LowWord;
 pub use process::resident_bytes;
 pub use run_delay::{RunDelay, ThreadRunDelay};
 pub use sample::{SAMPLE_KINDS, SAMPLE_SIGNAL, Samples, ThreadTime};
+pub use signals::leave_signals_to_other_threads;
 pub use timer::{HostTimers, Timer, TimerCallback, Timers};

@@ -138,7 +138,11 @@ impl Machine {
         let mut threads = Vec::new();
         for processor in self.processors {
             let index = processor.index;
-            let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(move || processor.run());
+            let run = move || {
+                host::leave_signals_to_other_threads();
+                processor.run()
+            };
+            let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(run);
             match thread {
                 Ok(thread) => threads.push((index, thread)),
                 Err(source) => {
