@@ -1,9 +1,9 @@
 //! Models of what has to be right under any preemption: loom runs every interleaving of the threads of a model, with the
 //! memory orderings that the code asks for.
 //!
-//! The modules under test are the sources of the crate, of the contract and of the guest kit, compiled here with loom's types in the place
-//! of the standard library's. Each model has a mutation beside it, a step left out or made too early, that it must catch:
-//! a model that catches nothing shows nothing.
+//! The modules under test are the sources of the crate, of the contract and of the guest kit, compiled here with loom's
+//! types in the place of the standard library's. Each model has a mutation beside it, a step left out or made too early,
+//! that it must catch: a model that catches nothing shows nothing.
 
 // Parts of the modules that no model uses, and what is public there.
 #![allow(dead_code, unreachable_pub)]

@@ -54,7 +54,7 @@ pub(crate) struct Table {
     entries: NonNull<u64>,
     /// The mapping it is in.
     mapping: *mut c_void,
-    /// Without the upper half: its entries cannot even be read.
+    /// Without the upper half: its entries are zero, or cannot even be read.
     lower_only: bool,
     /// Indices filled since they were last cleared, global pages apart.
     local: Vec<usize>,
@@ -223,8 +223,8 @@ impl Table {
         }
     }
 
-    /// Returns the memory of the table's first `most` bytes, from the multiple of 64 KiB on, to the host, and the page tables that say where it is. They
-    /// must be clear.
+    /// Returns the memory of the first `most` bytes, from the multiple of 64 KiB on, to the host, and the page tables that say
+    /// where it is. They must be clear.
     fn give_back(&mut self, most: usize) {
         (self.misses, self.left) = (0, 0);
         let bytes = if self.lower_only { LOWER_END } else { most };

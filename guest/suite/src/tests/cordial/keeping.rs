@@ -5,8 +5,9 @@
 //!   clock, TSC, the host's, TSC, clock    the host's lies between what the reads of either say
 //! ```
 //!
-//! So it does not matter how long a reading takes: what lies outside is somebody's error. What the TSC itself is beside the host's
-//! clock is not ours: its rate was measured once, and the host may have steered its clock since. That much is taken off.
+//! So it does not matter how long a reading takes: what lies outside is somebody's error. What the TSC itself is beside the
+//! host's clock is not ours: its rate was measured once, and the host may have steered its clock since. That much is taken
+//! off.
 
 use super::*;
 
