@@ -102,9 +102,9 @@ pub(crate) struct Cpu {
     pub after: After,
     /// Exceptions of translated code are for whoever runs it, not to be delivered at once.
     pub exceptions_held: bool,
-    /// [`Tlb::generation`] when translated code was entered.
+    /// [`Tlb::generation`] up to which translated code has been told of flushes.
     pub seen_generation: u64,
-    /// What of the vector and x87 state could be used then.
+    /// What of the vector and x87 state could be used when translated code was entered.
     pub seen_units: u16,
     /// The exception behind [`Leave::Raised`].
     pub exception: Exception,
