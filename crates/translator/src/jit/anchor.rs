@@ -99,9 +99,8 @@ impl Jit {
             // As if it stood behind the block.
             Some((start, block, length)) => (block, host - start + u64::from(length)),
             None => {
-                let before = self.starts.partition_point(|(start, _)| *start <= host).saturating_sub(1);
-                let Some(&(start, block)) = self.starts.get(before) else { return 0 };
-                (block, host.wrapping_sub(start))
+                let Some((start, block)) = self.block_at(host) else { return 0 };
+                (block, host - start)
             }
         };
         let block = &self.blocks[block as usize];

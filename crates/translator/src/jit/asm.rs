@@ -329,6 +329,12 @@ impl Asm {
         self.byte(mask);
     }
 
+    /// `test register32, mask`
+    pub(crate) fn test_32(&mut self, register: u8, mask: i32) {
+        self.op(0, 0, &[0xf7], 0, Place::Reg(register));
+        self.imm32(mask);
+    }
+
     /// `cmp register32, value`
     pub(crate) fn compare_32(&mut self, register: u8, value: i32) {
         self.op(0, 0, &[0x81], 7, Place::Reg(register));

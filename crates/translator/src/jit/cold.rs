@@ -1,6 +1,6 @@
 //! Code out of the way: what is rarely gone through stands apart from the block.
 
-use super::asm::Label;
+use super::asm::{At, Label};
 use super::check::Access;
 use super::emit::{Address, Emit, Room, T1, T2, condition};
 use super::near::Far;
@@ -13,6 +13,9 @@ pub(super) enum Cold {
     Unaligned { here: Label, back: Label, address: u8, access: Access, site: u32 },
     /// An exit: number of an [`super::Exit`].
     Exit { here: Label, exit: u32, poll: bool },
+    /// An access of a loop may be to another page than in the turn before: it goes on at `back` where that is in the window, and
+    /// leaves by `astray` where it is not. Before that, by `looks`, where the monitor is asked for.
+    Page { here: Label, back: Label, byte: At, write: bool, looks: Option<Label>, astray: Label },
     /// The instruction is the interpreter's.
     Site { here: Label, site: u32 },
 }
@@ -33,7 +36,8 @@ impl<'a> Emit<'a> {
         self.asm.bind(over);
     }
 
-    fn island(&mut self) {
+    /// The place where short jumps land. Code before does not run on into it.
+    pub(super) fn island(&mut self) {
         for (near, far) in std::mem::take(&mut self.pending) {
             self.asm.bind(near);
             self.asm.jmp(far);
@@ -99,6 +103,16 @@ impl<'a> Emit<'a> {
                 self.asm.bind(here);
                 self.asm.constant(T1, exit.into());
                 self.asm.jmp_to(if poll { self.thunks.poll } else { self.thunks.chain });
+            }
+            Cold::Page { here, back, byte, write, looks, astray } => {
+                self.asm.bind(here);
+                if let Some(out) = looks {
+                    self.compare_signal();
+                    self.asm.jcc(condition::NOT_ZERO, out);
+                }
+                self.compare_entry(byte, write, self.window.unwrap_or_default());
+                self.asm.jcc(condition::NOT_ZERO, astray);
+                self.asm.jmp(back);
             }
             Cold::Site { here, site } => {
                 self.asm.bind(here);

@@ -16,12 +16,13 @@
 
 use iced_x86::{Instruction, Register};
 
-use super::Mark;
 use super::anchor::FIXED;
 use super::asm::{Asm, At, Label, reg};
 use super::cold::Cold;
+use super::loops::Turn;
 use super::near::Far;
 use super::thunk::Thunks;
+use super::{Exit, Mark};
 use crate::arena::Next;
 use crate::home::offset;
 use crate::mmu::TABLE_SKEW;
@@ -136,6 +137,9 @@ pub(super) struct Emit<'a> {
     pub colds: Vec<Cold>,
     pub fars: Vec<Far<'a>>,
     pub marks: Vec<Mark>,
+    /// Where the block may be left for others, and the number of the first.
+    pub exits: Vec<Exit>,
+    pub first_exit: u32,
     /// Where code runs that is out of the way.
     pub apart: u64,
     /// Bytes in front of the block.
@@ -156,6 +160,8 @@ pub(super) struct Emit<'a> {
     pub cached: Option<usize>,
     /// What pages in the window are moved by, where most of the accesses are to those.
     pub window: Option<i32>,
+    /// The turn of the loop that is being emitted.
+    pub turn: Option<Turn>,
     /// Short jumps land at once, so that none is too long: for blocks that did not come out otherwise.
     pub careful: bool,
 }
@@ -181,6 +187,8 @@ impl<'a> Emit<'a> {
             colds,
             fars: Vec::new(),
             marks,
+            exits: Vec::new(),
+            first_exit: 0,
             apart: next.cold,
             head: 0,
             entered: 0,
@@ -192,6 +200,7 @@ impl<'a> Emit<'a> {
             vectors: false,
             cached: None,
             window: None,
+            turn: None,
             careful: false,
         }
     }
@@ -357,7 +366,7 @@ impl<'a> Emit<'a> {
             Register::GS => Some(5),
             _ => None,
         };
-        let address = self.offset(instruction);
+        let address = self.offset(instruction, T2, false);
         let Some(segment) = segment else { return address };
         let base = self.segment_base(segment);
         match address {
@@ -380,9 +389,10 @@ impl<'a> Emit<'a> {
         self.field(offset::SEGMENTS + (number * size_of::<engine::state::Segment>() + base) as i32)
     }
 
-    /// The offset part of an address: what LEA computes.
-    pub(super) fn offset(&mut self, instruction: &Instruction) -> Address {
-        let narrow = instruction.memory_base().is_gpr32()
+    /// The offset part of an address: what LEA computes, or the lower half of it. What is not there yet is put into `to`.
+    pub(super) fn offset(&mut self, instruction: &Instruction, to: u8, half: bool) -> Address {
+        let narrow = half
+            || instruction.memory_base().is_gpr32()
             || instruction.memory_index().is_gpr32()
             || instruction.memory_base() == Register::EIP
             || instruction.memory_displ_size() == 4
@@ -393,18 +403,18 @@ impl<'a> Emit<'a> {
         let (base, index) = (general(instruction.memory_base()), general(instruction.memory_index()));
         if instruction.is_ip_rel_memory_operand() || base.is_none() && index.is_none() {
             if instruction.is_ip_rel_memory_operand() && self.anchor != FIXED {
-                self.linear(T2, displacement);
+                self.linear(to, displacement);
                 if narrow {
-                    self.asm.mov_32(T2, T2);
+                    self.asm.mov_32(to, to);
                 }
-                return Address::In(T2);
+                return Address::In(to);
             }
             let value = if narrow { displacement & 0xffff_ffff } else { displacement };
             return match i32::try_from(value as i64) {
                 Ok(value) => Address::Constant(value),
                 Err(_) => {
-                    self.asm.constant(T2, value);
-                    Address::In(T2)
+                    self.asm.constant(to, value);
+                    Address::In(to)
                 }
             };
         }
@@ -420,11 +430,11 @@ impl<'a> Emit<'a> {
             (None, None) => unreachable!("handled above"),
         };
         if narrow {
-            self.asm.lea_32(T2, at)
+            self.asm.lea_32(to, at)
         } else {
-            self.asm.lea(T2, at)
+            self.asm.lea(to, at)
         }
-        Address::In(T2)
+        Address::In(to)
     }
 
     /// Makes sure that the guest's vector registers are in the processor.
@@ -438,8 +448,26 @@ impl<'a> Emit<'a> {
         }
     }
 
+    /// An exit to the block at `target`. The displacement that leads to it is `ahead` bytes from here.
+    pub(super) fn exit_to(&mut self, target: u64, ahead: usize) -> Label {
+        let at = self.asm.here() + ahead as u64;
+        self.exit(target, Some(at), false)
+    }
+
+    /// An exit to the block at `target` that is looked for each time.
+    pub(super) fn exit_unlinked(&mut self, target: u64) -> Label {
+        self.exit(target, None, false)
+    }
+
+    /// An exit to the monitor, to go on at `target`.
+    pub(super) fn look_at(&mut self, target: u64) -> Label {
+        self.exit(target, None, true)
+    }
+
     /// A label that leads to an exit; with `poll`, to the monitor and not to a block.
-    pub(super) fn exit(&mut self, exit: u32, poll: bool) -> Label {
+    fn exit(&mut self, target: u64, at: Option<u64>, poll: bool) -> Label {
+        let exit = self.first_exit + self.exits.len() as u32;
+        self.exits.push(Exit { target, anchor: self.anchor, mode: 0, at, instead: None });
         let here = self.asm.label();
         self.colds.push(Cold::Exit { here, exit, poll });
         here

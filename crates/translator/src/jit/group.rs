@@ -64,7 +64,9 @@ pub(super) struct Group {
     start: i32,
     /// How long it is.
     bytes: i32,
-    writes: bool,
+    pub writes: bool,
+    /// How far it moves from turn to turn of its loop, in turns that its check is made in, where that is known.
+    pub pace: Option<i32>,
 }
 
 impl Group {
@@ -147,7 +149,7 @@ impl Open {
         }
         let Some(free) = parts[begin].begins.iter().position(Option::is_none) else { return };
         let (start, bytes) = (self.start as i32, (self.end - self.start) as i32);
-        parts[begin].begins[free] = Some(Group { sum: self.sum, start, bytes, writes: self.writes });
+        parts[begin].begins[free] = Some(Group { sum: self.sum, start, bytes, writes: self.writes, pace: None });
         for part in &mut parts[begin..=last] {
             part.inside = (!near).then_some(begin);
         }
@@ -268,7 +270,7 @@ impl Plan<'_> {
 
 /// True where what has been checked before an instruction still holds at it, and behind it but for what it does to
 /// registers.
-fn goes_through(source: &Source<'_>, near: bool) -> bool {
+pub(super) fn goes_through(source: &Source<'_>, near: bool) -> bool {
     match source.template.kind {
         Kind::PushRegister | Kind::PushConstant | Kind::PushMemory | Kind::Call | Kind::Return => true,
         Kind::Nothing | Kind::Copy | Kind::MovAbsolute | Kind::Jump | Kind::JumpIf => true,
@@ -289,7 +291,7 @@ fn moves(source: &Source<'_>, sum: Sum, changed: &[Register]) -> Option<i64> {
 }
 
 /// How far an instruction moves RSP. `None`: nobody knows.
-fn moves_stack(source: &Source<'_>) -> Option<i64> {
+pub(super) fn moves_stack(source: &Source<'_>) -> Option<i64> {
     match source.template.kind {
         Kind::PushRegister | Kind::PushConstant | Kind::PushMemory | Kind::Call => Some(-8),
         Kind::PopRegister => (source.instruction.op0_register() != Register::RSP).then_some(8),
@@ -374,12 +376,6 @@ impl Emit<'_> {
     /// "Above" where the group at T2 crosses its page's end.
     pub(super) fn compare_group_end(&mut self, group: &Group) {
         self.compare_page_end(T1, T2, group.bytes as u32);
-    }
-
-    /// "Not zero" where a group is not in the window.
-    pub(super) fn compare_group(&mut self, group: &Group, distance: i32) {
-        let last = self.sum(group.sum, group.last());
-        self.compare_entry(last, group.writes, distance);
     }
 
     /// Memory at a distance from RSP that belongs to the current group.

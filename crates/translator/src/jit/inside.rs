@@ -10,11 +10,11 @@
 
 use memory::PAGE_SIZE;
 
-use super::{Block, Jit, Key, Piece};
+use super::{Block, Jit, Key, Piece, loops};
 
 impl Jit {
-    /// A block for `key` inside another.
-    pub(super) fn find_inside(&mut self, key: Key) -> Option<u32> {
+    /// A block for `key` inside another. `from` is where the branch is that leads there, if it is known.
+    pub(super) fn find_inside(&mut self, key: Key, from: Option<u64>) -> Option<u32> {
         if self.lone.is_some() {
             return None;
         }
@@ -23,6 +23,12 @@ impl Jit {
         let around = page.blocks.iter().filter(|piece| (piece.first..=piece.last).contains(&at));
         let (around, start) =
             around.map(|piece| piece.block).find_map(|block| Some((block, self.enter_at(block, key)?)))?;
+        // A loop that may be followed from turn to turn is worth a block of its own.
+        if loops::may_be(key.mode)
+            && from.and_then(|from| self.block_at(from)).is_some_and(|(_, block)| block == around)
+        {
+            return None;
+        }
         let Block { anchor, .. } = self.blocks[around as usize];
         let block = self.blocks.len() as u32;
         self.blocks.push(Block {
@@ -38,6 +44,12 @@ impl Jit {
         self.by_key.insert(key, block);
         self.pages.get_mut(&(key.gpa >> 12))?.blocks.push(Piece::closed(block));
         Some(block)
+    }
+
+    /// The block whose code an address is in, and where that begins.
+    pub(super) fn block_at(&self, host: u64) -> Option<(u64, u32)> {
+        let before = self.starts.partition_point(|(start, _)| *start <= host).checked_sub(1)?;
+        Some(self.starts[before])
     }
 
     /// Where the instruction of `key` begins in a block that it may be entered in.

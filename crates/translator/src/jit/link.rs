@@ -22,11 +22,21 @@ const VERIFIED_CACHES: u64 = 16;
 #[cfg(debug_assertions)]
 const VERIFIED_SHARE: usize = 64;
 
+/// How RIP has come to be where a block is looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Not from translated code.
+    Entered,
+    /// By an indirect branch.
+    Landed,
+    /// By an exit, of this number.
+    Chained(u32),
+}
+
 impl Jit {
-    /// The block at RIP, translated where it is not yet. `more` is what its mode has beyond the vCPU's; `lands`: an indirect
-    /// branch leads there.
-    pub(super) fn find(&mut self, cpu: &mut Cpu, more: u16, lands: bool) -> Result<u32, Ran> {
-        let block = self.find_or_make(cpu, more, lands && self.lone.is_none())?;
+    /// The block at RIP, translated where it is not yet.
+    pub(super) fn find(&mut self, cpu: &mut Cpu, way: Way) -> Result<u32, Ran> {
+        let block = self.find_or_make(cpu, way)?;
         // Where what was to be forgotten could not be, nothing may be entered before it is.
         if self.full {
             return Err(Ran::Look);
@@ -35,16 +45,18 @@ impl Jit {
         Ok(block)
     }
 
-    fn find_or_make(&mut self, cpu: &mut Cpu, more: u16, lands: bool) -> Result<u32, Ran> {
+    fn find_or_make(&mut self, cpu: &mut Cpu, way: Way) -> Result<u32, Ran> {
         let place = cpu.code_place().map_err(|_| Ran::Raised)?;
-        let key = Self::key(cpu, place.gpa, more);
+        let exit = if let Way::Chained(exit) = way { Some(self.exits[exit as usize]) } else { None };
+        let lands = way == Way::Landed && self.lone.is_none();
+        let key = Self::key(cpu, place.gpa, exit.map_or(0, |exit| exit.mode));
         if let Some(&block) = self.by_key.get(&key)
             && self.leads_on(cpu, block)?
         {
             return Ok(block);
         }
         cpu.now(Phase::Translating);
-        if let Some(block) = self.find_inside(key) {
+        if let Some(block) = self.find_inside(key, exit.and_then(|exit| exit.at)) {
             return Ok(block);
         }
         let mut emptied = false;

@@ -29,6 +29,7 @@ mod invalidate;
 mod link;
 mod live;
 mod lone;
+mod loops;
 mod near;
 mod privileged;
 mod profile;
@@ -62,6 +63,7 @@ use anchor::{Anchors, FIXED};
 use callback::{Context, Interpreted};
 use emit::{Known, Room, Site};
 use fault::{Active, Shadow};
+use link::Way;
 use lone::Lone;
 use template::{Kind, Templates, Unit};
 use thunk::{Thunks, exit};
@@ -484,8 +486,8 @@ impl Jit {
                 return Ran::Unable;
             }
             let emptied = self.emptied;
-            let more = if why == exit::CHAIN { self.exits[value as usize].mode } else { 0 };
-            let block = match self.find(cpu, more, why == exit::LAND) {
+            let way = if why == exit::LAND { Way::Landed } else { Way::Chained(value as u32) };
+            let block = match self.find(cpu, way) {
                 Ok(block) => block,
                 Err(ran) => return ran,
             };
@@ -507,7 +509,7 @@ impl Jit {
             self.forget_everything(cpu);
         }
         cpu.now(Phase::Switching);
-        self.find(cpu, 0, false)
+        self.find(cpu, Way::Entered)
     }
 
     /// What an exit comes to that ends the run.

@@ -53,6 +53,9 @@ impl<'a> Emit<'a> {
         let here = self.asm.label();
         self.compare_window(source, operand, bytes, distance, here);
         self.operate(source, encoding, Some(moved(operand, distance)));
+        if self.turn.is_some() {
+            return true;
+        }
         let (back, after) = (self.asm.bound(), self.cached);
         self.put_off(Far { here, again, back, source: *source, before, after });
         true
@@ -100,16 +103,22 @@ impl<'a> Emit<'a> {
         at
     }
 
-    /// Goes to `far` where an operand is not in the window.
+    /// Goes to `far` where an operand is not in the window; in loops, to code apart from them.
     fn compare_window(&mut self, source: &Source<'_>, operand: At, bytes: u32, distance: i32, far: Label) {
         let aligned = bytes == 1 || source.template.aligned || on_stack(&source.instruction, bytes);
         if is_locked(&source.instruction) && !aligned {
             // Across two pages it is the interpreter's, one vCPU after the other.
             self.asm.lea(T1, operand);
             self.asm.test_byte(T1, (bytes - 1) as u8);
-            self.asm.jcc(condition::NOT_ZERO, far);
+            match self.turn {
+                Some(_) => self.leave_apart(condition::NOT_ZERO),
+                None => self.asm.jcc(condition::NOT_ZERO, far),
+            }
         }
         let last = if aligned { operand } else { moved(operand, bytes as i32 - 1) };
+        if self.turn.is_some() {
+            return self.stay_near(last, source.template.stores, distance, source.pace);
+        }
         self.compare_entry(last, source.template.stores, distance);
         self.asm.jcc(condition::NOT_ZERO, far);
     }
@@ -135,7 +144,7 @@ pub(super) fn is_locked(instruction: &Instruction) -> bool {
 }
 
 /// An operand so many bytes further on.
-fn moved(at: At, by: i32) -> At {
+pub(super) fn moved(at: At, by: i32) -> At {
     match at {
         At::Base(base, displacement) => At::Base(base, displacement + by),
         At::Index(base, index, scale, displacement) => At::Index(base, index, scale, displacement + by),

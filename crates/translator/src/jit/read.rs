@@ -9,7 +9,7 @@ use super::group::{self, Part};
 use super::lone::stands_alone;
 use super::same::Source;
 use super::template::{Kind, disturbs_stack_pointer};
-use super::{APART, Jit, Key, NEAR, live};
+use super::{APART, Jit, Key, NEAR, live, loops};
 use crate::block::Version;
 use crate::cpu::Cpu;
 use crate::decode::CodePlace;
@@ -92,11 +92,15 @@ impl Jit {
             join(&mut sources);
         }
         let needed = self.needed_flags(cpu, key, &mut sources)?;
+        let back = if self.lone.is_none() && loops::may_be(key.mode) { loops::find(&mut sources) } else { None };
         if key.mode & APART == 0 {
             let parts = group::plan(&sources, key.mode & NEAR != 0);
             for (source, part) in sources.iter_mut().zip(parts) {
                 source.part = part;
             }
+        }
+        if let Some(back) = back {
+            loops::pace(&mut sources, back);
         }
         if self.lone.is_some() {
             self.note_plain(key, &sources, &needed);
@@ -176,6 +180,8 @@ impl Jit {
                 forgets: false,
                 inner: None,
                 met: false,
+                again: false,
+                pace: None,
                 part: Part::default(),
             });
             // A call comes back, mostly; a block that is run alone does not wait for it.

@@ -30,6 +30,10 @@ pub(super) struct Source<'a> {
     pub inner: Option<usize>,
     /// One of the same block branches to it.
     pub met: bool,
+    /// It closes a loop: a branch back to the block's start.
+    pub again: bool,
+    /// How far its own access moves from turn to turn of a loop, where that is known.
+    pub pace: Option<i32>,
     /// What groups of accesses mean to it.
     pub part: Part,
 }
@@ -272,14 +276,12 @@ impl<'a> Emit<'a> {
         if size == 2 {
             return None;
         }
-        let address = self.offset(&source.instruction);
         let to = HOST[number].unwrap_or(T2);
-        match address {
+        match self.offset(&source.instruction, to, size == 4) {
             Address::Constant(value) => {
                 let value = value as i64 as u64;
                 self.asm.constant(to, if size == 4 { value & 0xffff_ffff } else { value });
             }
-            Address::In(from) if size == 4 => self.asm.mov_32(to, from),
             Address::In(from) if from == to => {}
             Address::In(from) => self.asm.mov(to, from),
         }

@@ -162,6 +162,50 @@ impl Writer {
     }
 }
 
+/// Loops: the same instructions again and again, at addresses that move on.
+impl Writer {
+    /// A loop of one block. R12 counts its turns, downwards.
+    fn repeated(&mut self) -> Vec<u8> {
+        self.code.clear();
+        self.depth = 0;
+        let turns = 2 + self.random.below(48) as u8;
+        self.code.extend([0x41, 0xbc, turns, 0, 0, 0]); // mov r12d, turns
+        let start = self.code.len();
+        for _ in 0..1 + self.random.below(3) {
+            self.arithmetic();
+            for _ in 0..self.random.below(3) {
+                self.neutral();
+            }
+            match self.random.below(6) {
+                0 => self.dependent(),
+                1 => self.advance(),
+                _ => {}
+            }
+        }
+        self.advance();
+        self.code.extend([0x49, 0xff, 0xcc, 0x0f, 0x85]); // dec r12; jne start
+        let back = start as i32 - (self.code.len() as i32 + 4);
+        self.code.extend(back.to_le_bytes());
+        self.arithmetic();
+        self.code.push(0xf4);
+        std::mem::take(&mut self.code)
+    }
+
+    /// A pointer moves on by a constant.
+    fn advance(&mut self) {
+        let by = self.random.pick(&[0, 1, 2, 3, 8, 16, 24, 40, 64, 100]) as u8;
+        let by = if self.random.one_in(2) { by } else { by.wrapping_neg() };
+        match self.random.below(6) {
+            0 => self.code.extend([0x48, 0x83, 0xc5, by]),       // add rbp, by
+            1 => self.code.extend([0x49, 0x83, 0xed, by]),       // sub r13, by
+            2 => self.code.extend([0x4d, 0x8d, 0x6d, by]),       // lea r13, [r13 + by]
+            3 => self.code.extend([0x48, 0xff, 0xc5]),           // inc rbp
+            4 => self.code.extend([0x49, 0xff, 0xcd]),           // dec r13
+            _ => self.code.extend([0x48, 0x8d, 0x6c, 0x25, by]), // lea rbp, [rbp + by]
+        }
+    }
+}
+
 /// Who runs the code.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Who {
@@ -187,22 +231,28 @@ fn outcome(bare: &mut Bare, code: &[u8], state: &CpuState) -> (Exit, Box<CpuStat
 
 #[test]
 fn sequences_are_translated_as_they_are_interpreted() {
-    compare(Who::Kernel);
+    compare(Who::Kernel, Writer::sequence);
 }
 
 #[test]
 fn sequences_of_programs_with_a_window_are_too() {
-    compare(Who::Program);
+    compare(Who::Program, Writer::sequence);
 }
 
-fn compare(who: Who) {
+#[test]
+fn loops_are_too_with_their_data_in_the_window_and_not() {
+    compare(Who::Kernel, Writer::repeated);
+    compare(Who::Program, Writer::repeated);
+}
+
+fn compare(who: Who, write: fn(&mut Writer) -> Vec<u8>) {
     let mut translated = Bare::new(&[0xf4], Config::default());
     let mut interpreted = Bare::new(&[0xf4], Config { translate: false, ..Config::default() });
     let start = translated.run().1;
     let mut near = 0;
     for case in 0..CASES {
         let mut writer = Writer { random: Random::new(case), code: Vec::new(), depth: 0 };
-        let code = writer.sequence();
+        let code = write(&mut writer);
         let mut state = start.clone();
         for register in GENERAL {
             state.gpr[usize::from(register)] = writer.random.value();

@@ -12,6 +12,7 @@ use super::asm::Label;
 use super::callback::Interpreted;
 use super::emit::{Emit, Room, condition};
 use super::group::Group;
+use super::loops::Turns;
 use super::profile;
 use super::read::{Bytes, Second};
 use super::same::{Source, moves_stack_pointer};
@@ -55,15 +56,16 @@ impl Jit {
                 std::mem::take(&mut self.room),
             ),
             key,
-            first_exit: self.exits.len() as u32,
-            exits: Vec::with_capacity(8),
             inner: Vec::new(),
+            met: Vec::new(),
             ops: Vec::new(),
             start: None,
+            turns: None,
             broken: None,
             lone: self.lone.is_some(),
         };
         (block.emit.careful, block.emit.block) = (careful, (self.blocks.len() as u32, key.rip));
+        block.emit.first_exit = self.exits.len() as u32;
         block.emit.window = (key.mode & NEAR != 0).then_some(self.distance as i32);
         if lands {
             block.emit.landing(key.rip);
@@ -76,12 +78,16 @@ impl Jit {
         {
             block.second_page(second);
         }
-        let ended = block.body(cpu, &mut sources);
-        if !ended {
-            let out = block.exit_to(next, 1);
-            block.emit.asm.jmp(out);
+        block.turns = block.loop_of(&sources);
+        let count = sources.len();
+        if !block.body(cpu, &mut sources, count) {
+            block.go_on(next);
         }
-        let Block { emit, exits, ops, .. } = block;
+        if let Some(turns) = block.turns {
+            block.next_turns(cpu, &mut sources, &turns)?;
+        }
+        let Block { mut emit, ops, .. } = block;
+        let exits = std::mem::take(&mut emit.exits);
         Some(Translation { room: emit.finish()?, head, instructions: sources.len(), exits, ops })
     }
 }
@@ -103,28 +109,33 @@ fn goes_on(source: &Source<'_>) -> bool {
 }
 
 /// A block being emitted.
-struct Block<'a> {
-    emit: Emit<'a>,
-    key: Key,
-    first_exit: u32,
-    exits: Vec<Exit>,
+pub(super) struct Block<'a> {
+    pub(super) emit: Emit<'a>,
+    pub(super) key: Key,
     /// Where branches lead inside: the position, and whether vector registers are known to be in the processor there.
-    inner: Vec<(usize, Label, bool)>,
+    pub(super) inner: Vec<(usize, Label, bool)>,
+    /// Instructions that they have led to.
+    pub(super) met: Vec<(usize, Label)>,
     #[expect(clippy::vec_box, reason = "translated code has their addresses")]
     ops: Vec<Box<Interpreted>>,
-    start: Option<Label>,
+    pub(super) start: Option<Label>,
+    /// The loop that it is.
+    pub(super) turns: Option<Turns>,
     /// Where what has been checked for groups was lost last.
-    broken: Option<usize>,
+    pub(super) broken: Option<usize>,
     /// It is run alone.
     lone: bool,
 }
 
 impl<'a> Block<'a> {
-    /// Translates all instructions. True where the block ends with the last.
-    fn body(&mut self, cpu: &mut Cpu, sources: &mut [Source<'a>]) -> bool {
+    /// Translates the first `count` instructions. True where the block ends with the last.
+    pub(super) fn body(&mut self, cpu: &mut Cpu, sources: &mut [Source<'a>], count: usize) -> bool {
         let mut ended = false;
         let mut enabled = false;
-        for position in 0..sources.len() {
+        for position in 0..count {
+            if self.turns.is_some_and(|turns| position > turns.back) {
+                self.emit.turn = None;
+            }
             if let Some(broken) = self.broken {
                 sources[position].part = sources[position].part.without(broken);
             }
@@ -134,7 +145,8 @@ impl<'a> Block<'a> {
             }
             self.emit.rip = source.instruction.ip();
             let counted = cpu.shared.config.count && !profile::begins(sources, position);
-            self.emit.mark(!source.part.covered && !counted && self.emit.is_plain());
+            let open = position == 0 || self.emit.turn.is_none();
+            self.emit.mark(open && !source.part.covered && !counted && self.emit.is_plain());
             for group in source.part.begins.into_iter().flatten() {
                 self.begin_group(group);
             }
@@ -148,7 +160,7 @@ impl<'a> Block<'a> {
             ended = self.instruction(cpu, position, source);
             if std::mem::take(&mut enabled) && !ended {
                 // The shadow of STI ends here.
-                let out = self.look_at(source.instruction.next_ip());
+                let out = self.emit.look_at(source.instruction.next_ip());
                 self.emit.look_for_interrupts(out);
             }
             self.emit.between();
@@ -158,6 +170,10 @@ impl<'a> Block<'a> {
 
     /// A branch to an instruction further on in this block.
     fn jump_inside(&mut self, source: &Source<'_>, position: usize) {
+        if let Some(&(_, behind)) = self.met.iter().find(|met| self.is_behind(met.0) && met.0 == position) {
+            self.emit.jump_if(&source.instruction, behind);
+            return;
+        }
         let label = self.emit.asm.label();
         self.inner.push((position, label, self.emit.vectors));
         self.emit.jump_if(&source.instruction, label);
@@ -170,41 +186,27 @@ impl<'a> Block<'a> {
             self.emit.asm.bind(label);
             self.emit.vectors &= vectors;
         }
+        let here = self.emit.asm.bound();
+        self.met.push((position, here));
     }
 
-    /// An exit to the block at `target`. The displacement that leads to it is `ahead` bytes from here.
-    fn exit_to(&mut self, target: u64, ahead: usize) -> Label {
-        let at = self.emit.asm.here() + ahead as u64;
-        self.exits.push(Exit { target, anchor: self.emit.anchor, mode: 0, at: Some(at), instead: None });
-        let exit = self.first_exit + self.exits.len() as u32 - 1;
-        self.emit.exit(exit, false)
+    /// Goes on at the block at `target`.
+    pub(super) fn go_on(&mut self, target: u64) {
+        let out = self.emit.exit_to(target, 1);
+        self.emit.asm.jmp(out);
     }
 
     /// Checks a group of accesses; what does not pass goes to code without groups.
     fn begin_group(&mut self, group: Group) {
         if let Some(distance) = self.emit.window {
-            self.emit.compare_group(&group, distance);
-            return self.leave_apart(condition::NOT_ZERO);
+            let last = self.emit.sum(group.sum, group.last());
+            self.emit.stay_near(last, group.writes, distance, group.pace);
+            return;
         }
         self.emit.find_group(&group);
-        self.leave_apart(condition::ZERO);
+        self.emit.leave_apart(condition::ZERO);
         self.emit.compare_group_end(&group);
-        self.leave_apart(condition::ABOVE);
-    }
-
-    fn leave_apart(&mut self, condition: u8) {
-        let apart = self.exit_to(self.emit.rip, 2);
-        if let Some(exit) = self.exits.last_mut() {
-            exit.mode = APART;
-        }
-        self.emit.asm.jcc(condition, apart);
-    }
-
-    /// An exit to the monitor, to go on at `target`.
-    fn look_at(&mut self, target: u64) -> Label {
-        self.exits.push(Exit { target, anchor: self.emit.anchor, mode: 0, at: None, instead: None });
-        let exit = self.first_exit + self.exits.len() as u32 - 1;
-        self.emit.exit(exit, true)
+        self.emit.leave_apart(condition::ABOVE);
     }
 
     /// Translates one instruction. True where the block ends with it.
@@ -248,11 +250,11 @@ impl<'a> Block<'a> {
                 return false;
             }
             Kind::CallIndirect => {
-                let poll = self.look_at(self.emit.rip);
+                let poll = self.emit.look_at(self.emit.rip);
                 self.emit.call_indirect(source, table, poll)
             }
             Kind::JumpIndirect => {
-                let poll = self.look_at(self.emit.rip);
+                let poll = self.emit.look_at(self.emit.rip);
                 self.emit.jump_indirect(source, table, poll)
             }
             Kind::Return => self.emit.ret(source),
@@ -277,7 +279,7 @@ impl<'a> Block<'a> {
             return true;
         }
         if moves_stack_pointer(source) {
-            let out = self.look_at(source.instruction.next_ip());
+            let out = self.emit.look_at(source.instruction.next_ip());
             self.emit.check_stack_pointer(out);
         }
         false
@@ -320,12 +322,15 @@ impl<'a> Block<'a> {
     /// Goes to a target, with a look at the signal word where that is backwards.
     fn jump(&mut self, source: &Source<'_>) {
         let target = source.instruction.near_branch_target();
+        if let Some(head) = self.next_turn(source) {
+            return self.emit.asm.jmp(head);
+        }
         let backward = self.is_backward(target);
-        let out = backward.then(|| self.look_at(target));
+        let out = backward.then(|| self.emit.look_at(target));
         match out {
             Some(out) if source.forgets => {
                 self.emit.compare_signal();
-                let there = self.start_or_exit(target, 2);
+                let there = self.start_or_exit(source, 2);
                 self.emit.asm.jcc(condition::ZERO, there);
                 self.emit.asm.jmp(out);
                 return;
@@ -333,27 +338,31 @@ impl<'a> Block<'a> {
             Some(out) => self.emit.poll(out),
             None => {}
         }
-        let there = self.start_or_exit(target, 1);
+        let there = self.start_or_exit(source, 1);
         self.emit.asm.jmp(there);
     }
 
     /// Where a branch goes: to this block's start or to another's. The displacement is `ahead` bytes from here.
-    fn start_or_exit(&mut self, target: u64, ahead: usize) -> Label {
-        match self.start {
-            Some(start) if target == self.key.rip => start,
-            _ => self.exit_to(target, ahead),
+    fn start_or_exit(&mut self, source: &Source<'_>, ahead: usize) -> Label {
+        let target = source.instruction.near_branch_target();
+        match (self.start, self.turns) {
+            (_, Some(turns)) if source.again => turns.head,
+            (Some(start), _) if target == self.key.rip => start,
+            _ => self.emit.exit_to(target, ahead),
         }
     }
 
     fn jump_if(&mut self, source: &Source<'_>) {
         let target = source.instruction.near_branch_target();
-        if self.is_backward(target) {
+        if let Some(head) = self.next_turn(source) {
+            self.emit.jump_if(&source.instruction, head);
+        } else if self.is_backward(target) {
             let over = self.emit.asm.label();
             self.emit.jump_unless(&source.instruction, over);
             self.jump(source);
             self.emit.asm.bind(over);
         } else {
-            let out = self.exit_to(target, 2);
+            let out = self.emit.exit_to(target, 2);
             self.emit.jump_if(&source.instruction, out);
         }
     }
@@ -361,15 +370,15 @@ impl<'a> Block<'a> {
     fn call(&mut self, source: &Source<'_>) {
         let target = source.instruction.near_branch_target();
         if self.is_backward(target) {
-            let out = self.look_at(self.emit.rip);
+            let out = self.emit.look_at(self.emit.rip);
             self.emit.poll(out);
         }
         // Where the displacement is, is known once it is there.
-        let out = self.exit_to(target, 0);
-        let exit = self.exits.len() - 1;
+        let out = self.emit.exit_to(target, 0);
+        let exit = self.emit.exits.len() - 1;
         let base = self.emit.asm.here() - self.emit.asm.len() as u64;
         let at = self.emit.call_direct(source, out, self.key.is_user());
-        self.exits[exit].at = Some(base + at as u64);
+        self.emit.exits[exit].at = Some(base + at as u64);
     }
 
     /// True where a branch to `target` goes backwards. Addresses are from the page's start, perhaps before it.
@@ -382,7 +391,7 @@ impl<'a> Block<'a> {
         let right = self.emit.asm.label();
         self.emit.distance(second.anchor, PAGE_SIZE as i32);
         self.emit.asm.jrcxz(right);
-        let look = self.look_at(self.key.rip);
+        let look = self.emit.look_at(self.key.rip);
         self.emit.asm.jmp(look);
         self.emit.asm.bind(right);
     }

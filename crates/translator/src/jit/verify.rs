@@ -114,6 +114,9 @@ impl Piece<'_> {
                     if let Some(slot) = zero {
                         stays = stays.not_zero(slot);
                     }
+                    if let (Mnemonic::Je, Some(masked)) = (instruction.mnemonic(), merged.masked) {
+                        stays = stays.on_the_page(masked);
+                    }
                     open.push((behind, stays));
                     self.go(&instruction, after, &mut open)?;
                 }
@@ -155,7 +158,7 @@ impl Piece<'_> {
     fn after(&mut self, instruction: &Instruction, before: &State) -> State {
         let conditional = instruction.flow_control() == FlowControl::ConditionalBranch;
         let compared = before.compared.filter(|_| conditional);
-        let mut after = State { tested: None, compared, looked_up: None, ..before.clone() };
+        let mut after = State { tested: None, compared, masked: None, looked_up: None, ..before.clone() };
         for used in self.infos.info(instruction).used_registers().iter().filter(|used| writes(used.access())) {
             if let Some(slot) = slot(used.register()) {
                 after.held[slot] = Held::Anything;
@@ -163,7 +166,9 @@ impl Piece<'_> {
             if used.register().full_register() == Register::R8 {
                 after = after.moved(moves(instruction, before));
             } else {
-                after.forget(Part::Host(used.register().full_register()));
+                let itself = used.register() == instruction.op0_register() && slot(used.register()).is_none();
+                let by = if itself { adds(instruction) } else { None };
+                after.step(Part::Host(used.register().full_register()), by);
             }
             if is_table(used.register()) {
                 after = START; // what was found in the tables before is not found in these
@@ -188,7 +193,12 @@ impl Piece<'_> {
         if let (OpKind::Memory, Some(kept)) = (instruction.op0_kind(), self.kept(instruction))
             && self.infos.info(instruction).used_memory().iter().any(|memory| writes(memory.access()))
         {
-            after.forget(Part::Kept(kept));
+            let by = match (instruction.code(), before.of(instruction.op1_register())) {
+                (Code::Mov_rm64_r64, Held::Kept(original)) if original == kept => Some(0),
+                (Code::Mov_rm64_r64, Held::Sum(sum)) => sum.beyond(&Sum::of(Part::Kept(kept))),
+                _ => adds(instruction),
+            };
+            after.step(Part::Kept(kept), by);
             if let (Code::Mov_rm64_r64, Some(slot)) = (instruction.code(), slot(instruction.op1_register())) {
                 after.held[slot] = Held::Kept(kept);
                 if let Held::Kept(original) = before.of(instruction.op1_register())
@@ -203,6 +213,9 @@ impl Piece<'_> {
         }
         if let (Code::Cmp_rm32_imm32, Held::StackOffset(start)) = (instruction.code(), before.of(to)) {
             after.compared = Some((start, i64::from(instruction.immediate32())));
+        }
+        if let (Code::Test_rm32_imm32, OpKind::Register) = (instruction.code(), instruction.op0_kind()) {
+            after.masked = masked(instruction, before);
         }
         if let (true, Held::Index(Some(sum))) = (self.compares_window(instruction), before.held[RCX])
             && !sum.has(Part::Host(Register::RCX))
@@ -251,6 +264,12 @@ impl Piece<'_> {
                 Held::LowStack(at) => Held::StackOffset(at),
                 _ => otherwise,
             },
+            Code::Add_rm64_imm8 | Code::Sub_rm64_imm8 | Code::Inc_rm64 | Code::Dec_rm64 => {
+                match (before.of(to), adds(instruction)) {
+                    (Held::Kept(at), Some(by)) => Held::Sum(Sum { displacement: by, ..Sum::of(Part::Kept(at)) }),
+                    _ => otherwise,
+                }
+            }
             Code::Lea_r64_m
                 if (instruction.memory_base(), instruction.memory_index()) == (Register::R8, Register::None) =>
             {
@@ -425,21 +444,36 @@ impl Piece<'_> {
     }
 }
 
-/// How far an instruction moves the register it changes, where that is a constant.
+/// How far an instruction moves the guest's RSP, which it changes, where that is a constant.
 fn moves(instruction: &Instruction, before: &State) -> Option<i64> {
+    match (instruction.code(), before.of(instruction.op1_register())) {
+        (Code::Mov_r64_rm64, Held::Stack(at)) => Some(at),
+        _ => adds(instruction),
+    }
+}
+
+/// How much an instruction adds to its first operand, where that is a constant, and all that it does.
+fn adds(instruction: &Instruction) -> Option<i64> {
     let itself = instruction.memory_base() == instruction.op0_register();
     match instruction.code() {
         Code::Lea_r64_m if itself && instruction.memory_index() == Register::None => {
             Some(instruction.memory_displacement64() as i64)
         }
-        Code::Mov_r64_rm64 => match before.of(instruction.op1_register()) {
-            Held::Stack(at) => Some(at),
-            _ => None,
-        },
         Code::Add_rm64_imm8 | Code::Add_rm64_imm32 => Some(instruction.immediate(1) as i64),
         Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 => Some(-(instruction.immediate(1) as i64)),
+        Code::Inc_rm64 => Some(1),
+        Code::Dec_rm64 => Some(-1),
         _ => None,
     }
+}
+
+/// The address that a test looks at, and how many bytes from the start of a page it certainly lies where that does not come out
+/// zero.
+fn masked(instruction: &Instruction, before: &State) -> Option<(Sum, i64)> {
+    let most = 0x1000 - i64::from(instruction.immediate32());
+    let sum = before.sum((instruction.op0_register().full_register(), Register::None, 1, 0));
+    let good = (1..0x1000).contains(&most) && most.count_ones() == 1 && !sum.is_passing();
+    good.then_some((sum, most))
 }
 
 fn writes(access: OpAccess) -> bool {

@@ -25,6 +25,11 @@ impl Sum {
         Self { base: Part::Host(base), index: Part::Host(Register::None), scale: 1, displacement }
     }
 
+    /// A part and nothing else.
+    pub(super) fn of(base: Part) -> Self {
+        Self { base, ..Self::near(Register::None, 0) }
+    }
+
     pub(super) fn has(&self, part: Part) -> bool {
         self.base == part || self.index == part
     }
@@ -48,6 +53,13 @@ impl Sum {
         self
     }
 
+    /// The same address where a part of it has moved by so many bytes.
+    fn after_step(mut self, part: Part, by: i64) -> Self {
+        let times = i64::from(self.base == part) + i64::from(self.index == part) * i64::from(self.scale);
+        self.displacement = self.displacement.wrapping_sub(by.wrapping_mul(times));
+        self
+    }
+
     /// So many bytes from another, where that can be said.
     pub(super) fn beyond(&self, other: &Self) -> Option<i64> {
         let index = self.index == Part::Host(Register::None) || self.scale == other.scale;
@@ -57,8 +69,8 @@ impl Sum {
 }
 
 /// Most addresses that are known to be of pages in the window: one for a group and one for an access of each instruction of a
-/// block.
-const MOST_NEAR: usize = 2 * crate::jit::read::MOST;
+/// block, and as many of the turn before where that is a loop.
+const MOST_NEAR: usize = 4 * crate::jit::read::MOST;
 
 /// What a temporary register holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +115,8 @@ pub(super) struct State {
     pub tested: Option<usize>,
     /// A stack address and the most its offset in its page may be, which the last instruction compared.
     pub compared: Option<(i64, i64)>,
+    /// An address and how far from its page's start it certainly is where what the last instruction tested is not zero.
+    pub masked: Option<(Sum, i64)>,
     /// The address whose entry the last instruction compared with that of pages in the window, and whether it is one for
     /// writing.
     pub looked_up: Option<(Sum, bool)>,
@@ -118,6 +132,7 @@ pub(super) const START: State = State {
     held: [Held::Anything; 4],
     tested: None,
     compared: None,
+    masked: None,
     looked_up: None,
     near: Vec::new(),
     group: None,
@@ -153,6 +168,7 @@ impl State {
             held,
             tested: self.tested.filter(|_| self.tested == other.tested),
             compared: self.compared.filter(|_| self.compared == other.compared),
+            masked: self.masked.filter(|_| self.masked == other.masked),
             looked_up: self.looked_up.filter(|_| self.looked_up == other.looked_up),
             near,
             group: self.group.filter(|_| self.group == other.group),
@@ -210,13 +226,37 @@ impl State {
 
     /// The address of the page that has been looked up is in the window.
     pub(super) fn found(mut self) -> Self {
-        if let Some(found) = self.looked_up
-            && !self.near.contains(&found)
-        {
+        if let Some(found) = self.looked_up {
+            self.add(found);
+        }
+        self
+    }
+
+    fn add(&mut self, found: (Sum, bool)) {
+        if !self.near.contains(&found) {
             self.near.insert(0, found);
             self.near.truncate(MOST_NEAR);
         }
+    }
+
+    /// An address is so many bytes from its page's start at least: all of these are on the page that any of them is on.
+    pub(super) fn on_the_page(mut self, (sum, most): (Sum, i64)) -> Self {
+        let there = |byte: &Sum| sum.beyond(byte).is_some_and(|beyond| (0..=most).contains(&beyond));
+        let known: Vec<(Sum, bool)> = self.near.iter().filter(|(byte, _)| there(byte)).copied().collect();
+        for (_, write) in known {
+            self.add((Sum { displacement: sum.displacement.wrapping_sub(most), ..sum }, write));
+            self.add((sum, write));
+        }
         self
+    }
+
+    /// A part of addresses moves by a constant, or has another value.
+    pub(super) fn step(&mut self, part: Part, by: Option<i64>) {
+        let Some(by) = by else { return self.forget(part) };
+        let moved = self.near.iter().map(|&(sum, write)| (sum.after_step(part, by), write)).collect();
+        self.near.clear();
+        self.forget(part);
+        self.near = moved;
     }
 
     /// What a register is as a part of an address.

@@ -1,0 +1,271 @@
+//! Loops of one block, of programs with a window: what one turn has checked is followed through the next.
+//!
+//! ```text
+//!   block:   check [rdi - 1] ─ elsewhere ──> the same code apart from loops, from here on
+//!            cmp byte [rdi - 1 + distance], 0
+//!            jne ─────────────┐
+//!   behind:  ...              │
+//!   turn:    inc rdi <────────┴──┐
+//!            test [rdi - 1], 0xfff ─ zero: on another page ──> look for interrupts, check
+//!            cmp byte [rdi - 1 + distance], 0
+//!            jne ────────────────┘
+//!            jmp behind
+//! ```
+//!
+//! An address that moves by a constant from turn to turn is on the page of the turn before unless it has just come into
+//! another, which its lowest bits say; one that stays needs no look at all. The code of a turn is there twice, for only
+//! the second may rely on the first. It comes to another page after so many turns as a page has bytes, at most, and looks
+//! for interrupts there: not at each branch back.
+//!
+//! Nothing in between may change what is in the window, so there are no calls in such a loop, and nothing that the interpreter
+//! does. Misses of other accesses only add to the tables.
+
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+
+use super::asm::{At, Label};
+use super::cold::Cold;
+use super::emit::{Emit, T1, condition};
+use super::group::{self, Sum, is_sum};
+use super::near::moved;
+use super::same::Source;
+use super::template::Kind;
+use super::translate::Block;
+use super::{APART, NEAR};
+use crate::cpu::Cpu;
+
+/// Most bytes from turn to turn.
+const MOST_PACE: u64 = 2048;
+
+/// A loop that is being emitted.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Turns {
+    /// The position of the branch back.
+    pub back: usize,
+    /// Where turns but the first begin.
+    pub head: Label,
+    /// Vector registers are known to be in the processor there.
+    vectors: bool,
+}
+
+/// Which turn of a loop is being emitted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    First,
+    /// All that follow. `looks`: none of its accesses looks for interrupts so far.
+    Next {
+        looks: bool,
+    },
+}
+
+/// Finds the branch that closes a loop over all that comes before it, and notes it.
+pub(super) fn find(sources: &mut [Source<'_>]) -> Option<usize> {
+    let start = sources.first()?.instruction.ip();
+    let back = sources.iter().rposition(|source| {
+        matches!(source.template.kind, Kind::Jump | Kind::JumpIf)
+            && source.inner.is_none()
+            && source.instruction.near_branch_target() == start
+    })?;
+    let calm = |source: &Source<'_>| source.template.kind != Kind::Call && group::goes_through(source, true);
+    if !sources[..=back].iter().all(calm) {
+        return None;
+    }
+    if let Some(behind) = sources.get_mut(back + 1) {
+        behind.met = true;
+    }
+    Some(back)
+}
+
+/// Says how far the accesses of a loop, which ends with the branch at `back`, move from turn to turn. Where none of them is
+/// known to, the loop is none.
+pub(super) fn pace(sources: &mut [Source<'_>], back: usize) {
+    let always = always(&sources[..=back]);
+    let steps = steps(&sources[..=back], &always);
+    let pace = |sum: Sum| {
+        let step = |register: Register| {
+            if register == Register::None { Some(0) } else { steps[register.number() % steps.len()] }
+        };
+        let pace = step(sum.base)?.checked_add(step(sum.index)?.checked_mul(i64::from(sum.scale))?)?;
+        (pace.unsigned_abs() <= MOST_PACE).then_some(pace as i32)
+    };
+    let mut known = false;
+    for (source, _) in sources.iter_mut().zip(&always).filter(|(_, always)| **always) {
+        for group in source.part.begins.iter_mut().flatten() {
+            group.pace = pace(group.sum);
+            known |= group.pace.is_some();
+        }
+        let single = !source.live && source.part.of.is_none() && is_sum(&source.instruction);
+        if single && (source.template.loads || source.template.stores) {
+            source.pace = pace(Sum::of(&source.instruction));
+            known |= source.pace.is_some();
+        }
+    }
+    sources[back].again = known;
+}
+
+/// Which instructions of a loop every turn runs that comes to its end.
+fn always(sources: &[Source<'_>]) -> Vec<bool> {
+    let mut always = vec![true; sources.len()];
+    for (position, source) in sources.iter().enumerate() {
+        if let Some(inner) = source.inner {
+            always[position + 1..inner.clamp(position + 1, sources.len())].fill(false);
+        }
+    }
+    always
+}
+
+/// How far a turn moves each general-purpose register. `None`: nobody knows.
+fn steps(sources: &[Source<'_>], always: &[bool]) -> [Option<i64>; 16] {
+    let mut infos = InstructionInfoFactory::new();
+    let mut steps = [Some(0_i64); 16];
+    for (source, always) in sources.iter().zip(always) {
+        let mut written = [false; 16];
+        for used in infos.info(&source.instruction).used_registers() {
+            let only_read = matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
+            if used.register().is_gpr() && !only_read {
+                written[used.register().full_register().number() % 16] = true;
+            }
+        }
+        for (number, step) in steps.iter_mut().enumerate().filter(|(number, _)| written[*number]) {
+            let by = if number == Register::RSP.number() {
+                group::moves_stack(source)
+            } else {
+                moves(&source.instruction, number)
+            };
+            *step = step.zip(by).filter(|_| *always).and_then(|(step, by)| step.checked_add(by));
+        }
+    }
+    steps
+}
+
+/// How far an instruction that changes a register moves it. `None`: nobody knows.
+fn moves(instruction: &Instruction, number: usize) -> Option<i64> {
+    let to = instruction.op0_register();
+    if instruction.op0_kind() != OpKind::Register || !to.is_gpr64() || to.number() != number {
+        return None;
+    }
+    let constant = instruction.op_count() == 2 && !matches!(instruction.op1_kind(), OpKind::Register | OpKind::Memory);
+    match instruction.mnemonic() {
+        Mnemonic::Inc => Some(1),
+        Mnemonic::Dec => Some(-1),
+        Mnemonic::Add if constant => Some(instruction.immediate(1) as i64),
+        Mnemonic::Sub if constant => (instruction.immediate(1) as i64).checked_neg(),
+        Mnemonic::Lea if instruction.memory_base() == to && instruction.memory_index() == Register::None => {
+            Some(instruction.memory_displacement64() as i64)
+        }
+        _ => None,
+    }
+}
+
+impl<'a> Block<'a> {
+    /// The loop that a block's instructions are.
+    pub(super) fn loop_of(&mut self, sources: &[Source<'a>]) -> Option<Turns> {
+        let back = sources.iter().position(|source| source.again)?;
+        self.emit.turn = Some(Turn::First);
+        Some(Turns { back, head: self.emit.asm.label(), vectors: false })
+    }
+
+    /// Where a branch back leads that has nothing to look for.
+    pub(super) fn next_turn(&mut self, source: &Source<'_>) -> Option<Label> {
+        let turns = self.turns.as_mut().filter(|_| source.again)?;
+        if self.emit.turn == Some(Turn::First) {
+            turns.vectors = self.emit.vectors;
+        }
+        (self.emit.turn != Some(Turn::Next { looks: true })).then_some(turns.head)
+    }
+
+    /// True where turns but the first are being emitted, for an instruction behind the loop.
+    pub(super) fn is_behind(&self, position: usize) -> bool {
+        let next = matches!(self.emit.turn, Some(Turn::Next { .. }));
+        next && self.turns.is_some_and(|turns| position > turns.back)
+    }
+
+    /// Emits all turns but the first. `None`: this cannot be done.
+    pub(super) fn next_turns(&mut self, cpu: &mut Cpu, sources: &mut [Source<'a>], turns: &Turns) -> Option<()> {
+        self.emit.island();
+        self.emit.asm.bind(turns.head);
+        let broken = |broken: Option<usize>| broken.is_some_and(|broken| broken <= turns.back);
+        if broken(self.broken) {
+            // The interpreter does something of it: each turn is a first one.
+            let out = self.emit.look_at(self.key.rip);
+            self.emit.poll(out);
+            self.emit.asm.jmp(self.start?);
+            return Some(());
+        }
+        (self.emit.turn, self.emit.cached) = (Some(Turn::Next { looks: true }), None);
+        self.emit.vectors = turns.vectors;
+        self.inner.clear();
+        let ended = self.body(cpu, sources, turns.back + 1);
+        if broken(self.broken) {
+            return None;
+        }
+        if !ended {
+            match self.met.iter().find(|met| met.0 == turns.back + 1) {
+                Some(&(_, behind)) => self.emit.asm.jmp(behind),
+                None => self.go_on(sources[turns.back].instruction.next_ip()),
+            }
+        }
+        Some(())
+    }
+}
+
+impl Emit<'_> {
+    /// Where a loop is emitted, or a group: leaves for code apart from them where a byte is not in the window.
+    pub(super) fn stay_near(&mut self, byte: At, write: bool, distance: i32, pace: Option<i32>) {
+        match (self.turn, pace) {
+            (Some(Turn::Next { .. }), Some(0)) => {}
+            (Some(Turn::Next { looks }), Some(pace)) => {
+                let looks = looks.then(|| self.look_at(self.rip));
+                self.turn = Some(Turn::Next { looks: false });
+                self.follow(byte, write, pace, looks);
+            }
+            _ => {
+                self.compare_entry(byte, write, distance);
+                self.leave_apart(condition::NOT_ZERO);
+            }
+        }
+    }
+
+    /// Checks a byte that the turn before has checked `pace` bytes from here, if that was on another page. There, interrupts
+    /// are looked for, and `looks` is gone to, if it is there.
+    fn follow(&mut self, byte: At, write: bool, pace: i32, looks: Option<Label>) {
+        let most = pace.unsigned_abs().next_power_of_two() as i32;
+        // The byte itself where it goes up, a byte not before the last one where it goes down: among the page's first
+        // `most` bytes wherever there is a page's end in between.
+        let seen = if pace < 0 { moved(byte, most) } else { byte };
+        let register = match seen {
+            At::Base(register, 0) => register,
+            at => {
+                self.asm.lea(T1, at);
+                T1
+            }
+        };
+        let (here, back) = (self.asm.label(), self.asm.label());
+        self.asm.test_32(register, 0x1000 - most);
+        self.asm.jcc(condition::ZERO, here);
+        self.asm.bind(back);
+        let astray = self.exit_apart(None);
+        self.colds.push(Cold::Page { here, back, byte, write, looks, astray });
+    }
+
+    /// Leaves for the same code apart from loops and groups, from this instruction on, on a condition.
+    pub(super) fn leave_apart(&mut self, condition: u8) {
+        let apart = self.exit_apart(Some(2));
+        self.asm.jcc(condition, apart);
+    }
+
+    fn exit_apart(&mut self, ahead: Option<usize>) -> Label {
+        let apart = match ahead {
+            Some(ahead) => self.exit_to(self.rip, ahead),
+            None => self.exit_unlinked(self.rip),
+        };
+        if let Some(exit) = self.exits.last_mut() {
+            exit.mode = APART;
+        }
+        apart
+    }
+}
+
+/// Blocks of this mode may be loops.
+pub(super) fn may_be(mode: u16) -> bool {
+    mode & (NEAR | APART) == NEAR
+}
