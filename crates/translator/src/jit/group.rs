@@ -1,7 +1,7 @@
 //! Accesses with one check for several.
 //!
 //! ```text
-//!   check [rsp - 40, rsp + 24)  ─ page has no entry, or ends in between ─> the same code, translated without groups
+//!   check [rsp - 40, rsp + 24)  ─ page has no entry, or begins in between ─> the same code, translated without groups
 //!   push rbp                       mov [r8 + r10 - 8], rbp
 //!   push rbx                       mov [r8 + r10 - 8], rbx
 //!   mov rax, [rsp + 32]            mov rax, [r8 + r10 + 32]
@@ -20,10 +20,10 @@
 
 use std::ops::Range;
 
-use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::asm::At;
-use super::emit::{Emit, READ, READ_AHEAD, STACK, T1, T2, T3, WRITE};
+use super::emit::{Emit, READ, READ_AHEAD, STACK, T1, T2, T3, WRITE, condition};
 use super::near::is_locked;
 use super::read::MOST;
 use super::same::{Source, high_register, writes_stack_pointer};
@@ -31,8 +31,9 @@ use super::template::Kind;
 
 /// Fewest accesses that are worth a group: of the stack, of pages in the window.
 const FEWEST: [u32; 2] = [3, 2];
-/// Most bytes from the first to the last.
-const MOST_BYTES: i64 = 2048;
+/// Most bytes from the first to the last: of the stack, of pages in the window. A group of the former goes apart where its last
+/// byte is among so many of the page's first.
+const MOST_BYTES: [i64; 2] = [512, 2048];
 /// Farthest from the registers: where those move on, displacements must still be what 32 bits can say.
 const FARTHEST: i64 = 1 << 20;
 /// Most groups in the window at a time.
@@ -129,10 +130,10 @@ impl Open {
         Self { sum, begin, first: position, last: position, members, moved, start, end: start + bytes, writes }
     }
 
-    fn add(&mut self, position: usize, access: &Access) -> bool {
+    fn add(&mut self, position: usize, access: &Access, most: i64) -> bool {
         let at = self.moved + access.at;
         let (start, end) = (self.start.min(at), self.end.max(at + access.bytes));
-        let fits = end - start <= MOST_BYTES;
+        let fits = end - start <= most;
         if fits {
             (self.start, self.end, self.writes) = (start, end, self.writes || access.writes);
             (self.last, self.members) = (position, self.members | 1 << position);
@@ -170,13 +171,12 @@ struct Plan<'a> {
     /// The last place where a check may take the flags and holds until here.
     calm: Option<usize>,
     parts: Vec<Part>,
-    infos: InstructionInfoFactory,
 }
 
 /// The groups of a block; `near`: of a program that has most of its pages in the window.
 pub(super) fn plan(sources: &[Source<'_>], near: bool) -> Vec<Part> {
     let parts = vec![Part::default(); sources.len()];
-    let mut plan = Plan { sources, near, open: Vec::new(), calm: None, parts, infos: InstructionInfoFactory::new() };
+    let mut plan = Plan { sources, near, open: Vec::new(), calm: None, parts };
     for (position, source) in sources.iter().enumerate() {
         let through = goes_through(source, near);
         if source.met || !through {
@@ -200,7 +200,8 @@ impl Plan<'_> {
     fn take(&mut self, position: usize, access: &Access) {
         let near = self.near;
         let same = |open: &Open| !near || open.sum == access.sum && open.writes == access.writes;
-        if self.open.iter_mut().find(|open| same(open)).is_some_and(|open| open.add(position, access)) {
+        let most = MOST_BYTES[usize::from(near)];
+        if self.open.iter_mut().find(|open| same(open)).is_some_and(|open| open.add(position, access, most)) {
             return;
         }
         self.close_if(same);
@@ -219,22 +220,11 @@ impl Plan<'_> {
 
     /// How far a sum moves in a stretch of instructions. `None`: nobody knows, or what follows may be meant for some addresses
     /// only.
-    fn moved(&mut self, sum: Sum, stretch: Range<usize>) -> Option<i64> {
-        let sources = self.sources.get(stretch)?;
-        sources.iter().try_fold(0, |moved, source| {
+    fn moved(&self, sum: Sum, stretch: Range<usize>) -> Option<i64> {
+        self.sources.get(stretch)?.iter().try_fold(0, |moved, source| {
             let meant = sum == Sum::STACK || source.template.kind != Kind::JumpIf;
-            let changed = self.changed(source);
-            meant.then(|| moves(source, sum, &changed)).flatten().map(|more| moved + more)
+            meant.then(|| moves(source, sum)).flatten().map(|more| moved + more)
         })
-    }
-
-    /// The registers that an instruction changes, where that may matter.
-    fn changed(&mut self, source: &Source<'_>) -> Vec<Register> {
-        let used = if self.near { self.infos.info(&source.instruction).used_registers() } else { &[] };
-        used.iter()
-            .filter(|used| !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess))
-            .map(|used| used.register().full_register())
-            .collect()
     }
 
     /// What an instruction does to the registers of the open groups.
@@ -243,12 +233,8 @@ impl Plan<'_> {
             self.calm = None;
             return self.close_if(|_| true);
         }
-        if self.open.is_empty() {
-            return;
-        }
-        let changed = self.changed(source);
         let (near, parts) = (self.near, &mut self.parts);
-        self.open.retain_mut(|open| match moves(source, open.sum, &changed) {
+        self.open.retain_mut(|open| match moves(source, open.sum) {
             Some(by) => {
                 open.moved += by;
                 true
@@ -281,13 +267,14 @@ pub(super) fn goes_through(source: &Source<'_>, near: bool) -> bool {
     }
 }
 
-/// How far an instruction, which changes some registers, moves a sum. `None`: nobody knows.
-fn moves(source: &Source<'_>, sum: Sum, changed: &[Register]) -> Option<i64> {
+/// How far an instruction moves a sum. `None`: nobody knows.
+fn moves(source: &Source<'_>, sum: Sum) -> Option<i64> {
     if sum == Sum::STACK {
         return moves_stack(source);
     }
-    let stays = [sum.base, sum.index].iter().all(|part| !changed.contains(part));
-    stays.then_some(0)
+    let changed = source.changed();
+    let stays = |part: Register| part == Register::None || changed >> part.number() & 1 == 0;
+    (stays(sum.base) && stays(sum.index)).then_some(0)
 }
 
 /// How far an instruction moves RSP. `None`: nobody knows.
@@ -359,23 +346,24 @@ fn displacement(instruction: &Instruction) -> Option<i64> {
         Mnemonic::Lea if at_stack(instruction) => Some(instruction.memory_displacement64() as i64),
         _ => None,
     }
-    .filter(|moves| moves.abs() <= MOST_BYTES)
+    .filter(|moves| moves.abs() <= FARTHEST)
 }
 
 impl Emit<'_> {
-    /// T3 becomes the addend of a group's first page, T2 its first address; flags say whether there is none.
+    /// T3 becomes the addend of a group's page; leaves for code without groups where there is none, or another page may begin
+    /// in between.
     pub(super) fn find_group(&mut self, group: &Group) {
         let (table, ahead) = if group.writes { (WRITE, 0) } else { (READ, READ_AHEAD) };
         self.cached = None;
-        self.asm.lea(T2, At::Base(STACK, group.start));
+        self.asm.lea(T2, At::Base(STACK, group.last()));
         self.asm.extract_bits(T1, T2, READ);
         self.asm.load(T3, At::Index(table, T1, 3, ahead));
+        // The last byte is not among the page's first, so that what comes before it is there, too.
+        let most = (group.bytes as u32 - 1).next_power_of_two() as i32;
+        self.asm.test_32(T2, 0x1000 - most);
+        self.leave_apart(condition::ZERO);
         self.asm.test(T3, T3);
-    }
-
-    /// "Above" where the group at T2 crosses its page's end.
-    pub(super) fn compare_group_end(&mut self, group: &Group) {
-        self.compare_page_end(T1, T2, group.bytes as u32);
+        self.leave_apart(condition::ZERO);
     }
 
     /// Memory at a distance from RSP that belongs to the current group.

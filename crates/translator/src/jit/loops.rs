@@ -20,7 +20,7 @@
 //! Nothing in between may change what is in the window, so there are no calls in such a loop, and nothing that the interpreter
 //! does. Misses of other accesses only add to the tables.
 
-use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::asm::{At, Label};
 use super::cold::Cold;
@@ -115,17 +115,10 @@ fn always(sources: &[Source<'_>]) -> Vec<bool> {
 
 /// How far a turn moves each general-purpose register. `None`: nobody knows.
 fn steps(sources: &[Source<'_>], always: &[bool]) -> [Option<i64>; 16] {
-    let mut infos = InstructionInfoFactory::new();
     let mut steps = [Some(0_i64); 16];
     for (source, always) in sources.iter().zip(always) {
-        let mut written = [false; 16];
-        for used in infos.info(&source.instruction).used_registers() {
-            let only_read = matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
-            if used.register().is_gpr() && !only_read {
-                written[used.register().full_register().number() % 16] = true;
-            }
-        }
-        for (number, step) in steps.iter_mut().enumerate().filter(|(number, _)| written[*number]) {
+        let changed = source.changed();
+        for (number, step) in steps.iter_mut().enumerate().filter(|(number, _)| changed >> number & 1 != 0) {
             let by = if number == Register::RSP.number() {
                 group::moves_stack(source)
             } else {
@@ -268,4 +261,163 @@ impl Emit<'_> {
 /// Blocks of this mode may be loops.
 pub(super) fn may_be(mode: u16) -> bool {
     mode & (NEAR | APART) == NEAR
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use engine::ledger::Work;
+    use engine::{CpuState, Exit, Signals, Vcpu as _};
+    use memory::Gpa;
+
+    use crate::bare::{Bare, CODE, DATA, PROGRAM, as_program, remap};
+    use crate::config::Config;
+
+    /// Where the program has its data, and where that ends.
+    const HERE: u64 = PROGRAM + DATA;
+    const END: u64 = 2 * PROGRAM;
+    const ELSEWHERE: u64 = DATA + 0x8000;
+    /// again: movzx edx, byte [rsi]; add rax, rdx; inc rsi; dec rcx; jne again; xor ecx, ecx; ud2
+    const SUM: [u8; 18] =
+        [0x0f, 0xb6, 0x16, 0x48, 0x01, 0xd0, 0x48, 0xff, 0xc6, 0x48, 0xff, 0xc9, 0x75, 0xf2, 0x31, 0xc9, 0x0f, 0x0b];
+    /// again: mov [rdi], rax; sub rdi, 8; dec rcx; jne again; xor ecx, ecx; ud2
+    const FILL: [u8; 16] =
+        [0x48, 0x89, 0x07, 0x48, 0x83, 0xef, 0x08, 0x48, 0xff, 0xc9, 0x75, 0xf4, 0x31, 0xc9, 0x0f, 0x0b];
+
+    struct Program {
+        bare: Bare,
+        state: Box<CpuState>,
+    }
+
+    impl Program {
+        /// One that has most of its pages in the window.
+        fn new(code: &[u8]) -> Self {
+            let mut bare = Bare::new(code, Config::default());
+            let mut state = bare.vcpu.save();
+            as_program(&mut state);
+            for page in 0..16 {
+                bare.ram.fill(Gpa(DATA + page * 0x1000), page as u8 + 1, 0x1000).unwrap();
+            }
+            Self { bare, state }
+        }
+
+        fn start(&mut self, pointer: u64, turns: u64) {
+            let cpu = &mut self.bare.vcpu.cpu;
+            *cpu.state = (*self.state).clone();
+            (cpu.state.gpr[0], cpu.state.gpr[1], cpu.state.gpr[6], cpu.state.gpr[7]) = (0, turns, pointer, pointer);
+            cpu.refresh();
+            cpu.window.favour();
+        }
+
+        fn run(&mut self, pointer: u64, turns: u64) -> Box<CpuState> {
+            self.start(pointer, turns);
+            let (exit, state) = self.bare.run();
+            assert_eq!(exit, Exit::Shutdown);
+            self.bare.vcpu.cpu.fill_window();
+            state
+        }
+
+        fn is_near(&mut self, page: u64) -> bool {
+            self.bare.vcpu.cpu.tlb.is_in_window(HERE + page * 0x1000)
+        }
+    }
+
+    #[test]
+    fn a_loop_finds_the_pages_that_are_in_the_window_and_those_that_are_not() {
+        let mut program = Program::new(&SUM);
+        let expected = |pages: [u64; 4]| 0x10 * pages[0] + 0x1000 * (pages[1] + pages[2]) + 0x20 * pages[3];
+        let sum = |program: &mut Program| program.run(HERE + 0xff0, 0x2030).gpr[0];
+        for _ in 0..3 {
+            assert_eq!(sum(&mut program), expected([1, 2, 3, 4]));
+        }
+        assert!((0..4).all(|page| program.is_near(page)));
+        // Another page takes the place of one in the middle.
+        remap(&program.bare.ram, HERE + 0x2000, ELSEWHERE);
+        program.bare.vcpu.cpu.tlb.flush_page(HERE + 0x2000);
+        for _ in 0..3 {
+            assert_eq!(sum(&mut program), expected([1, 2, 9, 4]));
+        }
+    }
+
+    #[test]
+    fn a_loop_is_not_entered_behind_its_checks() {
+        let mut program = Program::new(&SUM);
+        for _ in 0..3 {
+            program.run(HERE + 0xff0, 0x1020);
+        }
+        // The window still has what was there before.
+        remap(&program.bare.ram, HERE + 0x1000, ELSEWHERE);
+        program.bare.vcpu.cpu.tlb.flush_page(HERE + 0x1000);
+        program.state.rip += 3;
+        assert_eq!(program.run(HERE + 0x1000, 3).gpr[0], 2 * 9, "and RDX, which is 0");
+    }
+
+    #[test]
+    fn a_loop_downwards_writes_where_the_pages_are() {
+        let mut program = Program::new(&FILL);
+        for round in 0..3 {
+            program.run(HERE + 0x2ff4, 0x300);
+            let first = HERE + 0x2ff4 - 8 * 0x2ff;
+            for address in [HERE + 0x2ff4, HERE + 0x2000 - 4, first] {
+                let value: u64 = program.bare.ram.read_value(Gpa(address - PROGRAM)).unwrap();
+                assert_eq!(value, 0, "{address:#x}, round {round}");
+            }
+            let below: u8 = program.bare.ram.read_value(Gpa(first - 1 - PROGRAM)).unwrap();
+            assert_eq!(below, 2, "round {round}");
+            for page in 1..3 {
+                program.bare.ram.fill(Gpa(DATA + page * 0x1000), page as u8 + 1, 0x1000).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_loop_faults_at_the_access_that_does() {
+        let mut program = Program::new(&SUM);
+        for _ in 0..3 {
+            let state = program.run(END - 0x1010, 0x2000);
+            assert_eq!((state.cr2, state.rip, state.gpr[1], state.gpr[6]), (END, PROGRAM + CODE, 0x2000 - 0x1010, END));
+        }
+    }
+
+    #[test]
+    fn turns_after_the_first_look_less() {
+        // The same with LEA RSI, [RSI + RBX] in the place of INC RSI, and with RBX 1: nobody knows by how much it moves.
+        let mut unknown = SUM.to_vec();
+        unknown.splice(6..9, [0x48, 0x8d, 0x34, 0x1e]);
+        unknown[14] -= 1;
+        let bytes = |code: &[u8]| {
+            let mut program = Program::new(code);
+            program.state.gpr[3] = 1;
+            assert_eq!(program.run(HERE, 0x1001).gpr[0], 0x1000 + 2);
+            program.bare.ledger.worked(Work::TranslateBytes)
+        };
+        // A loop is there twice.
+        assert!(bytes(&SUM) > bytes(&unknown) + 40, "{} bytes of host code, {}", bytes(&SUM), bytes(&unknown));
+    }
+
+    #[test]
+    fn a_loop_can_be_stopped_where_it_comes_to_another_page() {
+        let mut program = Program::new(&SUM);
+        let (turns, end) = (0xf_e000, END - 0x2000);
+        let whole = program.run(HERE, turns).gpr[0];
+        assert!((0..0xfe).all(|page| program.is_near(page)));
+        for _ in 0..1000 {
+            program.start(HERE, turns);
+            let signal = Arc::clone(&program.bare.vcpu.cpu.config.signal);
+            let (exit, state) = std::thread::scope(|scope| {
+                scope.spawn(|| signal.raise(Signals::STOP));
+                program.bare.run()
+            });
+            signal.take(Signals::STOP);
+            let left = state.gpr[1];
+            if exit == Exit::Stopped && (1..turns).contains(&left) {
+                assert_eq!((state.gpr[6], left % 0x1000), (end - left, 0), "at a page's start");
+                let (exit, state) = program.bare.run();
+                assert_eq!((exit, state.gpr[0]), (Exit::Shutdown, whole));
+                return;
+            }
+        }
+        panic!("never stopped on its way");
+    }
 }

@@ -251,3 +251,41 @@ fn join(sources: &mut [Source<'_>]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use iced_x86::{InstructionInfoFactory, OpAccess};
+
+    use super::*;
+    use crate::bare::{Bare, CODE};
+    use crate::config::Config;
+    use crate::random::Random;
+
+    #[test]
+    fn no_instruction_changes_a_register_that_it_is_not_known_to() {
+        let Bare { mut vcpu, .. } = Bare::new(&[0xf4], Config::default());
+        let Some(jit) = &mut vcpu.jit else { panic!("no translator") };
+        let (mut random, mut infos, mut seen) = (Random::new(1), InstructionInfoFactory::new(), 0);
+        for _ in 0..100_000 {
+            let mut bytes: [u8; 16] = std::array::from_fn(|_| random.byte());
+            if random.one_in(2) {
+                (bytes[0], bytes[1]) = (0x48, 0x0f);
+            }
+            let sources = jit.decode(&mut vcpu.cpu, Key { gpa: CODE, rip: CODE, mode: NEAR }, &bytes, 1);
+            let [source] = &sources[..] else { continue };
+            let changed = source.changed();
+            if changed == u16::MAX {
+                continue;
+            }
+            seen += 1;
+            for used in infos.info(&source.instruction).used_registers() {
+                let read = matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
+                if used.register().is_gpr() && !read {
+                    let number = used.register().full_register().number();
+                    assert!(changed >> number & 1 != 0, "{}", source.instruction);
+                }
+            }
+        }
+        assert!(seen > 20_000, "{seen}");
+    }
+}

@@ -50,6 +50,26 @@ impl Source<'_> {
             })
     }
 
+    /// The general-purpose registers that it may change, a bit each.
+    pub(super) fn changed(&self) -> u16 {
+        let (instruction, template) = (&self.instruction, &self.template);
+        let first = || 1 << (instruction.op0_register().full_register().number() & 15);
+        match template.kind {
+            Kind::Nothing | Kind::Jump | Kind::JumpIf => 0,
+            Kind::PushRegister | Kind::PushConstant | Kind::PushMemory | Kind::Call | Kind::Return => 1 << RSP,
+            Kind::PopRegister => first() | 1 << RSP,
+            Kind::MovConstant | Kind::Bswap => first(),
+            Kind::MovAbsolute | Kind::Copy => template.changes | 1,
+            Kind::Same | Kind::Lea if !high_register(instruction) => {
+                let Some(encoding) = self.encoding else { return u16::MAX };
+                let written = |field: Field, number: u8| u16::from(field.general && field.written) << number;
+                let rm = if encoding.direct { written(template.rm, encoding.rm) } else { 0 };
+                template.changes | written(template.reg, encoding.reg) | written(template.second, encoding.second) | rm
+            }
+            _ => u16::MAX,
+        }
+    }
+
     fn immediate(&self) -> &[u8] {
         // An immediate is last; so is what says a fourth register.
         let length = self.instruction.len();

@@ -2,8 +2,8 @@
 //! to other registers. Looked up once per form and vCPU.
 
 use iced_x86::{
-    Code, EncodingKind, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpCodeOperandKind,
-    OpKind, Register,
+    Code, EncodingKind, FlowControl, Instruction, InstructionInfo, InstructionInfoFactory, Mnemonic, OpAccess,
+    OpCodeOperandKind, OpKind, Register,
 };
 
 use crate::system::features::Features;
@@ -87,6 +87,8 @@ pub(super) struct Template {
     pub rm: Field,
     /// VEX.vvvv.
     pub second: Field,
+    /// General-purpose registers that it may change without having them as operands that it writes, a bit each.
+    pub changes: u16,
     /// RCX (or a part) is read without being an operand in ModRM.
     pub reads_rcx: bool,
     /// The same, written.
@@ -133,11 +135,13 @@ impl Templates {
             reg: Field::default(),
             rm: Field::default(),
             second: Field::default(),
+            changes: 0,
             reads_rcx,
             writes_rcx,
             aligned: vector::needs_alignment(instruction) || instruction.mnemonic() == Mnemonic::Cmpxchg16b,
         };
         let info = self.infos.info(instruction);
+        template.changes = changes(instruction, info);
         let form = instruction.op_code();
         for position in 0..form.op_count() {
             let access = info.op_access(position);
@@ -166,6 +170,22 @@ impl Templates {
         }
         template
     }
+}
+
+/// General-purpose registers changed that are not operands written.
+fn changes(instruction: &Instruction, info: &InstructionInfo) -> u16 {
+    let bit = |register: Register| 1 << (register.full_register().number() & 15);
+    let writes = |access: OpAccess| {
+        matches!(access, OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite)
+    };
+    let used = info.used_registers().iter().filter(|used| used.register().is_gpr() && writes(used.access()));
+    let all = used.fold(0, |all, used| all | bit(used.register()));
+    let named = (0..instruction.op_count())
+        .filter(|&position| instruction.op_kind(position) == OpKind::Register && writes(info.op_access(position)));
+    let named = named.fold(0, |named, position| named | bit(instruction.op_register(position)));
+    // The accumulator may be an operand of this one, too.
+    let accumulator = u16::from(instruction.mnemonic() == Mnemonic::Cmpxchg);
+    all & !named | accumulator
 }
 
 /// RCX read and written without being an operand in ModRM.

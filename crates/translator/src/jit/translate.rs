@@ -204,9 +204,6 @@ impl<'a> Block<'a> {
             return;
         }
         self.emit.find_group(&group);
-        self.emit.leave_apart(condition::ZERO);
-        self.emit.compare_group_end(&group);
-        self.emit.leave_apart(condition::ABOVE);
     }
 
     /// Translates one instruction. True where the block ends with it.

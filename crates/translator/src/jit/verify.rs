@@ -104,9 +104,6 @@ impl Piece<'_> {
                 FlowControl::Next => open.push((behind, after)),
                 FlowControl::ConditionalBranch => {
                     let mut stays = after.clone();
-                    if instruction.mnemonic() == Mnemonic::Ja {
-                        stays = stays.not_above();
-                    }
                     if instruction.mnemonic() == Mnemonic::Jne {
                         stays = State { looked_up: merged.looked_up, ..stays }.found();
                         stays.looked_up = None;
@@ -156,9 +153,7 @@ impl Piece<'_> {
 
     /// What the temporaries hold after an instruction.
     fn after(&mut self, instruction: &Instruction, before: &State) -> State {
-        let conditional = instruction.flow_control() == FlowControl::ConditionalBranch;
-        let compared = before.compared.filter(|_| conditional);
-        let mut after = State { tested: None, compared, masked: None, looked_up: None, ..before.clone() };
+        let mut after = State { tested: None, masked: None, looked_up: None, ..before.clone() };
         for used in self.infos.info(instruction).used_registers().iter().filter(|used| writes(used.access())) {
             if let Some(slot) = slot(used.register()) {
                 after.held[slot] = Held::Anything;
@@ -211,9 +206,6 @@ impl Piece<'_> {
         if instruction.code() == Code::Test_rm64_r64 && to == instruction.op1_register() {
             after.tested = slot(to);
         }
-        if let (Code::Cmp_rm32_imm32, Held::StackOffset(start)) = (instruction.code(), before.of(to)) {
-            after.compared = Some((start, i64::from(instruction.immediate32())));
-        }
         if let (Code::Test_rm32_imm32, OpKind::Register) = (instruction.code(), instruction.op0_kind()) {
             after.masked = masked(instruction, before);
         }
@@ -256,14 +248,6 @@ impl Piece<'_> {
                 _ => self.kept(instruction).map_or(otherwise, Held::Kept),
             },
             Code::Mov_r64_rm64 => before.of(instruction.op1_register()),
-            Code::Mov_r32_rm32 if !memory => match before.of(instruction.op1_register()) {
-                Held::Stack(at) => Held::LowStack(at),
-                _ => otherwise,
-            },
-            Code::And_rm32_imm32 if instruction.immediate32() == 0xfff => match before.of(instruction.op0_register()) {
-                Held::LowStack(at) => Held::StackOffset(at),
-                _ => otherwise,
-            },
             Code::Add_rm64_imm8 | Code::Sub_rm64_imm8 | Code::Inc_rm64 | Code::Dec_rm64 => {
                 match (before.of(to), adds(instruction)) {
                     (Held::Kept(at), Some(by)) => Held::Sum(Sum { displacement: by, ..Sum::of(Part::Kept(at)) }),
@@ -422,9 +406,11 @@ impl Piece<'_> {
                 Held::Word => displacement == 0 && !stores,
                 _ => false,
             },
-            (Register::R8, Register::R10) => {
+            (base, Register::R10) => {
                 let end = displacement + memory.memory_size().size() as i64;
-                let inside = state.group.is_some_and(|group| group.0 <= displacement && end <= group.1);
+                let inside = state
+                    .group
+                    .is_some_and(|(at, first, last)| state.part(base) == at && first <= displacement && end <= last);
                 matches!(state.held[R10], Held::Addend { write } if scale == 1 && inside && (write || !stores))
             }
             (base, Register::RCX) => {

@@ -45,14 +45,6 @@ impl Sum {
         [Register::RCX, Register::R10, Register::R11].iter().any(|temporary| self.has(Part::Host(*temporary)))
     }
 
-    /// The same address where RSP has moved by so many bytes.
-    pub(super) fn after_move(mut self, by: i64) -> Self {
-        if self.base == Part::Host(Register::R8) {
-            self.displacement = self.displacement.wrapping_sub(by);
-        }
-        self
-    }
-
     /// The same address where a part of it has moved by so many bytes.
     fn after_step(mut self, part: Part, by: i64) -> Self {
         let times = i64::from(self.base == part) + i64::from(self.index == part) * i64::from(self.scale);
@@ -100,10 +92,6 @@ pub(super) enum Held {
     Word,
     /// So many bytes from the guest's RSP.
     Stack(i64),
-    /// The lower half of that.
-    LowStack(i64),
-    /// Its offset in its page.
-    StackOffset(i64),
 }
 
 /// What is known before an instruction.
@@ -113,8 +101,6 @@ pub(super) struct State {
     pub held: [Held; 4],
     /// Which of them the last instruction tested.
     pub tested: Option<usize>,
-    /// A stack address and the most its offset in its page may be, which the last instruction compared.
-    pub compared: Option<(i64, i64)>,
     /// An address and how far from its page's start it certainly is where what the last instruction tested is not zero.
     pub masked: Option<(Sum, i64)>,
     /// The address whose entry the last instruction compared with that of pages in the window, and whether it is one for
@@ -122,8 +108,8 @@ pub(super) struct State {
     pub looked_up: Option<(Sum, bool)>,
     /// Addresses whose pages are in the window, the last first, and whether they may be written.
     pub near: Vec<(Sum, bool)>,
-    /// From the guest's RSP, what the page whose addend R10 is certainly has.
-    pub group: Option<(i64, i64)>,
+    /// From a register, what the page whose addend R10 is certainly has: from where to where.
+    pub group: Option<(Part, i64, i64)>,
     /// Two guest registers that are kept in the home and have one value: one was copied to the other.
     pub same: Option<(i64, i64)>,
 }
@@ -131,7 +117,6 @@ pub(super) struct State {
 pub(super) const START: State = State {
     held: [Held::Anything; 4],
     tested: None,
-    compared: None,
     masked: None,
     looked_up: None,
     near: Vec::new(),
@@ -167,7 +152,6 @@ impl State {
         Self {
             held,
             tested: self.tested.filter(|_| self.tested == other.tested),
-            compared: self.compared.filter(|_| self.compared == other.compared),
             masked: self.masked.filter(|_| self.masked == other.masked),
             looked_up: self.looked_up.filter(|_| self.looked_up == other.looked_up),
             near,
@@ -181,12 +165,6 @@ impl State {
         if let Held::Entry { write } = self.held[slot] {
             self.held[slot] = Held::Addend { write };
         }
-        self
-    }
-
-    /// Where what was compared is not above.
-    pub(super) fn not_above(mut self) -> Self {
-        self.group = self.compared.map(|(start, most)| (start, start + 0x1000 - most)).or(self.group);
         self
     }
 
@@ -207,6 +185,7 @@ impl State {
         }
         self.looked_up = self.looked_up.filter(|(sum, _)| !sum.has(part));
         self.near.retain(|(sum, _)| !sum.has(part));
+        self.group = self.group.filter(|(at, ..)| *at != part);
     }
 
     /// What is known of one of two registers with the same value is said of the other.
@@ -222,6 +201,7 @@ impl State {
         }
         self.looked_up = self.looked_up.map(|(sum, write)| (sum.renamed(from, to), write));
         self.near.iter_mut().for_each(|(sum, _)| *sum = sum.renamed(from, to));
+        self.group = self.group.map(|(at, start, end)| (Sum::of(at).renamed(from, to).base, start, end));
     }
 
     /// The address of the page that has been looked up is in the window.
@@ -242,6 +222,9 @@ impl State {
     /// An address is so many bytes from its page's start at least: all of these are on the page that any of them is on.
     pub(super) fn on_the_page(mut self, (sum, most): (Sum, i64)) -> Self {
         let there = |byte: &Sum| sum.beyond(byte).is_some_and(|beyond| (0..=most).contains(&beyond));
+        if sum.index == Part::Host(Register::None) {
+            self.group = Some((sum.base, sum.displacement.wrapping_sub(most), sum.displacement.wrapping_add(1)));
+        }
         let known: Vec<(Sum, bool)> = self.near.iter().filter(|(byte, _)| there(byte)).copied().collect();
         for (_, write) in known {
             self.add((Sum { displacement: sum.displacement.wrapping_sub(most), ..sum }, write));
@@ -254,9 +237,13 @@ impl State {
     pub(super) fn step(&mut self, part: Part, by: Option<i64>) {
         let Some(by) = by else { return self.forget(part) };
         let moved = self.near.iter().map(|&(sum, write)| (sum.after_step(part, by), write)).collect();
+        let group = self.group.map(|(at, start, end)| {
+            let by = if at == part { by } else { 0 };
+            (at, start.wrapping_sub(by), end.wrapping_sub(by))
+        });
         self.near.clear();
         self.forget(part);
-        self.near = moved;
+        (self.near, self.group) = (moved, group);
     }
 
     /// What a register is as a part of an address.
@@ -281,17 +268,9 @@ impl State {
 
     /// RSP has moved.
     pub(super) fn moved(mut self, by: Option<i64>) -> Self {
-        let moved = by.map(|by| {
-            let near = self.near.iter().filter(|(sum, _)| sum.index != Part::Host(Register::R8));
-            near.map(|&(sum, write)| (sum.after_move(by), write)).collect()
-        });
-        self.forget(Part::Host(Register::R8));
-        if let Some(moved) = moved {
-            self.near = moved;
-        }
-        self.group = self.group.zip(by).map(|((start, end), by)| (start - by, end - by));
+        self.step(Part::Host(Register::R8), by);
         for held in &mut self.held {
-            if matches!(held, Held::Stack(_) | Held::LowStack(_) | Held::StackOffset(_)) {
+            if matches!(held, Held::Stack(_)) {
                 *held = Held::Anything;
             }
         }
