@@ -165,6 +165,13 @@ impl Asm {
         self.bytes.extend_from_slice(bytes);
     }
 
+    /// Goes on at a multiple of `bytes`. The code before does not run on.
+    pub(crate) fn align(&mut self, bytes: u64) {
+        while !self.here().is_multiple_of(bytes) {
+            self.byte(0x90);
+        }
+    }
+
     fn imm32(&mut self, value: i32) {
         self.raw(&value.to_le_bytes());
     }

@@ -36,6 +36,9 @@ use crate::cpu::Cpu;
 /// Most bytes from turn to turn.
 const MOST_PACE: u64 = 2048;
 
+/// What turns but the first begin at a multiple of, in bytes: what the processor fetches at a time.
+const ALIGNED: u64 = 32;
+
 /// A loop that is being emitted.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Turns {
@@ -175,6 +178,7 @@ impl<'a> Block<'a> {
     /// Emits all turns but the first. `None`: this cannot be done.
     pub(super) fn next_turns(&mut self, cpu: &mut Cpu, sources: &mut [Source<'a>], turns: &Turns) -> Option<()> {
         self.emit.island();
+        self.emit.asm.align(ALIGNED);
         self.emit.asm.bind(turns.head);
         let broken = |broken: Option<usize>| broken.is_some_and(|broken| broken <= turns.back);
         if broken(self.broken) {
