@@ -445,8 +445,8 @@ fn adds(instruction: &Instruction) -> Option<i64> {
         Code::Lea_r64_m if itself && instruction.memory_index() == Register::None => {
             Some(instruction.memory_displacement64() as i64)
         }
-        Code::Add_rm64_imm8 | Code::Add_rm64_imm32 => Some(instruction.immediate(1) as i64),
-        Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 => Some(-(instruction.immediate(1) as i64)),
+        Code::Add_rm64_imm8 | Code::Add_rm64_imm32 | Code::Add_RAX_imm32 => Some(instruction.immediate(1) as i64),
+        Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 | Code::Sub_RAX_imm32 => Some(-(instruction.immediate(1) as i64)),
         Code::Inc_rm64 => Some(1),
         Code::Dec_rm64 => Some(-1),
         _ => None,

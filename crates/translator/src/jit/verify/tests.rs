@@ -142,6 +142,42 @@ fn a_check_is_good_for_what_lies_before_its_byte() {
     assert!(complaint(|asm| group(asm, &|asm| asm.store_constant(slot, 1), at(0))).contains("reaches"));
 }
 
+#[test]
+fn a_check_follows_a_register_that_moves_by_a_constant() {
+    let moves: [(&[u8], i32); 8] = [
+        (&[0x48, 0x83, 0xc0, 0x20], 0x20),                  // add rax, 0x20
+        (&[0x48, 0x05, 0x90, 0, 0, 0], 0x90),               // add rax, 0x90
+        (&[0x48, 0x81, 0xc0, 0x90, 0, 0, 0], 0x90),         // the same, encoded otherwise
+        (&[0x48, 0x2d, 0x90, 0, 0, 0], -0x90),              // sub rax, 0x90
+        (&[0x48, 0x83, 0xe8, 0x20], -0x20),                 // sub rax, 0x20
+        (&[0x48, 0xff, 0xc0], 1),                           // inc rax
+        (&[0x48, 0xff, 0xc8], -1),                          // dec rax
+        (&[0x48, 0x8d, 0x80, 0, 0xff, 0xff, 0xff], -0x100), // lea rax, [rax - 0x100]
+    ];
+    // The check of what is at RAX; the move; a byte that is as far from there as it was, or one further on.
+    let with = |code: &[u8], at: i32| {
+        complaint(|asm| {
+            let far = asm.label();
+            asm.extract_bits(RCX, RAX, R15);
+            asm.compare_at(At::Index(R15, RCX, 3, READ_AHEAD), BOUNDS.distance as i32);
+            asm.jcc(condition::NOT_ZERO, far);
+            asm.raw(code);
+            asm.raw(&[0xf6, 0x80]); // test byte [rax + distance + at], 1
+            asm.raw(&(BOUNDS.distance as i32 + at).to_le_bytes());
+            asm.byte(1);
+            asm.bind(far);
+        })
+    };
+    for (code, by) in moves {
+        assert_eq!(with(code, -by), "", "{code:x?}");
+        assert!(with(code, 1 - by).contains("reaches"), "{code:x?}");
+    }
+    // add rax, rdx; add eax, 1; xor rax, 1
+    for code in [&[0x48, 0x01, 0xd0][..], &[0x83, 0xc0, 1], &[0x48, 0x83, 0xf0, 1]] {
+        assert!(with(code, -0x800).contains("reaches"), "{code:x?}");
+    }
+}
+
 type Emits<'a> = &'a dyn Fn(&mut Asm);
 
 #[test]
