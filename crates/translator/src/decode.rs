@@ -147,22 +147,17 @@ impl Cpu {
 
     /// Declares the lines of code about to be read, and returns the version what is read belongs to.
     pub(crate) fn mark_code(&mut self, gpa: u64, bytes: u64) -> Version {
-        let shared = std::sync::Arc::clone(&self.shared);
-        let Some(region) = shared.ram.region(memory::Gpa(gpa)) else { return Version::NEVER };
-        let offset = gpa - region.start.0;
-        if region.code().mark(offset, bytes) {
-            // The page becomes code: nobody may write to it by the fast path any more.
-            let writers = region.code().take_writers(offset);
-            if writers != 0 {
-                self.forget_writes(memory::Gpa(gpa));
-                self.tell_others(memory::Gpa(gpa));
-            }
+        let gpa = memory::Gpa(gpa);
+        let Some(region) = self.shared.ram.region(gpa) else { return Version::NEVER };
+        let offset = gpa.0 - region.start.0;
+        // Where the page becomes code, nobody may write to it by the fast path any more.
+        if region.code().mark(offset, bytes) && region.code().take_writers(offset) != 0 {
+            self.forget_writes(gpa);
+            self.tell_others(gpa);
         }
-        match region.code().version_cell(offset) {
-            // SAFETY: the cell lives as long as guest RAM, which outlives this vCPU's blocks through `shared`.
-            Some(cell) => unsafe { Version::of(cell) },
-            None => Version::NEVER,
-        }
+        let cell = self.shared.ram.region(gpa).and_then(|region| region.code().version_cell(offset));
+        // SAFETY: the cell lives as long as guest RAM, which outlives this vCPU's blocks through `shared`.
+        cell.map_or(Version::NEVER, |cell| unsafe { Version::of(cell) })
     }
 
     /// The largest instruction pointer a byte of code may have.

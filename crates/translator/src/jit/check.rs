@@ -1,13 +1,45 @@
 //! Checks of memory accesses: the page's addend, and that an operand does not go on beyond it.
 
-use super::asm::{At, Label};
+use super::asm::{At, Label, Ready};
 use super::cold::Cold;
-use super::emit::{Address, Emit, READ, READ_AHEAD, T1, WRITE, condition};
+use super::emit::{Address, Emit, Known, READ, READ_AHEAD, T1, WRITE, condition};
 use crate::home::offset;
 
 /// The register of the table that an access looks into, and what is too much in it.
-fn table_for(access: Access) -> (u8, i32) {
-    if access.write { (WRITE, 0) } else { (READ, READ_AHEAD) }
+fn table_for(write: bool) -> (u8, i32) {
+    if write { (WRITE, 0) } else { (READ, READ_AHEAD) }
+}
+
+/// Loads of an address's entry, ready made: T1 becomes the addend. Flags say whether it is zero, where they need not survive.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Lookups {
+    /// By whether flags survive, by whether it is a write, by the register that holds the address.
+    ready: [[[Ready; 16]; 2]; 2],
+}
+
+impl Lookups {
+    pub(super) fn new(known: Known) -> Self {
+        let lookup = |register: u8, write: bool, live: bool| {
+            Ready::new(|asm| {
+                let (table, ahead) = table_for(write);
+                if live {
+                    asm.extract_at(T1, register, At::Absolute(known.low + offset::INDEX_BITS));
+                } else {
+                    asm.extract_bits(T1, register, READ);
+                }
+                asm.load(T1, At::Index(table, T1, 3, ahead));
+                if !live {
+                    asm.test(T1, T1);
+                }
+            })
+        };
+        let of = |write, live| std::array::from_fn(|register| lookup(register as u8, write, live));
+        Self { ready: [false, true].map(|live| [false, true].map(|write| of(write, live))) }
+    }
+
+    fn of(&self, register: u8, access: Access) -> &Ready {
+        &self.ready[usize::from(access.live)][usize::from(access.write)][usize::from(register & 15)]
+    }
 }
 
 /// What an access is like.
@@ -34,7 +66,7 @@ impl Emit<'_> {
         self.colds.push(Cold::Miss { here: miss, again, address, access, site });
         let register = match address {
             Address::Constant(value) => {
-                let (table, ahead) = table_for(access);
+                let (table, ahead) = table_for(access.write);
                 let index = crate::mmu::table_index(value as i64 as u64);
                 match i32::try_from(8 * index) {
                     Ok(near) => self.asm.load(T1, At::Base(table, near + ahead)),
@@ -42,6 +74,9 @@ impl Emit<'_> {
                         self.asm.constant(T1, index as u64);
                         self.asm.load(T1, At::Index(table, T1, 3, ahead));
                     }
+                }
+                if !access.live {
+                    self.asm.test(T1, T1);
                 }
                 self.missing(access.live, miss);
                 return At::Base(T1, value);
@@ -51,18 +86,12 @@ impl Emit<'_> {
         if !access.aligned && access.bytes > 1 {
             self.crossing(register, access, site);
         }
-        if access.live {
-            self.asm.extract_at(T1, register, self.field(offset::INDEX_BITS));
-        } else {
-            self.asm.extract_bits(T1, register, READ);
-        }
-        let (table, ahead) = table_for(access);
-        self.asm.load(T1, At::Index(table, T1, 3, ahead));
+        self.asm.ready(self.thunks.lookups.of(register, access));
         self.missing(access.live, miss);
         At::Index(register, T1, 0, 0)
     }
 
-    /// Goes to `miss` where T1 is zero.
+    /// Goes to `miss` where T1 is zero; flags say so, where they need not survive.
     fn missing(&mut self, live: bool, miss: Label) {
         if live {
             let near = self.asm.label();
@@ -75,7 +104,6 @@ impl Emit<'_> {
                 self.land_pending();
             }
         } else {
-            self.asm.test(T1, T1);
             self.asm.jcc(condition::ZERO, miss);
         }
     }

@@ -2,10 +2,11 @@
 
 use super::asm::{At, Label};
 use super::check::Access;
-use super::emit::{Address, Emit, Room, T1, T2, condition};
+use super::emit::{Address, Emit, Room, T1, T2, condition, emptied};
 use super::near::Far;
 
 /// Code for later, out of the way.
+#[derive(Clone, Copy)]
 pub(super) enum Cold {
     /// The access at `again` missed.
     Miss { here: Label, again: Label, address: Address, access: Access, site: u32 },
@@ -22,6 +23,7 @@ pub(super) enum Cold {
 
 impl<'a> Emit<'a> {
     /// Between two instructions: gives short jumps a place to land before it is too far.
+    #[inline]
     pub(super) fn between(&mut self) {
         if !self.pending.is_empty() && self.asm.len() - self.oldest > 30 {
             self.land_pending();
@@ -38,7 +40,7 @@ impl<'a> Emit<'a> {
 
     /// The place where short jumps land. Code before does not run on into it.
     pub(super) fn island(&mut self) {
-        for (near, far) in std::mem::take(&mut self.pending) {
+        for (near, far) in self.pending.drain(..) {
             self.asm.bind(near);
             self.asm.jmp(far);
         }
@@ -50,21 +52,37 @@ impl<'a> Emit<'a> {
     }
 
     /// Ends the block: what was put off. The code before does not run on into it.
-    pub(super) fn finish(mut self) -> Option<Room> {
+    pub(super) fn finish(&mut self) -> Option<Room> {
         self.island();
         self.asm.go_on_at(self.apart);
-        for far in std::mem::take(&mut self.fars) {
+        let mut fars = std::mem::take(&mut self.fars);
+        for far in fars.drain(..) {
             self.far(&far)?;
         }
         let mut colds = std::mem::take(&mut self.colds);
-        for cold in colds.drain(..) {
+        for cold in &colds {
             self.cold(cold);
         }
-        self.asm.resolve_all().then_some(Room { asm: self.asm, colds, marks: self.marks })
+        colds.clear();
+        if !self.asm.resolve_all() {
+            return None;
+        }
+        self.inner.clear();
+        self.met.clear();
+        Some(Room {
+            asm: std::mem::take(&mut self.asm),
+            marks: std::mem::take(&mut self.marks),
+            colds,
+            fars: emptied(fars),
+            pending: std::mem::take(&mut self.pending),
+            inner: std::mem::take(&mut self.inner),
+            met: std::mem::take(&mut self.met),
+            exits: std::mem::take(&mut self.exits),
+        })
     }
 
-    fn cold(&mut self, cold: Cold) {
-        match cold {
+    fn cold(&mut self, cold: &Cold) {
+        match *cold {
             Cold::Miss { here, again, address, access, site } => {
                 self.asm.bind(here);
                 match address {
@@ -80,8 +98,8 @@ impl<'a> Emit<'a> {
                     self.leave_at(site);
                     self.asm.bind(aligned);
                 }
-                self.asm.constant(T1, site.into());
-                self.asm.call_to(if access.write { self.thunks.miss_write } else { self.thunks.miss_read });
+                let thunk = if access.write { self.thunks.miss_write } else { self.thunks.miss_read };
+                self.asm.call_with(T1, site, thunk);
                 self.asm.jmp(again);
             }
             Cold::Unaligned { here, back, address, access, site } => {
@@ -101,8 +119,7 @@ impl<'a> Emit<'a> {
             }
             Cold::Exit { here, exit, poll } => {
                 self.asm.bind(here);
-                self.asm.constant(T1, exit.into());
-                self.asm.jmp_to(if poll { self.thunks.poll } else { self.thunks.chain });
+                self.asm.jmp_with(T1, exit, if poll { self.thunks.poll } else { self.thunks.chain });
             }
             Cold::Page { here, back, byte, write, looks, astray } => {
                 self.asm.bind(here);
@@ -122,7 +139,6 @@ impl<'a> Emit<'a> {
     }
 
     fn leave_at(&mut self, site: u32) {
-        self.asm.constant(T1, site.into());
-        self.asm.jmp_to(self.thunks.site);
+        self.asm.jmp_with(T1, site, self.thunks.site);
     }
 }

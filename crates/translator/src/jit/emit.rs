@@ -89,17 +89,36 @@ pub(super) enum Address {
 }
 
 /// What emitting takes memory for: it serves one block after the other. A new one takes none yet.
+#[derive(Default)]
 pub(super) struct Room {
     pub asm: Asm,
-    pub colds: Vec<Cold>,
     /// Where the translation of each instruction begins.
     pub marks: Vec<Mark>,
+    /// Empty between blocks, as are the others.
+    pub colds: Vec<Cold>,
+    pub fars: Vec<Far<'static>>,
+    pub pending: Vec<(Label, Label)>,
+    pub inner: Vec<Inner>,
+    pub met: Vec<(usize, Label)>,
+    /// Those of the block.
+    pub exits: Vec<Exit>,
 }
 
-impl Default for Room {
-    fn default() -> Self {
-        Self { asm: Asm::new(0), colds: Vec::new(), marks: Vec::new() }
-    }
+/// Where a branch leads to an instruction of its block.
+#[derive(Clone, Copy)]
+pub(super) struct Inner {
+    /// The instruction's.
+    pub position: usize,
+    pub label: Label,
+    /// Vector registers are known to be in the processor there.
+    pub vectors: bool,
+}
+
+/// An empty vector, in the memory of one that may have been of something else: of the same for another lifetime.
+pub(super) fn emptied<A, B>(mut vector: Vec<A>) -> Vec<B> {
+    vector.clear();
+    // Where layouts are the same, collecting into the same memory is what the library does.
+    vector.into_iter().filter_map(|_| None).collect()
 }
 
 impl Room {
@@ -149,6 +168,9 @@ pub(super) struct Emit<'a> {
     /// Short jumps that still need a place to land, and where they go on to.
     pub pending: Vec<(Label, Label)>,
     pub oldest: usize,
+    /// Branches inside, and instructions that they have led to.
+    pub inner: Vec<Inner>,
+    pub met: Vec<(usize, Label)>,
     /// The number the block will have, and its first instruction.
     pub block: (u32, u64),
     /// Address of the instruction being translated, from where the anchor is.
@@ -168,6 +190,7 @@ pub(super) struct Emit<'a> {
 
 impl<'a> Emit<'a> {
     /// For code that is to run at `next`.
+    #[inline]
     pub(super) fn new(
         next: Next,
         (known, anchor): (Known, u32),
@@ -175,25 +198,27 @@ impl<'a> Emit<'a> {
         sites: &'a mut Vec<Site>,
         room: Room,
     ) -> Self {
-        let Room { mut asm, mut colds, mut marks } = room;
+        let Room { mut asm, mut marks, mut exits, colds, fars, pending, inner, met } = room;
         asm.restart(next.hot);
-        colds.clear();
         marks.clear();
+        exits.clear();
         Self {
             asm,
             known,
             thunks,
             sites,
             colds,
-            fars: Vec::new(),
+            fars,
             marks,
-            exits: Vec::new(),
+            exits,
             first_exit: 0,
             apart: next.cold,
             head: 0,
             entered: 0,
-            pending: Vec::new(),
+            pending,
             oldest: 0,
+            inner,
+            met,
             block: (0, 0),
             rip: 0,
             anchor,
@@ -361,7 +386,7 @@ impl<'a> Emit<'a> {
 
     /// The address of a memory operand; T2, and T1 where two registers of it are in memory.
     pub(super) fn address(&mut self, instruction: &Instruction) -> Address {
-        let segment = match instruction.memory_segment() {
+        let segment = match instruction.segment_prefix() {
             Register::FS => Some(4),
             Register::GS => Some(5),
             _ => None,

@@ -26,7 +26,7 @@ use super::asm::At;
 use super::emit::{Emit, READ, READ_AHEAD, STACK, T1, T2, T3, WRITE, condition};
 use super::near::is_locked;
 use super::read::MOST;
-use super::same::{Source, high_register, writes_stack_pointer};
+use super::same::{Source, high_register};
 use super::template::Kind;
 
 /// Fewest accesses that are worth a group: of the stack, of pages in the window.
@@ -163,20 +163,32 @@ impl Open {
     }
 }
 
+/// What planning takes memory for: it serves one block after the other.
+#[derive(Default)]
+pub(super) struct Room {
+    open: Vec<Open>,
+    parts: Vec<Part>,
+}
+
 /// Groups in the making.
 struct Plan<'a> {
     sources: &'a [Source<'a>],
     near: bool,
-    open: Vec<Open>,
+    open: &'a mut Vec<Open>,
     /// The last place where a check may take the flags and holds until here.
     calm: Option<usize>,
-    parts: Vec<Part>,
+    parts: &'a mut Vec<Part>,
 }
 
-/// The groups of a block; `near`: of a program that has most of its pages in the window.
-pub(super) fn plan(sources: &[Source<'_>], near: bool) -> Vec<Part> {
-    let parts = vec![Part::default(); sources.len()];
-    let mut plan = Plan { sources, near, open: Vec::new(), calm: None, parts };
+/// Finds the groups of a block, and tells the instructions; `near`: of a program that has most of its pages in the window.
+pub(super) fn plan(sources: &mut [Source<'_>], near: bool, room: &mut Room) {
+    if !near && sources.iter().filter(|source| may_join(source)).count() < FEWEST[0] as usize {
+        return;
+    }
+    let Room { open, parts } = room;
+    parts.clear();
+    parts.resize(sources.len(), Part::default());
+    let mut plan = Plan { sources, near, open, calm: None, parts };
     for (position, source) in sources.iter().enumerate() {
         let through = goes_through(source, near);
         if source.met || !through {
@@ -192,7 +204,9 @@ pub(super) fn plan(sources: &[Source<'_>], near: bool) -> Vec<Part> {
         plan.follow(source);
     }
     plan.close_if(|_| true);
-    plan.parts
+    for (source, part) in sources.iter_mut().zip(parts) {
+        source.part = *part;
+    }
 }
 
 impl Plan<'_> {
@@ -213,7 +227,7 @@ impl Plan<'_> {
         }
         if self.open.len() >= MOST_OPEN {
             let oldest = self.open.remove(0);
-            oldest.close(near, &mut self.parts);
+            oldest.close(near, self.parts);
         }
         self.open.push(Open::new((begin, moved), position, access));
     }
@@ -285,8 +299,18 @@ pub(super) fn moves_stack(source: &Source<'_>) -> Option<i64> {
         Kind::MovConstant | Kind::Bswap => {
             (source.instruction.op0_register().full_register() != Register::RSP).then_some(0)
         }
-        Kind::Same | Kind::Lea if writes_stack_pointer(source) => displacement(&source.instruction),
+        Kind::Same | Kind::Lea if source.moves_stack => displacement(&source.instruction),
         _ => Some(0),
+    }
+}
+
+/// True where an instruction may make an access to the stack that can be one of a group.
+fn may_join(source: &Source<'_>) -> bool {
+    match source.template.kind {
+        Kind::PushRegister | Kind::PushConstant | Kind::PushMemory | Kind::PopRegister => true,
+        Kind::Call | Kind::Return => true,
+        Kind::Same => source.instruction.memory_base() == Register::RSP,
+        _ => false,
     }
 }
 
@@ -297,7 +321,7 @@ fn access(source: &Source<'_>, near: bool) -> Option<Access> {
         Kind::PushRegister | Kind::PushConstant | Kind::PushMemory | Kind::Call => stack(-8, true),
         Kind::PopRegister if source.instruction.op0_register() != Register::RSP => stack(0, false),
         Kind::Return => stack(0, false), // nothing follows
-        Kind::Same if near || !source.is_crowded() && !writes_stack_pointer(source) => operand(source, near),
+        Kind::Same if near || !source.is_crowded() && !source.moves_stack => operand(source, near),
         _ => None,
     }
 }
@@ -321,14 +345,14 @@ fn operand(source: &Source<'_>, near: bool) -> Option<Access> {
 pub(super) fn at_stack(instruction: &Instruction) -> bool {
     instruction.memory_base() == Register::RSP
         && instruction.memory_index() == Register::None
-        && !matches!(instruction.memory_segment(), Register::FS | Register::GS)
+        && !matches!(instruction.segment_prefix(), Register::FS | Register::GS)
 }
 
 /// True where it is a sum of whole registers and a displacement.
 pub(super) fn is_sum(instruction: &Instruction) -> bool {
     let (base, index) = (instruction.memory_base(), instruction.memory_index());
     let whole = |register: Register| register.is_gpr64() || register == Register::None;
-    !matches!(instruction.memory_segment(), Register::FS | Register::GS)
+    !matches!(instruction.segment_prefix(), Register::FS | Register::GS)
         && whole(base)
         && whole(index)
         && (base, index) != (Register::None, Register::None)

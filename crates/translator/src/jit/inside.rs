@@ -10,7 +10,57 @@
 
 use memory::PAGE_SIZE;
 
-use super::{Block, Jit, Key, Piece, loops};
+use super::{Block, Jit, Key, loops};
+use crate::block::Version;
+
+/// What has been translated from one page.
+pub(super) struct Page {
+    pub version: Version,
+    pub blocks: Vec<Piece>,
+    /// A bit for each byte: set for those that blocks have instructions at, and those in between.
+    covered: Box<[u64; PAGE_SIZE as usize / 64]>,
+}
+
+impl Page {
+    pub(super) fn new(version: Version) -> Self {
+        Self { version, blocks: Vec::new(), covered: Box::new([0; PAGE_SIZE as usize / 64]) }
+    }
+
+    pub(super) fn add(&mut self, piece: Piece) {
+        let Piece { first, last, .. } = piece;
+        if first <= last {
+            let (start, end) = (usize::from(first / 64), usize::from(last / 64).min(self.covered.len() - 1));
+            for (word, bits) in (start..).zip(&mut self.covered[start..=end]) {
+                let from = if word == start { u64::MAX << (first % 64) } else { u64::MAX };
+                let to = if word == end { u64::MAX >> (63 - last % 64) } else { u64::MAX };
+                *bits |= from & to;
+            }
+        }
+        self.blocks.push(piece);
+    }
+
+    /// The blocks that have instructions before and behind a byte, or at it.
+    fn around(&self, at: u16) -> impl Iterator<Item = u32> {
+        let covered = self.covered[usize::from(at / 64)] & 1 << (at % 64) != 0;
+        let pieces = if covered { self.blocks.as_slice() } else { &[] };
+        pieces.iter().filter(move |piece| (piece.first..=piece.last).contains(&at)).map(|piece| piece.block)
+    }
+}
+
+/// A block of a page, and which of the page's bytes its instructions begin at.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Piece {
+    pub block: u32,
+    pub first: u16,
+    pub last: u16,
+}
+
+impl Piece {
+    /// One that nothing is found inside of.
+    pub(super) fn closed(block: u32) -> Self {
+        Self { block, first: 1, last: 0 }
+    }
+}
 
 impl Jit {
     /// A block for `key` inside another. `from` is where the branch is that leads there, if it is known.
@@ -20,9 +70,7 @@ impl Jit {
         }
         let page = self.pages.get(&(key.gpa >> 12)).filter(|page| page.version.is_current())?;
         let at = (key.gpa % PAGE_SIZE) as u16;
-        let around = page.blocks.iter().filter(|piece| (piece.first..=piece.last).contains(&at));
-        let (around, start) =
-            around.map(|piece| piece.block).find_map(|block| Some((block, self.enter_at(block, key)?)))?;
+        let (around, start) = page.around(at).find_map(|block| Some((block, self.enter_at(block, key)?)))?;
         // A loop that may be followed from turn to turn is worth a block of its own.
         if loops::may_be(key.mode)
             && from.and_then(|from| self.block_at(from)).is_some_and(|(_, block)| block == around)
@@ -42,7 +90,7 @@ impl Jit {
             alive: true,
         });
         self.by_key.insert(key, block);
-        self.pages.get_mut(&(key.gpa >> 12))?.blocks.push(Piece::closed(block));
+        self.pages.get_mut(&(key.gpa >> 12))?.add(Piece::closed(block));
         Some(block)
     }
 
@@ -64,5 +112,24 @@ impl Jit {
         let marks = &self.marks[first..first + usize::from(block.instructions)];
         let mark = marks[marks.binary_search_by_key(&(offset as u16), |mark| mark.guest).ok()?];
         mark.enter.then(|| block.start + u64::from(mark.host))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_around_what_is_between_their_first_and_last_instruction() {
+        let mut page = Page::new(Version::NEVER);
+        page.add(Piece { block: 1, first: 60, last: 200 });
+        page.add(Piece { block: 2, first: 4000, last: 4095 });
+        page.add(Piece { block: 3, first: 128, last: 128 });
+        page.add(Piece::closed(4));
+        let around = |at| page.around(at).collect::<Vec<_>>();
+        for (at, blocks) in [(59, &[][..]), (60, &[1]), (128, &[1, 3]), (200, &[1]), (201, &[]), (1, &[]), (0, &[])] {
+            assert_eq!(around(at), blocks, "at {at}");
+        }
+        assert_eq!((around(3999), around(4000), around(4095)), (vec![], vec![2], vec![2]));
     }
 }

@@ -4,7 +4,6 @@ use engine::Phase;
 use memory::{Gpa, Gva, PAGE_SIZE};
 
 use super::anchor::FIXED;
-use super::asm::Asm;
 use super::emit::{Emit, Room, T2, T3};
 use super::read::Bytes;
 use super::{APART, Block, Jit, Key, Page, Piece, Ran, thunk};
@@ -59,13 +58,13 @@ impl Jit {
         if let Some(block) = self.find_inside(key, exit.and_then(|exit| exit.at)) {
             return Ok(block);
         }
-        let mut emptied = false;
+        let (mut bytes, mut emptied) = (Bytes::new(), false);
         loop {
-            let bytes = match self.fetch(cpu, key, &place) {
-                Ok(bytes) => bytes,
+            match self.fetch(cpu, key, &place, &mut bytes) {
+                Ok(()) => {}
                 Err(Leave::Raised) => return Err(Ran::Raised),
                 Err(_) => return Err(Ran::Unable),
-            };
+            }
             if let Some(block) = self.make(cpu, key, &bytes, lands)? {
                 return Ok(block);
             }
@@ -104,8 +103,8 @@ impl Jit {
         Self::count_block(cpu, &translation);
         let first = self.marks.len() as u32;
         self.marks.extend_from_slice(&translation.room.marks);
+        self.exits.extend_from_slice(&translation.room.exits);
         self.room = translation.room;
-        self.exits.extend(translation.exits);
         self.ops.extend(translation.ops);
         let block = self.blocks.len() as u32;
         self.blocks.push(Block {
@@ -123,7 +122,7 @@ impl Jit {
         self.by_key.insert(key, block);
         let begins = (key.gpa % PAGE_SIZE) as u16;
         let last = self.marks[first as usize..].get(translation.instructions - 1).map_or(0, |mark| mark.guest);
-        self.page(key.gpa).blocks.push(match bytes.second {
+        self.page(key.gpa).add(match bytes.second {
             None => Piece { block, first: begins, last: begins + last },
             Some(_) => Piece::closed(block),
         });
@@ -131,7 +130,7 @@ impl Jit {
             self.note_upper(cpu, key.rip, key.gpa);
         }
         if let Some(second) = bytes.second {
-            self.page(second.gpa.0).blocks.push(Piece::closed(block));
+            self.page(second.gpa.0).add(Piece::closed(block));
             if key.is_upper() {
                 self.note_upper(cpu, key.rip.wrapping_add(PAGE_SIZE), second.gpa.0);
             }
@@ -140,16 +139,18 @@ impl Jit {
     }
 
     fn page(&mut self, gpa: u64) -> &mut Page {
-        self.pages.entry(gpa >> 12).or_insert_with(|| Page { version: Version::NEVER, blocks: Vec::new() })
+        self.pages.entry(gpa >> 12).or_insert_with(|| Page::new(Version::NEVER))
     }
 
     /// Declares bytes of a page to be code about to be read.
     pub(super) fn mark_page(&mut self, cpu: &mut Cpu, gpa: u64, bytes: u64) -> Version {
         let version = cpu.mark_code(gpa, bytes);
-        if self.pages.get(&(gpa >> 12)).is_some_and(|page| !page.version.is_current()) {
-            self.forget_page(cpu, gpa);
+        match self.pages.get(&(gpa >> 12)) {
+            Some(page) if page.version.is_current() => return version,
+            Some(_) => self.forget_page(cpu, gpa),
+            None => {}
         }
-        self.pages.entry(gpa >> 12).or_insert_with(|| Page { version, blocks: Vec::new() });
+        self.pages.entry(gpa >> 12).or_insert_with(|| Page::new(version));
         version
     }
 
@@ -293,10 +294,11 @@ impl Jit {
             at: Some(start + 1),
             instead: Some(block),
         });
-        let mut asm = Asm::new(self.arena.next().hot);
+        let asm = &mut self.room.asm;
+        asm.restart(self.arena.next().hot);
         asm.constant(super::emit::T1, exit);
         asm.jmp_to(self.thunks.chain);
-        let code = asm.finish()?;
-        self.arena.add(&code).map(|at| at.as_ptr() as u64)
+        let code = asm.parts().0;
+        self.arena.add(code).map(|at| at.as_ptr() as u64)
     }
 }

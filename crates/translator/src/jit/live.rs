@@ -7,13 +7,34 @@ use iced_x86::{Instruction, Mnemonic, OpKind, RflagsBits};
 pub(super) const ALL: u32 =
     RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
 
+/// What an instruction does to status flags.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Flags {
+    /// Flags read.
+    pub reads: u32,
+    /// Flags whose old values are gone after it, whatever its operands are.
+    pub replaces: u32,
+}
+
+impl Flags {
+    pub(super) fn of(instruction: &Instruction) -> Self {
+        Self { reads: reads(instruction), replaces: replaces(instruction) }
+    }
+
+    /// What all instructions of a form do; `None` where that depends on a constant: shifts and rotations.
+    pub(super) fn of_form(instruction: &Instruction) -> Option<Self> {
+        use Mnemonic::{Rcl, Rcr, Rol, Ror, Sal, Sar, Shl, Shld, Shr, Shrd};
+        let turns = matches!(instruction.mnemonic(), Shl | Sal | Shr | Sar | Shld | Shrd | Rol | Ror | Rcl | Rcr);
+        (!turns).then(|| Self::of(instruction))
+    }
+}
+
 /// Flags read.
-pub(super) fn reads(instruction: &Instruction) -> u32 {
+fn reads(instruction: &Instruction) -> u32 {
     instruction.rflags_read() & ALL
 }
 
-/// Flags whose old values are gone after it, whatever its operands are.
-pub(super) fn replaces(instruction: &Instruction) -> u32 {
+fn replaces(instruction: &Instruction) -> u32 {
     use Mnemonic::*;
     match instruction.mnemonic() {
         Add | Adc | Sub | Sbb | Cmp | Neg | Xadd | Cmpxchg | And | Or | Xor | Test | Popcnt | Andn | Blsi | Blsmsk

@@ -203,12 +203,13 @@ impl Jit {
 /// Makes INC of RAX and of memory at RDI what DEC is: a mistake for tests to find.
 #[cfg(test)]
 pub(super) fn mistranslate(source: &mut Source<'_>) {
-    let other = match source.bytes {
-        [0x48, 0xff, 0xc0, ..] => [0x48, 0xff, 0xc8],
-        [0x48, 0xff, 0x07, ..] => [0x48, 0xff, 0x0f],
+    let mut window = super::encoding::Window::default();
+    match source.bytes {
+        [0x48, 0xff, 0xc0, ..] => window[..3].copy_from_slice(&[0x48, 0xff, 0xc8]),
+        [0x48, 0xff, 0x07, ..] => window[..3].copy_from_slice(&[0x48, 0xff, 0x0f]),
         _ => return,
-    };
-    source.encoding = super::encoding::Encoding::parse(&other);
+    }
+    source.take_apart(&window);
 }
 
 /// RFLAGS bits of status flags as iced numbers them.

@@ -190,13 +190,13 @@ impl<'a> Block<'a> {
         }
         (self.emit.turn, self.emit.cached) = (Some(Turn::Next { looks: true }), None);
         self.emit.vectors = turns.vectors;
-        self.inner.clear();
+        self.emit.inner.clear();
         let ended = self.body(cpu, sources, turns.back + 1);
         if broken(self.broken) {
             return None;
         }
         if !ended {
-            match self.met.iter().find(|met| met.0 == turns.back + 1) {
+            match self.emit.met.iter().find(|met| met.0 == turns.back + 1) {
                 Some(&(_, behind)) => self.emit.asm.jmp(behind),
                 None => self.go_on(sources[turns.back].instruction.next_ip()),
             }

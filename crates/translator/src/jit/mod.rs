@@ -31,6 +31,7 @@ mod live;
 mod lone;
 mod loops;
 mod near;
+mod operand;
 mod privileged;
 mod profile;
 mod read;
@@ -54,7 +55,6 @@ use engine::ledger::Work;
 use engine::state::{cr0, cr4, rflags};
 
 use crate::arena::Arena;
-use crate::block::Version;
 use crate::config::{Check, LEAST_CODE_CACHE, MOST_CODE_CACHE};
 use crate::cpu::Cpu;
 use crate::home::Hot;
@@ -63,8 +63,10 @@ use anchor::{Anchors, FIXED};
 use callback::{Context, Interpreted};
 use emit::{Known, Room, Site};
 use fault::{Active, Shadow};
+use inside::{Page, Piece};
 use link::Way;
 use lone::Lone;
+use same::Source;
 use template::{Kind, Templates, Unit};
 use thunk::{Thunks, exit};
 
@@ -231,27 +233,6 @@ struct Block {
     alive: bool,
 }
 
-/// What has been translated from one page.
-struct Page {
-    version: Version,
-    blocks: Vec<Piece>,
-}
-
-/// A block of a page, and which of the page's bytes its instructions begin at.
-#[derive(Clone, Copy, Debug)]
-struct Piece {
-    block: u32,
-    first: u16,
-    last: u16,
-}
-
-impl Piece {
-    /// One that nothing is found inside of.
-    fn closed(block: u32) -> Self {
-        Self { block, first: 1, last: 0 }
-    }
-}
-
 /// What a run of translated code came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ran {
@@ -288,6 +269,9 @@ impl Hasher for Mix {
     fn write_u8(&mut self, value: u8) {
         self.write_u64(value.into());
     }
+    fn write_u16(&mut self, value: u16) {
+        self.write_u64(value.into());
+    }
     fn write_u64(&mut self, value: u64) {
         self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         self.0 ^= self.0 >> 29;
@@ -296,6 +280,8 @@ impl Hasher for Mix {
 
 /// About what a block takes of the code cache.
 const BLOCK_BYTES: usize = 512;
+/// How many blocks can be found before what they are found in has to grow.
+const BLOCKS_AT_FIRST: usize = 1 << 13;
 /// How much of the code cache is for code that stands apart from blocks, percent: about as much as of code does.
 const COLD: usize = 40;
 
@@ -330,6 +316,9 @@ pub(crate) struct Jit {
     marks: Vec<Mark>,
     /// What emitting takes memory for.
     room: Room,
+    /// What reading takes memory for: nothing between blocks.
+    sources: Vec<Source<'static>>,
+    groups: group::Room,
     /// Operations that translated code has the addresses of.
     #[expect(clippy::vec_box, reason = "translated code has their addresses")]
     ops: Vec<Box<Interpreted>>,
@@ -414,11 +403,13 @@ impl Jit {
             blocks: Vec::with_capacity(blocks),
             starts: Vec::with_capacity(blocks),
             apart: Vec::with_capacity(blocks),
-            by_key: Map::default(),
+            by_key: Map::with_capacity_and_hasher(BLOCKS_AT_FIRST, BuildHasherDefault::default()),
             exits: Vec::with_capacity(4 * blocks),
             sites: Vec::with_capacity(8 * blocks),
             marks: Vec::with_capacity(16 * blocks),
             room: Room::default(),
+            sources: Vec::new(),
+            groups: group::Room::default(),
             ops: Vec::new(),
             pages: Map::default(),
             anchors: Anchors::default(),

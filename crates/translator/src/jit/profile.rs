@@ -48,9 +48,9 @@ pub(super) fn begins(sources: &[Source<'_>], position: usize) -> bool {
 }
 
 impl Emit<'_> {
-    /// Where instructions are counted, has a stretch of them counted at its first. Keeps flags.
-    pub(super) fn count(&mut self, cpu: &Cpu, sources: &[Source<'_>], position: usize) {
-        if !cpu.shared.config.count || !begins(sources, position) {
+    /// Has a stretch of instructions counted at its first. Keeps flags.
+    pub(super) fn count(&mut self, sources: &[Source<'_>], position: usize) {
+        if !begins(sources, position) {
             return;
         }
         let rest = &sources[position..];

@@ -1,11 +1,12 @@
 //! From guest bytes to the instructions of a block, and what is to be known about them before they are translated.
 
-use iced_x86::{Decoder, DecoderError, DecoderOptions};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 use memory::{Gpa, Gva, PAGE_SIZE};
 
 use super::anchor::FIXED;
-use super::encoding::Encoding;
-use super::group::{self, Part};
+use super::encoding::Window;
+use super::group;
+use super::live::Flags;
 use super::lone::stands_alone;
 use super::same::Source;
 use super::template::{Kind, disturbs_stack_pointer};
@@ -26,11 +27,16 @@ const LONGEST: usize = 15;
 /// Instructions, and bytes, looked at to find out whether a jump's target needs the flags. Most say so by the third; loops
 /// of vectors take long.
 const PEEK: usize = 64;
-const PEEK_BYTES: u64 = 384;
+const PEEK_BYTES: usize = 384;
+/// Bytes looked at first.
+const GLANCE_BYTES: usize = 64;
 
 /// A block's bytes, and where they are from.
 pub(super) struct Bytes {
-    bytes: Vec<u8>,
+    /// The last are there so that what is behind an instruction can always be read.
+    bytes: [u8; WINDOW + LONGEST],
+    /// How many there are.
+    length: usize,
     /// The versions of the pages they were read from.
     versions: [Version; 2],
     /// The page of what lies across the first page's end.
@@ -38,9 +44,23 @@ pub(super) struct Bytes {
 }
 
 impl Bytes {
+    /// Room for them.
+    pub(super) fn new() -> Self {
+        Self { bytes: [0; WINDOW + LONGEST], length: 0, versions: [Version::NEVER; 2], second: None }
+    }
+
     /// True where they have not been overwritten since.
     pub(super) fn are_current(&self) -> bool {
         self.versions.iter().all(|version| version.is_current())
+    }
+
+    fn as_slice(&self) -> &[u8] {
+        &self.bytes[..self.length]
+    }
+
+    /// What begins at a place that is one of them.
+    fn window(&self, at: usize) -> Option<&Window> {
+        self.bytes.get(at..)?.first_chunk()
     }
 }
 
@@ -52,155 +72,163 @@ pub(super) struct Second {
 }
 
 impl Jit {
-    /// Reads the bytes of the block of `key` at `place`, having declared them to be code.
-    pub(super) fn fetch(&mut self, cpu: &mut Cpu, key: Key, place: &CodePlace) -> Result<Bytes, Leave> {
+    /// Reads the `bytes` of the block of `key` at `place`, having declared them to be code.
+    pub(super) fn fetch(&mut self, cpu: &mut Cpu, key: Key, place: &CodePlace, bytes: &mut Bytes) -> Result<(), Leave> {
         let left = (PAGE_SIZE - place.gpa % PAGE_SIZE) as usize;
         let version = self.mark_page(cpu, place.gpa, left.min(WINDOW) as u64);
-        let mut versions = [version; 2];
-        let mut bytes = vec![0; left.min(WINDOW)];
+        (bytes.length, bytes.versions, bytes.second) = (left.min(WINDOW), [version; 2], None);
+        let code = &mut bytes.bytes[..left.min(WINDOW)];
         // SAFETY: `place.host` is good up to the end of its page.
-        unsafe { std::ptr::copy_nonoverlapping(place.host, bytes.as_mut_ptr(), bytes.len()) };
-        let mut second = None;
+        unsafe { std::ptr::copy_nonoverlapping(place.host, code.as_mut_ptr(), code.len()) };
         if left < LONGEST {
-            let mut decoder = Decoder::with_ip(64, &bytes, 0, DecoderOptions::AMD);
+            let mut decoder = Decoder::with_ip(64, code, 0, DecoderOptions::AMD);
             if decoder.decode().is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
                 let linear = place.linear.wrapping_add(left as u64);
                 let gpa = cpu.translate(Gva(linear), Access::Execute, Rights::Current)?.gpa;
                 let Some(host) = cpu.shared.ram.host_page(gpa) else { return Err(cpu.ud()) };
-                versions[1] = self.mark_page(cpu, gpa.0, LONGEST as u64);
-                let start = bytes.len();
-                bytes.resize(LONGEST, 0);
+                bytes.versions[1] = self.mark_page(cpu, gpa.0, LONGEST as u64);
+                let rest = &mut bytes.bytes[left..LONGEST];
                 // SAFETY: `host` starts a page.
-                unsafe {
-                    std::ptr::copy_nonoverlapping(host.as_ptr(), bytes[start..].as_mut_ptr(), LONGEST - start);
-                }
+                unsafe { std::ptr::copy_nonoverlapping(host.as_ptr(), rest.as_mut_ptr(), rest.len()) };
+                bytes.length = LONGEST;
                 let anchor = self.anchor(cpu, key, gpa).unwrap_or_else(|| {
                     self.full = true; // of anchors
                     FIXED
                 });
-                second = Some(Second { gpa, anchor });
+                bytes.second = Some(Second { gpa, anchor });
             }
         }
-        Ok(Bytes { bytes, versions, second })
+        Ok(())
     }
 
-    /// The instructions of a block, with what is known about them. `None`: there are none.
-    pub(super) fn read<'b>(&mut self, cpu: &mut Cpu, key: Key, bytes: &'b Bytes) -> Option<Vec<Source<'b>>> {
+    /// The instructions of a block, with what is known about them, in the room that `sources` takes. `None`: there are none.
+    pub(super) fn read<'b>(
+        &mut self,
+        cpu: &mut Cpu,
+        key: Key,
+        bytes: &'b Bytes,
+        sources: &mut Vec<Source<'b>>,
+    ) -> Option<()> {
         let across = bytes.second.is_some();
-        let mut sources = self.decode(cpu, key, &bytes.bytes, if across { 1 } else { MOST });
+        let mut decoder = Decoder::with_ip(64, bytes.as_slice(), key.rip, DecoderOptions::AMD);
+        self.decode(cpu, key, (bytes, &mut decoder), if across { 1 } else { MOST }, sources);
         if self.lone.is_none() {
-            join(&mut sources);
+            join(sources);
         }
-        let needed = self.needed_flags(cpu, key, &mut sources)?;
-        let back = if self.lone.is_none() && loops::may_be(key.mode) { loops::find(&mut sources) } else { None };
+        let mut needed = [0; MOST];
+        let mut seen = Seen { key, decoder: &mut decoder, length: if across { 0 } else { bytes.length } };
+        self.needed_flags(cpu, &mut seen, sources, &mut needed)?;
+        let back = if self.lone.is_none() && loops::may_be(key.mode) { loops::find(sources) } else { None };
         if key.mode & APART == 0 {
-            let parts = group::plan(&sources, key.mode & NEAR != 0);
-            for (source, part) in sources.iter_mut().zip(parts) {
-                source.part = part;
-            }
+            group::plan(sources, key.mode & NEAR != 0, &mut self.groups);
         }
         if let Some(back) = back {
-            loops::pace(&mut sources, back);
+            loops::pace(sources, back);
         }
         if self.lone.is_some() {
-            self.note_plain(key, &sources, &needed);
+            self.note_plain(key, sources, &needed[..sources.len()]);
         }
         #[cfg(test)]
         if self.wrong {
             sources.iter_mut().for_each(super::lone::mistranslate);
         }
-        Some(sources)
+        Some(())
     }
 
-    /// Finds out which flags are needed before each instruction, last first, and tells the instructions. `None`: there are
-    /// none.
-    fn needed_flags(&mut self, cpu: &mut Cpu, key: Key, sources: &mut [Source<'_>]) -> Option<Vec<u32>> {
+    /// Finds out which flags are `needed` before each instruction, and tells the instructions. `None`: there are none.
+    fn needed_flags(
+        &mut self,
+        cpu: &mut Cpu,
+        seen: &mut Seen<'_, '_>,
+        sources: &mut [Source<'_>],
+        needed: &mut [u32; MOST],
+    ) -> Option<()> {
         let last = sources.last()?;
         let next = last.instruction.next_ip();
         let mut live = match last.template.kind {
             Kind::Jump => 0, // see below
             Kind::Interpret | Kind::JumpIndirect | Kind::Return | Kind::InterpretLast => live::ALL,
-            _ => self.needs_flags(cpu, key, next),
+            _ => self.needs_flags_behind(cpu, seen, next),
         };
-        let mut needed: Vec<u32> = Vec::with_capacity(sources.len());
-        let count = sources.len();
-        for source in sources.iter_mut().rev() {
+        for position in (0..sources.len()).rev() {
+            let source = &mut sources[position];
             let instruction = &source.instruction;
             match source.template.kind {
                 Kind::Call | Kind::CallIndirect | Kind::Interpret | Kind::InterpretLast | Kind::PushFlags => {
                     live = live::ALL;
                 }
                 Kind::Jump | Kind::JumpIf => {
+                    let target = instruction.near_branch_target();
                     let there = match source.inner {
-                        Some(position) => needed[count - 1 - position],
-                        None => self.needs_flags(cpu, key, instruction.near_branch_target()),
+                        Some(position) => needed[position],
+                        // It makes no difference.
+                        None if live == live::ALL && target > instruction.ip() => live::ALL,
+                        None => self.needs_flags_behind(cpu, seen, target),
                     };
                     source.forgets = there == 0;
-                    live |= live::reads(instruction) | there;
+                    live |= source.template.flags(instruction).reads | there;
                 }
-                _ => live = live & !live::replaces(instruction) | live::reads(instruction),
+                _ => {
+                    let Flags { reads, replaces } = source.template.flags(instruction);
+                    live = live & !replaces | reads;
+                }
             }
             source.live = live != 0;
-            needed.push(live);
+            needed[position] = live;
         }
-        Some(needed)
+        Some(())
     }
 
-    fn decode<'b>(&mut self, cpu: &mut Cpu, key: Key, bytes: &'b [u8], most: usize) -> Vec<Source<'b>> {
-        let mut decoder = Decoder::with_ip(64, bytes, key.rip, DecoderOptions::AMD);
-        let mut sources: Vec<Source<'b>> = Vec::with_capacity(MOST);
-        while sources.len() < most && decoder.position() < bytes.len() {
-            let at = decoder.position();
-            let instruction = decoder.decode();
-            if instruction.is_invalid() && !sources.is_empty() {
-                break; // a block of its own: what is invalid, or cut off
+    fn decode<'b>(
+        &mut self,
+        cpu: &Cpu,
+        key: Key,
+        (bytes, decoder): (&'b Bytes, &mut Decoder<'b>),
+        most: usize,
+        sources: &mut Vec<Source<'b>>,
+    ) {
+        while sources.len() < most && decoder.position() < bytes.length {
+            let (at, first) = (decoder.position(), sources.is_empty());
+            let source = sources.push_mut(Source::at(&bytes.as_slice()[at..]));
+            decoder.decode_out(&mut source.instruction);
+            let instruction = &source.instruction;
+            if instruction.is_invalid() && !first {
+                sources.pop(); // a block of its own: what is invalid, or cut off
+                break;
             }
-            let constants = decoder.get_constant_offsets(&instruction);
-            let mut template = self.templates.get(&instruction, &cpu.features);
-            let traps = self.classic && !key.is_user() && trap::cause(&instruction).is_some();
+            source.template = self.templates.get(instruction, &cpu.features);
+            let template = &mut source.template;
+            let traps = self.classic && !key.is_user() && trap::cause(instruction).is_some();
             if traps || !key.allows(template.unit) || !key.may(template.kind) {
                 template.kind = Kind::Interpret;
             }
-            if template.kind == Kind::Interpret && (instruction.is_invalid() || disturbs_stack_pointer(&instruction)) {
+            if template.kind == Kind::Interpret && (instruction.is_invalid() || disturbs_stack_pointer(instruction)) {
                 template.kind = Kind::InterpretLast;
             }
-            let alone = self.lone.is_some() && stands_alone(template.kind);
-            if alone && !sources.is_empty() {
+            let (kind, branches) = (template.kind, !template.goes_on);
+            let alone = self.lone.is_some() && stands_alone(kind);
+            if alone && !first {
+                sources.pop();
                 break;
             }
-            sources.push(Source {
-                instruction,
-                template,
-                bytes: &bytes[at..],
-                encoding: matches!(template.kind, Kind::Same | Kind::Lea)
-                    .then(|| Encoding::parse(&bytes[at..]))
-                    .flatten(),
-                constants,
-                live: true,
-                forgets: false,
-                inner: None,
-                met: false,
-                again: false,
-                pace: None,
-                part: Part::default(),
-            });
+            if let Some(window) = bytes.window(at) {
+                source.take_apart(window);
+            }
             // A call comes back, mostly; a block that is run alone does not wait for it.
-            let goes_on = match template.kind {
+            let goes_on = match kind {
                 Kind::JumpIf => true,
                 Kind::Call | Kind::CallIndirect => self.lone.is_none(),
                 _ => false,
             };
-            let ends = !goes_on && instruction.flow_control() != iced_x86::FlowControl::Next;
-            if ends || alone || template.kind == Kind::InterpretLast {
+            let ends = !goes_on && branches;
+            if ends || alone || kind == Kind::InterpretLast {
                 break;
             }
             // What follows may have been translated already, as where a branch led.
-            let branches = instruction.flow_control() != iced_x86::FlowControl::Next;
             if branches && self.by_key.contains_key(&key.after(decoder.position())) {
                 break;
             }
         }
-        sources
     }
 
     /// Which flags the code at `target` may read before it replaces them. Only the same page is looked at.
@@ -208,41 +236,90 @@ impl Jit {
         if (target ^ key.rip) >> 12 != 0 {
             return live::ALL;
         }
-        let gpa = key.gpa & !0xfff | target & 0xfff;
-        let left = (PAGE_SIZE - gpa % PAGE_SIZE).min(PEEK_BYTES) as usize;
-        let Some(host) = cpu.shared.ram.host_page(Gpa(gpa)) else { return live::ALL };
-        self.mark_page(cpu, gpa, left as u64);
-        let mut bytes = [0; PEEK_BYTES as usize];
+        let gpa = Gpa(key.gpa & !0xfff | target & 0xfff);
+        let few = self.peek::<GLANCE_BYTES>(cpu, gpa, target);
+        few.or_else(|| self.peek::<PEEK_BYTES>(cpu, gpa, target)).unwrap_or(live::ALL)
+    }
+
+    /// The same for a branch of a block whose bytes have been read: they may say so.
+    fn needs_flags_behind(&mut self, cpu: &mut Cpu, seen: &mut Seen<'_, '_>, target: u64) -> u32 {
+        let Seen { key, decoder, length } = seen;
+        let left = PAGE_SIZE - key.gpa % PAGE_SIZE;
+        let at = target.wrapping_sub(key.rip) as usize;
+        if at < *length && decoder.set_position(at).is_ok() {
+            decoder.set_ip(target);
+            let whole = *length as u64 == left;
+            if let Some(flags) = self.follow_flags(cpu, decoder, *length, whole) {
+                return flags;
+            }
+        }
+        self.needs_flags(cpu, seen.key, target)
+    }
+
+    /// Which flags may be read, as far as so many bytes of code say so.
+    fn peek<const BYTES: usize>(&mut self, cpu: &mut Cpu, gpa: Gpa, target: u64) -> Option<u32> {
+        let page = (PAGE_SIZE - gpa.0 % PAGE_SIZE) as usize;
+        let left = page.min(BYTES);
+        let Some(host) = cpu.shared.ram.host_page(gpa) else { return Some(live::ALL) };
+        // Its version is that of the block: what overwrites the page meanwhile undoes that.
+        cpu.mark_code(gpa.0, left as u64);
+        let mut bytes = [0; BYTES];
         // SAFETY: good up to the end of the page.
         unsafe { std::ptr::copy_nonoverlapping(host.as_ptr(), bytes.as_mut_ptr(), left) };
         let mut decoder = Decoder::with_ip(64, &bytes[..left], target, DecoderOptions::AMD);
+        self.follow_flags(cpu, &mut decoder, left, left == page || BYTES == PEEK_BYTES)
+    }
+
+    /// Which flags the code that a decoder is at may read before it replaces them. `None`: its bytes, so many, do not say;
+    /// where they are `whole`, no more are looked at.
+    fn follow_flags(&mut self, cpu: &Cpu, decoder: &mut Decoder<'_>, length: usize, whole: bool) -> Option<u32> {
+        let mut instruction = Instruction::default();
         let mut open = live::ALL;
         for _ in 0..PEEK {
-            let instruction = decoder.decode();
-            if instruction.is_invalid() || live::reads(&instruction) & open != 0 {
-                return live::ALL;
+            // What is cut off here may be whole where more bytes are looked at.
+            if !whole && decoder.position() + LONGEST > length {
+                return None;
             }
-            open &= !live::replaces(&instruction);
+            decoder.decode_out(&mut instruction);
+            if instruction.is_invalid() {
+                return Some(live::ALL);
+            }
+            let template = self.templates.get(&instruction, &cpu.features);
+            let Flags { reads, replaces } = template.flags(&instruction);
+            if reads & open != 0 {
+                return Some(live::ALL);
+            }
+            open &= !replaces;
             if open == 0 {
-                return 0;
+                return Some(0);
             }
-            let kind = self.templates.get(&instruction, &cpu.features).kind;
-            let plain = instruction.flow_control() == iced_x86::FlowControl::Next;
-            if !plain || matches!(kind, Kind::Interpret | Kind::InterpretLast) {
-                return live::ALL;
+            if !template.goes_on || matches!(template.kind, Kind::Interpret | Kind::InterpretLast) {
+                return Some(live::ALL);
             }
         }
-        live::ALL
+        None
     }
+}
+
+/// A block's bytes, once more, for where its branches lead.
+struct Seen<'a, 'b> {
+    key: Key,
+    decoder: &'a mut Decoder<'b>,
+    length: usize,
 }
 
 /// Finds the conditional branches that lead to instructions further on in their block.
 fn join(sources: &mut [Source<'_>]) {
+    let last = sources.last().map_or(0, |source| source.instruction.ip());
     for position in 0..sources.len() {
         if sources[position].template.kind != Kind::JumpIf {
             continue;
         }
-        let target = sources[position].instruction.near_branch_target();
+        let instruction = &sources[position].instruction;
+        let target = instruction.near_branch_target();
+        if target <= instruction.ip() || target > last {
+            continue;
+        }
         let behind = sources[position + 1..].iter().position(|source| source.instruction.ip() == target);
         if let Some(behind) = behind {
             let there = position + 1 + behind;
@@ -271,7 +348,12 @@ mod tests {
             if random.one_in(2) {
                 (bytes[0], bytes[1]) = (0x48, 0x0f);
             }
-            let sources = jit.decode(&mut vcpu.cpu, Key { gpa: CODE, rip: CODE, mode: NEAR }, &bytes, 1);
+            let (mut code, mut sources) = (Bytes::new(), Vec::new());
+            code.bytes[..bytes.len()].copy_from_slice(&bytes);
+            code.length = bytes.len();
+            let mut decoder = Decoder::with_ip(64, code.as_slice(), CODE, DecoderOptions::AMD);
+            let key = Key { gpa: CODE, rip: CODE, mode: NEAR };
+            jit.decode(&vcpu.cpu, key, (&code, &mut decoder), 1, &mut sources);
             let [source] = &sources[..] else { continue };
             let changed = source.changed();
             if changed == u16::MAX {

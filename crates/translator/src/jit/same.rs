@@ -1,11 +1,11 @@
 //! Instructions that are translated to themselves: operands move, everything else stays.
 
-use iced_x86::{ConstantOffsets, Instruction, OpKind, Register};
+use iced_x86::{Instruction, OpKind, Register};
 
 use super::asm::{At, Label, Place, reg};
 use super::check::Access;
 use super::emit::{Address, Emit, HOST, T1, T2, T3};
-use super::encoding::{Encoding, Operands};
+use super::encoding::{Encoding, Operands, Window};
 use super::group::{Part, at_stack};
 use super::template::{Field, Kind, Template};
 
@@ -21,7 +21,8 @@ pub(super) struct Source<'a> {
     pub bytes: &'a [u8],
     /// Taken apart, where that is needed.
     pub encoding: Option<Encoding>,
-    pub constants: ConstantOffsets,
+    /// It writes RSP, or a part of it, by a register operand.
+    pub moves_stack: bool,
     /// Status flags are needed after the checks of its memory operand.
     pub live: bool,
     /// They are not where it branches to.
@@ -39,6 +40,32 @@ pub(super) struct Source<'a> {
 }
 
 impl Source<'_> {
+    /// One that nothing is known about but where its bytes begin.
+    pub(super) fn at(bytes: &[u8]) -> Source<'_> {
+        Source {
+            instruction: Instruction::default(),
+            template: Template::default(),
+            bytes,
+            encoding: None,
+            moves_stack: false,
+            live: true,
+            forgets: false,
+            inner: None,
+            met: false,
+            again: false,
+            pace: None,
+            part: Part::default(),
+        }
+    }
+
+    /// Takes it apart where its translation needs that; a window is what its bytes begin with.
+    pub(super) fn take_apart(&mut self, window: &Window) {
+        if matches!(self.template.kind, Kind::Same | Kind::Lea) {
+            self.encoding = Encoding::parse(window, self.instruction.len());
+            self.moves_stack = self.encoding.is_some_and(|encoding| writes_stack_pointer(&self.template, &encoding));
+        }
+    }
+
     /// True where its translation takes T3.
     pub(super) fn is_crowded(&self) -> bool {
         let template = &self.template;
@@ -69,27 +96,6 @@ impl Source<'_> {
             _ => u16::MAX,
         }
     }
-
-    fn immediate(&self) -> &[u8] {
-        // An immediate is last; so is what says a fourth register.
-        let length = self.instruction.len();
-        let constants = &self.constants;
-        let after = if constants.has_immediate() {
-            constants.immediate_offset()
-        } else if has_register_byte(&self.instruction) {
-            length - 1
-        } else {
-            length
-        };
-        &self.bytes[after..length]
-    }
-}
-
-/// VEX instructions with four register operands name one of them in the last byte (/is4).
-fn has_register_byte(instruction: &Instruction) -> bool {
-    use iced_x86::OpCodeOperandKind::{xmm_is4, xmm_is5, ymm_is4, ymm_is5};
-    let form = instruction.op_code();
-    (0..form.op_count()).any(|position| matches!(form.op_kind(position), xmm_is4 | xmm_is5 | ymm_is4 | ymm_is5))
 }
 
 /// True where a memory operand cannot cross a page, given that RSP is a multiple of 8.
@@ -127,17 +133,18 @@ impl<'a> Emit<'a> {
     /// Translates an instruction to itself. `None`: this cannot be done.
     pub(super) fn same(&mut self, source: &Source<'a>) -> Option<()> {
         let encoding = source.encoding?;
-        let memory = source.instruction.op_kinds().any(|kind| kind == OpKind::Memory);
-        if memory == encoding.direct || memory && reaches_beyond(&source.instruction) {
+        if has_memory(&source.instruction) == encoding.direct || !encoding.direct && source.template.beyond {
             return None;
         }
         if self.any_high(source, &encoding) {
             return self.high_bytes(source, &encoding);
         }
-        let again = self.asm.bound();
         if encoding.direct {
             self.operate(source, &encoding, None);
-        } else if !self.near(source, &encoding, again) {
+            return Some(());
+        }
+        let again = self.asm.bound();
+        if !self.near(source, &encoding, again) {
             self.checked(source, &encoding, again)?;
         }
         Some(())
@@ -153,6 +160,19 @@ impl<'a> Emit<'a> {
     /// Emits an instruction that is translated to itself, with its memory operand at `at`.
     pub(super) fn operate(&mut self, source: &Source<'_>, encoding: &Encoding, at: Option<At>) {
         let template = &source.template;
+        let in_memory = at.is_none() && spilled(template.rm, encoding.rm);
+        let through_rcx = template.reads_rcx || template.writes_rcx;
+        if !(in_memory
+            || through_rcx
+            || spilled(template.reg, encoding.reg)
+            || spilled(template.second, encoding.second))
+        {
+            // All registers are where instructions can name them.
+            let place = at.map_or_else(|| Place::Reg(pinned(template.rm, encoding.rm)), Place::Mem);
+            let reg = pinned(template.reg, encoding.reg);
+            let second = pinned(template.second, encoding.second);
+            return self.write(source, encoding, Operands { reg, place, second });
+        }
         let place = at.map(|at| {
             let second = template.reads_rcx || template.writes_rcx || spilled(template.second, encoding.second);
             let read = spilled(template.reg, encoding.reg) && !template.reg.replaced;
@@ -185,9 +205,7 @@ impl<'a> Emit<'a> {
             let value = self.value(RCX, T1);
             self.asm.mov(T1, value);
         }
-        let mut byte_registers = [0; 2];
-        self.byte_registers(source, reg, place, &mut byte_registers);
-        encoding.emit(&mut self.asm, Operands { reg, place, second }, &byte_registers, source.immediate());
+        self.write(source, encoding, Operands { reg, place, second });
         if template.writes_rcx {
             self.set(RCX, T1);
         }
@@ -197,6 +215,16 @@ impl<'a> Emit<'a> {
         if let Place::Reg(rm) = place {
             self.put(template.rm, encoding.rm, rm);
         }
+    }
+
+    /// Writes an instruction with its operands where they are now.
+    fn write(&mut self, source: &Source<'_>, encoding: &Encoding, operands: Operands) {
+        let template = &source.template;
+        let low = |number: u8| (4..8).contains(&number);
+        let rex = template.has_bytes(encoding.direct)
+            && (template.reg.general && low(operands.reg)
+                || template.rm.general && matches!(operands.place, Place::Reg(number) if low(number)));
+        encoding.emit(&mut self.asm, operands, rex);
     }
 
     /// True where the register in ModRM.rm is in T3, and will be when the other operands are where they have to be.
@@ -235,22 +263,10 @@ impl<'a> Emit<'a> {
         }
     }
 
-    /// The host registers that are byte operands.
-    fn byte_registers(&self, source: &Source<'_>, reg: u8, place: Place, found: &mut [u8; 2]) {
-        if source.template.reg.general && byte_operand(&source.instruction) {
-            found[0] = reg;
-        }
-        if let Place::Reg(rm) = place
-            && source.template.rm.general
-            && byte_operand(&source.instruction)
-        {
-            found[1] = rm;
-        }
-    }
-
     fn any_high(&self, source: &Source<'_>, encoding: &Encoding) -> bool {
         let template = &source.template;
-        high_register(&source.instruction)
+        template.has_bytes(encoding.direct)
+            && high_register(&source.instruction)
             && (template.reg.general && encoding.is_high(encoding.reg)
                 || encoding.direct && template.rm.general && encoding.is_high(encoding.rm))
     }
@@ -281,7 +297,7 @@ impl<'a> Emit<'a> {
             self.asm.lea(T1, at);
             Place::Mem(At::Base(T1, 0))
         };
-        encoding.emit(&mut self.asm, Operands { reg: encoding.reg, place, second: 0 }, &[], source.immediate());
+        encoding.emit(&mut self.asm, Operands { reg: encoding.reg, place, second: 0 }, false);
         if uses_rcx {
             self.set(RCX, T1);
         }
@@ -392,14 +408,20 @@ impl<'a> Emit<'a> {
     }
 }
 
+/// The host register for an operand that is in one; what is no general-purpose register stays what it is.
+fn pinned(field: Field, number: u8) -> u8 {
+    HOST[usize::from(number & 15)].filter(|_| field.general).unwrap_or(number)
+}
+
 fn spilled(field: Field, number: u8) -> bool {
     field.general && HOST[usize::from(number)].is_none()
 }
 
-fn byte_operand(instruction: &Instruction) -> bool {
-    (0..instruction.op_count()).any(|position| {
-        instruction.op_kind(position) == OpKind::Register && instruction.op_register(position).is_gpr8()
-    })
+/// True where an operand is in memory.
+fn has_memory(instruction: &Instruction) -> bool {
+    // Those that are not there are registers.
+    [instruction.op0_kind(), instruction.op1_kind(), instruction.op2_kind(), instruction.op3_kind()]
+        .contains(&OpKind::Memory)
 }
 
 pub(super) fn high_register(instruction: &Instruction) -> bool {
@@ -407,12 +429,6 @@ pub(super) fn high_register(instruction: &Instruction) -> bool {
         instruction.op_kind(position) == OpKind::Register
             && matches!(instruction.op_register(position), Register::AH | Register::CH | Register::DH | Register::BH)
     })
-}
-
-/// A bit test whose register operand moves its memory operand.
-fn reaches_beyond(instruction: &Instruction) -> bool {
-    use iced_x86::Mnemonic::{Bt, Btc, Btr, Bts};
-    matches!(instruction.mnemonic(), Bt | Bts | Btr | Btc) && instruction.op1_kind() == OpKind::Register
 }
 
 /// RSP or ESP is an operand (of MOVZX and the like: their first operand is wider).
@@ -446,15 +462,13 @@ pub(super) fn moves_stack_pointer(source: &Source<'_>) -> bool {
     match source.template.kind {
         Kind::Leave => true,
         Kind::PopRegister | Kind::MovConstant | Kind::ExchangeAccumulator | Kind::Bswap => names(),
-        Kind::Same | Kind::Lea => writes_stack_pointer(source) && !keeps_alignment(instruction),
+        Kind::Same | Kind::Lea => source.moves_stack && !keeps_alignment(instruction),
         _ => false,
     }
 }
 
 /// True where a general-purpose register operand that is written is RSP or a part of it.
-pub(super) fn writes_stack_pointer(source: &Source<'_>) -> bool {
-    let template = &source.template;
-    let Some(encoding) = source.encoding else { return false };
+fn writes_stack_pointer(template: &Template, encoding: &Encoding) -> bool {
     let of_stack = |field: Field, number: u8| field.general && field.written && number == RSP;
     of_stack(template.reg, encoding.reg)
         || encoding.direct && of_stack(template.rm, encoding.rm)

@@ -6,11 +6,12 @@ use iced_x86::{
     OpCodeOperandKind, OpKind, Register,
 };
 
+use super::live::Flags;
 use crate::system::features::Features;
 use crate::vector;
 
 /// How a form is translated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Kind {
     /// The instruction itself, with registers and memory operand replaced.
     Same,
@@ -45,14 +46,16 @@ pub(super) enum Kind {
     ClearAccessControl,
     ReadTsc,
     /// The interpreter's handler is called.
+    #[default]
     Interpret,
     /// The same, and where to go on is only known after it.
     InterpretLast,
 }
 
 /// What an instruction needs of the vector and x87 state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Unit {
+    #[default]
     General,
     X87,
     Sse,
@@ -73,7 +76,7 @@ pub(super) struct Field {
 }
 
 /// A form.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Template {
     pub kind: Kind,
     pub unit: Unit,
@@ -95,6 +98,27 @@ pub(super) struct Template {
     pub writes_rcx: bool,
     /// A memory operand that is not aligned to its size is refused by the processor.
     pub aligned: bool,
+    /// A byte register is an operand; ModRM.rm is one where it is a register.
+    byte: bool,
+    byte_rm: bool,
+    /// A bit test whose register operand moves its memory operand.
+    pub beyond: bool,
+    /// It goes on to the next instruction.
+    pub goes_on: bool,
+    /// What it does to status flags, where that does not depend on a constant.
+    flags: Option<Flags>,
+}
+
+impl Template {
+    /// True where an operand is a byte register; `direct`: ModRM.rm is a register.
+    pub(super) fn has_bytes(&self, direct: bool) -> bool {
+        self.byte || direct && self.byte_rm
+    }
+
+    /// What an instruction of this form does to status flags.
+    pub(super) fn flags(&self, instruction: &Instruction) -> Flags {
+        self.flags.unwrap_or_else(|| Flags::of(instruction))
+    }
 }
 
 /// The templates a vCPU has come across.
@@ -109,19 +133,23 @@ impl Templates {
     }
 
     /// The template of an instruction of 64-bit code.
+    #[inline]
     pub(super) fn get(&mut self, instruction: &Instruction, features: &Features) -> Template {
+        match self.known.get(instruction.code() as usize) {
+            Some(Some(template)) => *template,
+            _ => self.learn(instruction, features),
+        }
+    }
+
+    #[cold]
+    fn learn(&mut self, instruction: &Instruction, features: &Features) -> Template {
         let at = instruction.code() as usize;
         if self.known.len() <= at {
             self.known.resize(at + 1, None);
         }
-        match self.known[at] {
-            Some(template) => template,
-            None => {
-                let template = self.make(instruction, features);
-                self.known[at] = Some(template);
-                template
-            }
-        }
+        let template = self.make(instruction, features);
+        self.known[at] = Some(template);
+        template
     }
 
     fn make(&mut self, instruction: &Instruction, features: &Features) -> Template {
@@ -139,6 +167,11 @@ impl Templates {
             reads_rcx,
             writes_rcx,
             aligned: vector::needs_alignment(instruction) || instruction.mnemonic() == Mnemonic::Cmpxchg16b,
+            byte: false,
+            byte_rm: false,
+            beyond: reaches_beyond(instruction),
+            goes_on: instruction.flow_control() == FlowControl::Next,
+            flags: Flags::of_form(instruction),
         };
         let info = self.infos.info(instruction);
         template.changes = changes(instruction, info);
@@ -153,6 +186,14 @@ impl Templates {
                 // XOR r, r and the like read nothing; the same form with a memory operand does.
                 template.loads |= reads || access == OpAccess::None;
             }
+            template.byte |= matches!(
+                form.op_kind(position),
+                OpCodeOperandKind::r8_reg
+                    | OpCodeOperandKind::r8_opcode
+                    | OpCodeOperandKind::al
+                    | OpCodeOperandKind::cl
+            );
+            template.byte_rm |= form.op_kind(position) == OpCodeOperandKind::r8_or_mem;
             let wide =
                 matches!(instruction.mnemonic(), Mnemonic::Mov | Mnemonic::Movzx | Mnemonic::Movsx | Mnemonic::Movsxd);
             let field = Field {
@@ -186,6 +227,12 @@ fn changes(instruction: &Instruction, info: &InstructionInfo) -> u16 {
     // The accumulator may be an operand of this one, too.
     let accumulator = u16::from(instruction.mnemonic() == Mnemonic::Cmpxchg);
     all & !named | accumulator
+}
+
+/// A bit test whose register operand moves its memory operand.
+fn reaches_beyond(instruction: &Instruction) -> bool {
+    use Mnemonic::{Bt, Btc, Btr, Bts};
+    matches!(instruction.mnemonic(), Bt | Bts | Btr | Btc) && instruction.op1_kind() == OpKind::Register
 }
 
 /// RCX read and written without being an operand in ModRM.

@@ -10,6 +10,7 @@
 //! registers in the XSAVE area, whenever the monitor runs.
 
 use super::asm::{Asm, At, Label, reg};
+use super::check::Lookups;
 use super::emit::{HOST, Known, READ, READ_AHEAD, T1, T2, T3, WRITE};
 use super::strings;
 use crate::home::{NOWHERE, offset};
@@ -60,6 +61,8 @@ pub(super) struct Thunks {
     pub place: u64,
     /// A return that is not to where the shadow stack says. T2: a guest address. One a privilege; user is 1.
     pub mismatch: [u64; 2],
+    /// Not called: part of the code itself.
+    pub lookups: Lookups,
 }
 
 impl Thunks {
@@ -92,7 +95,7 @@ pub(super) struct Builder<'a> {
 /// Builds the thunks to run at `base`.
 pub(super) fn build(base: u64, plan: &Plan) -> Option<(Vec<u8>, Thunks)> {
     let mut b = Builder { asm: Asm::new(base), plan };
-    let mut thunks = Thunks { enter: b.enter(), ..Thunks::default() };
+    let mut thunks = Thunks { enter: b.enter(), lookups: Lookups::new(plan.known), ..Thunks::default() };
     let leave = b.leave();
     thunks.chain = b.exit(exit::CHAIN, Some(T1), leave);
     thunks.poll = b.exit(exit::POLL, Some(T1), leave);

@@ -10,7 +10,7 @@ use memory::PAGE_SIZE;
 use super::anchor::FIXED;
 use super::asm::Label;
 use super::callback::Interpreted;
-use super::emit::{Emit, Room, condition};
+use super::emit::{Emit, Inner, Room, condition, emptied};
 use super::group::Group;
 use super::loops::Turns;
 use super::profile;
@@ -18,7 +18,7 @@ use super::read::{Bytes, Second};
 use super::same::{Source, moves_stack_pointer};
 use super::strings;
 use super::template::{Kind, Unit, disturbs_stack_pointer};
-use super::{APART, Exit, Jit, Key, NEAR};
+use super::{APART, Jit, Key, NEAR};
 use crate::cpu::Cpu;
 use crate::trap;
 
@@ -29,7 +29,6 @@ pub(super) struct Translation {
     /// Bytes in front of the block, for who lands there.
     pub head: usize,
     pub instructions: usize,
-    pub exits: Vec<Exit>,
     #[expect(clippy::vec_box, reason = "translated code has their addresses")]
     pub ops: Vec<Box<Interpreted>>,
 }
@@ -44,7 +43,8 @@ impl Jit {
         bytes: &Bytes,
         (lands, careful): (bool, bool),
     ) -> Option<Translation> {
-        let mut sources = self.read(cpu, key, bytes)?;
+        let mut sources: Vec<Source<'_>> = std::mem::take(&mut self.sources);
+        self.read(cpu, key, bytes, &mut sources)?;
         let next = sources.last()?.instruction.next_ip();
         let next_code = self.arena.next();
         let mut block = Block {
@@ -56,8 +56,6 @@ impl Jit {
                 std::mem::take(&mut self.room),
             ),
             key,
-            inner: Vec::new(),
-            met: Vec::new(),
             ops: Vec::new(),
             start: None,
             turns: None,
@@ -86,9 +84,10 @@ impl Jit {
         if let Some(turns) = block.turns {
             block.next_turns(cpu, &mut sources, &turns)?;
         }
-        let Block { mut emit, ops, .. } = block;
-        let exits = std::mem::take(&mut emit.exits);
-        Some(Translation { room: emit.finish()?, head, instructions: sources.len(), exits, ops })
+        let room = block.emit.finish()?;
+        let (instructions, ops) = (sources.len(), block.ops);
+        self.sources = emptied(sources);
+        Some(Translation { room, head, instructions, ops })
     }
 }
 
@@ -112,10 +111,6 @@ fn goes_on(source: &Source<'_>) -> bool {
 pub(super) struct Block<'a> {
     pub(super) emit: Emit<'a>,
     pub(super) key: Key,
-    /// Where branches lead inside: the position, and whether vector registers are known to be in the processor there.
-    pub(super) inner: Vec<(usize, Label, bool)>,
-    /// Instructions that they have led to.
-    pub(super) met: Vec<(usize, Label)>,
     #[expect(clippy::vec_box, reason = "translated code has their addresses")]
     ops: Vec<Box<Interpreted>>,
     pub(super) start: Option<Label>,
@@ -144,13 +139,18 @@ impl<'a> Block<'a> {
                 self.meet(position);
             }
             self.emit.rip = source.instruction.ip();
-            let counted = cpu.shared.config.count && !profile::begins(sources, position);
+            let counts = cpu.shared.config.count;
+            let counted = counts && !profile::begins(sources, position);
             let open = position == 0 || self.emit.turn.is_none();
             self.emit.mark(open && !source.part.covered && !counted && self.emit.is_plain());
-            for group in source.part.begins.into_iter().flatten() {
-                self.begin_group(group);
+            if source.part.begins[0].is_some() {
+                for group in source.part.begins.into_iter().flatten() {
+                    self.begin_group(group);
+                }
             }
-            self.emit.count(cpu, sources, position);
+            if counts {
+                self.emit.count(sources, position);
+            }
             if source.template.kind == Kind::EnableInterrupts && sources.get(position + 1).is_some_and(goes_on) {
                 self.emit.set_interrupts(source, true);
                 self.emit.between();
@@ -170,24 +170,25 @@ impl<'a> Block<'a> {
 
     /// A branch to an instruction further on in this block.
     fn jump_inside(&mut self, source: &Source<'_>, position: usize) {
-        if let Some(&(_, behind)) = self.met.iter().find(|met| self.is_behind(met.0) && met.0 == position) {
+        if let Some(&(_, behind)) = self.emit.met.iter().find(|met| self.is_behind(met.0) && met.0 == position) {
             self.emit.jump_if(&source.instruction, behind);
             return;
         }
         let label = self.emit.asm.label();
-        self.inner.push((position, label, self.emit.vectors));
+        self.emit.inner.push(Inner { position, label, vectors: self.emit.vectors });
         self.emit.jump_if(&source.instruction, label);
     }
 
     /// Branches inside arrive here: what is known is what all of them know.
     fn meet(&mut self, position: usize) {
         self.emit.cached = None;
-        for &(_, label, vectors) in self.inner.iter().filter(|inner| inner.0 == position) {
-            self.emit.asm.bind(label);
-            self.emit.vectors &= vectors;
+        let Emit { inner, asm, vectors, .. } = &mut self.emit;
+        for inner in inner.iter().filter(|inner| inner.position == position) {
+            asm.bind(inner.label);
+            *vectors &= inner.vectors;
         }
         let here = self.emit.asm.bound();
-        self.met.push((position, here));
+        self.emit.met.push((position, here));
     }
 
     /// Goes on at the block at `target`.
@@ -213,7 +214,6 @@ impl<'a> Block<'a> {
         {
             self.emit.need_vectors();
         }
-        let table = self.key.landings();
         let done = match source.template.kind {
             Kind::Same => self.emit.same(source),
             Kind::Copy => {
@@ -248,11 +248,11 @@ impl<'a> Block<'a> {
             }
             Kind::CallIndirect => {
                 let poll = self.emit.look_at(self.emit.rip);
-                self.emit.call_indirect(source, table, poll)
+                self.emit.call_indirect(source, self.key.landings(), poll)
             }
             Kind::JumpIndirect => {
                 let poll = self.emit.look_at(self.emit.rip);
-                self.emit.jump_indirect(source, table, poll)
+                self.emit.jump_indirect(source, self.key.landings(), poll)
             }
             Kind::Return => self.emit.ret(source),
             Kind::PushFlags => self.emit.push_flags(source),
