@@ -2,8 +2,8 @@
 //!
 //! The rule of the house for self-modifying, cross-modifying and DMA-modified code:
 //!
-//! 1. A reader of code first [`mark`](CodePages::mark)s the lines, then reads [`version`](CodePages::version), then the
-//!    bytes. What it derived is valid while the version stays the same.
+//! 1. A reader of code first [`mark`](CodePages::mark)s the lines, then reads the bytes. What it derived is valid while the
+//!    version stays what it was *before* that: a writer that has taken the marks away meanwhile moves it afterwards.
 //! 2. A writer first writes the bytes, then calls [`note_write`](CodePages::note_write), which moves the version when
 //!    a marked line was touched.
 //!
@@ -27,6 +27,15 @@ struct Page {
     version: AtomicU32,
     /// Who may write here without telling: a bit per writer.
     writers: AtomicU32,
+}
+
+/// What [`CodePages::mark`] has found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Marked {
+    /// The page held no code before: fast-path writers must be made to forget it before the bytes are read.
+    pub first: bool,
+    /// What is derived from the bytes is valid while the page has this version.
+    pub version: u32,
 }
 
 /// Code tracking of one contiguous piece of RAM. Offsets are relative to its start.
@@ -65,13 +74,13 @@ impl CodePages {
         self.pages.get((offset >> PAGE_SHIFT) as usize).map_or(0, |page| page.writers.swap(0, Ordering::SeqCst))
     }
 
-    /// Declares that code was (or is about to be) read from `len` bytes at `offset`, which must lie in one page.
-    ///
-    /// Returns true where the page held no code before: fast-path writers must then be made to forget it before the
-    /// bytes are read.
-    pub fn mark(&self, offset: u64, len: u64) -> bool {
-        let Some(page) = self.pages.get((offset >> PAGE_SHIFT) as usize) else { return false };
-        page.lines.fetch_or(line_mask(offset % PAGE_SIZE, len), Ordering::SeqCst) == 0
+    /// Declares that code is about to be read from `len` bytes at `offset`, which must lie in one page.
+    pub fn mark(&self, offset: u64, len: u64) -> Marked {
+        let Some(page) = self.pages.get((offset >> PAGE_SHIFT) as usize) else { return Marked::default() };
+        // In this order: see above.
+        let version = page.version.load(Ordering::SeqCst);
+        let before = page.lines.fetch_or(line_mask(offset % PAGE_SIZE, len), Ordering::SeqCst);
+        Marked { first: before == 0, version }
     }
 
     /// True where any line of the page at `offset` holds code.
@@ -177,8 +186,8 @@ mod tests {
     #[test]
     fn a_write_beside_code_leaves_the_version_and_a_write_into_it_moves_it() {
         let pages = CodePages::new(2 * PAGE_SIZE);
-        assert!(pages.mark(128, 10));
-        assert!(!pages.mark(256, 10), "the page already held code");
+        assert!(pages.mark(128, 10).first);
+        assert!(!pages.mark(256, 10).first, "the page already held code");
         let before = pages.version(128);
         assert!(!pages.note_write(0, 128));
         assert_eq!(pages.version(128), before);
@@ -198,6 +207,6 @@ mod tests {
     fn writes_past_the_end_are_harmless() {
         let pages = CodePages::new(PAGE_SIZE);
         assert!(!pages.note_write(u64::MAX - 8, 4));
-        assert!(!pages.mark(10 * PAGE_SIZE, 4));
+        assert!(!pages.mark(10 * PAGE_SIZE, 4).first);
     }
 }

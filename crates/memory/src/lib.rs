@@ -19,5 +19,5 @@ mod ram;
 pub mod vectored;
 
 pub use address::{Gpa, Gva, PAGE_SHIFT, PAGE_SIZE};
-pub use code_pages::{CodeBitmap, CodePages, LINE_SIZE};
+pub use code_pages::{CodeBitmap, CodePages, LINE_SIZE, Marked};
 pub use ram::{Backend, Error, GuestRam, Region};

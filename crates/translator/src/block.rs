@@ -44,12 +44,12 @@ impl Version {
     /// A version that is never current: for blocks that must not be run twice.
     pub(crate) const NEVER: Self = Self { seen: 0, cell: None };
 
-    /// What `cell` says now.
+    /// What `cell` has said.
     ///
     /// # Safety
     /// `cell` must outlive the result. Cells live as long as the `GuestRam` that `Shared` holds, and so do blocks.
-    pub(crate) unsafe fn of(cell: &AtomicU32) -> Self {
-        Self { seen: cell.load(Ordering::SeqCst), cell: Some(NonNull::from(cell)) }
+    pub(crate) unsafe fn of(cell: &AtomicU32, seen: u32) -> Self {
+        Self { seen, cell: Some(NonNull::from(cell)) }
     }
 
     /// True where the page has not been written since.

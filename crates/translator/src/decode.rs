@@ -151,13 +151,14 @@ impl Cpu {
         let Some(region) = self.shared.ram.region(gpa) else { return Version::NEVER };
         let offset = gpa.0 - region.start.0;
         // Where the page becomes code, nobody may write to it by the fast path any more.
-        if region.code().mark(offset, bytes) && region.code().take_writers(offset) != 0 {
+        let marked = region.code().mark(offset, bytes);
+        if marked.first && region.code().take_writers(offset) != 0 {
             self.forget_writes(gpa);
             self.tell_others(gpa);
         }
         let cell = self.shared.ram.region(gpa).and_then(|region| region.code().version_cell(offset));
         // SAFETY: the cell lives as long as guest RAM, which outlives this vCPU's blocks through `shared`.
-        cell.map_or(Version::NEVER, |cell| unsafe { Version::of(cell) })
+        cell.map_or(Version::NEVER, |cell| unsafe { Version::of(cell, marked.version) })
     }
 
     /// The largest instruction pointer a byte of code may have.
