@@ -60,7 +60,7 @@ pub(super) enum Turn {
     },
 }
 
-/// Finds the branch that closes a loop over all that comes before it, and notes it.
+/// Finds the branch that closes a loop over all that comes before it. What is behind is then met by its turns' ends.
 pub(super) fn find(sources: &mut [Source<'_>]) -> Option<usize> {
     let start = sources.first()?.instruction.ip();
     let back = sources.iter().rposition(|source| {
