@@ -138,10 +138,10 @@ pub(super) const fn stands_alone(kind: Kind) -> bool {
 }
 
 impl Jit {
-    /// Notes what a block is, as it is translated. `live` are the flags needed before each instruction, last first.
+    /// Notes what a block is, as it is translated. `live` are the flags needed before each instruction.
     pub(super) fn note_plain(&mut self, key: Key, sources: &[Source<'_>], live: &[u32]) {
         let bytes = |source: &Source<'_>| source.bytes[..source.instruction.len().min(source.bytes.len())].to_vec();
-        let live = live.iter().rev().map(|&live| status_bits(live));
+        let live = live.iter().map(|&live| status_bits(live));
         let steps = sources.iter().map(bytes).zip(live).collect();
         // A branch to where it would go anyway does not tell which way it went.
         let ambiguous = |source: &Source<'_>| {
