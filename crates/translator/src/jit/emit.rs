@@ -22,7 +22,7 @@ use super::cold::Cold;
 use super::loops::Turn;
 use super::near::Far;
 use super::thunk::Thunks;
-use super::{Exit, Mark};
+use super::{APART, Exit, Mark};
 use crate::arena::Next;
 use crate::home::offset;
 use crate::mmu::TABLE_SKEW;
@@ -476,23 +476,24 @@ impl<'a> Emit<'a> {
     /// An exit to the block at `target`. The displacement that leads to it is `ahead` bytes from here.
     pub(super) fn exit_to(&mut self, target: u64, ahead: usize) -> Label {
         let at = self.asm.here() + ahead as u64;
-        self.exit(target, Some(at), false)
+        self.exit(target, 0, Some(at), false)
     }
 
-    /// An exit to the block at `target` that is looked for each time.
-    pub(super) fn exit_unlinked(&mut self, target: u64) -> Label {
-        self.exit(target, None, false)
+    /// An exit to this instruction in code that was translated without loops and groups; `at` as for others.
+    pub(super) fn exit_apart(&mut self, at: Option<u64>) -> Label {
+        self.exit(self.rip, APART, at, false)
     }
 
     /// An exit to the monitor, to go on at `target`.
     pub(super) fn look_at(&mut self, target: u64) -> Label {
-        self.exit(target, None, true)
+        self.exit(target, 0, None, true)
     }
 
-    /// A label that leads to an exit; with `poll`, to the monitor and not to a block.
-    fn exit(&mut self, target: u64, at: Option<u64>, poll: bool) -> Label {
+    /// A label that leads to an exit; `mode` is what more the mode of the block has that it leads to, `at` where the
+    /// displacement is, if it is to be linked. With `poll`, it leads to the monitor and not to a block.
+    fn exit(&mut self, target: u64, mode: u16, at: Option<u64>, poll: bool) -> Label {
         let exit = self.first_exit + self.exits.len() as u32;
-        self.exits.push(Exit { target, anchor: self.anchor, mode: 0, at, instead: None });
+        self.exits.push(Exit { target, anchor: self.anchor, mode, at, instead: None });
         let here = self.asm.label();
         self.colds.push(Cold::Exit { here, exit, poll });
         here

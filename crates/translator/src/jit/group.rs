@@ -390,6 +390,13 @@ impl Emit<'_> {
         self.leave_apart(condition::ZERO);
     }
 
+    /// Leaves for the same code without loops and groups, from this instruction on, on a condition.
+    pub(super) fn leave_apart(&mut self, condition: u8) {
+        // Behind the two bytes of the opcode.
+        let apart = self.exit_apart(Some(self.asm.here() + 2));
+        self.asm.jcc(condition, apart);
+    }
+
     /// Memory at a distance from RSP that belongs to the current group.
     pub(super) fn in_group(&self, displacement: i32) -> At {
         match self.window {

@@ -175,8 +175,9 @@ impl<'a> Block<'a> {
         next && self.turns.is_some_and(|turns| position > turns.back)
     }
 
-    /// Emits all turns but the first. `None`: this cannot be done.
-    pub(super) fn next_turns(&mut self, cpu: &mut Cpu, sources: &mut [Source<'a>], turns: &Turns) -> Option<()> {
+    /// Emits all turns but the first, where the block is a loop. `None`: this cannot be done.
+    pub(super) fn next_turns(&mut self, cpu: &mut Cpu, sources: &mut [Source<'a>]) -> Option<()> {
+        let Some(turns) = self.turns else { return Some(()) };
         self.emit.island();
         self.emit.asm.align(ALIGNED);
         self.emit.asm.bind(turns.head);
@@ -242,23 +243,6 @@ impl Emit<'_> {
         self.asm.bind(back);
         let astray = self.exit_apart(None);
         self.colds.push(Cold::Page { here, back, byte, write, looks, astray });
-    }
-
-    /// Leaves for the same code apart from loops and groups, from this instruction on, on a condition.
-    pub(super) fn leave_apart(&mut self, condition: u8) {
-        let apart = self.exit_apart(Some(2));
-        self.asm.jcc(condition, apart);
-    }
-
-    fn exit_apart(&mut self, ahead: Option<usize>) -> Label {
-        let apart = match ahead {
-            Some(ahead) => self.exit_to(self.rip, ahead),
-            None => self.exit_unlinked(self.rip),
-        };
-        if let Some(exit) = self.exits.last_mut() {
-            exit.mode = APART;
-        }
-        apart
     }
 }
 

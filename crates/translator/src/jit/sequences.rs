@@ -195,12 +195,15 @@ impl Writer {
     fn advance(&mut self) {
         let by = self.random.pick(&[0, 1, 2, 3, 8, 16, 24, 40, 64, 100]) as u8;
         let by = if self.random.one_in(2) { by } else { by.wrapping_neg() };
-        match self.random.below(6) {
-            0 => self.code.extend([0x48, 0x83, 0xc5, by]),       // add rbp, by
-            1 => self.code.extend([0x49, 0x83, 0xed, by]),       // sub r13, by
-            2 => self.code.extend([0x4d, 0x8d, 0x6d, by]),       // lea r13, [r13 + by]
-            3 => self.code.extend([0x48, 0xff, 0xc5]),           // inc rbp
-            4 => self.code.extend([0x49, 0xff, 0xcd]),           // dec r13
+        let far = (i32::from(by as i8) * 4).to_le_bytes();
+        match self.random.below(8) {
+            0 => self.code.extend([0x48, 0x83, 0xc5, by]), // add rbp, by
+            1 => self.code.extend([0x49, 0x83, 0xed, by]), // sub r13, by
+            2 => self.code.extend([0x4d, 0x8d, 0x6d, by]), // lea r13, [r13 + by]
+            3 => self.code.extend([0x48, 0xff, 0xc5]),     // inc rbp
+            4 => self.code.extend([0x49, 0xff, 0xcd]),     // dec r13
+            5 => self.code.extend([[0x49, 0x81, 0xc5].as_slice(), &far].concat()), // add r13, far
+            6 => self.code.extend([[0x48, 0x81, 0xed].as_slice(), &far].concat()), // sub rbp, far
             _ => self.code.extend([0x48, 0x8d, 0x6c, 0x25, by]), // lea rbp, [rbp + by]
         }
     }

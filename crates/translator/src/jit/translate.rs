@@ -81,9 +81,7 @@ impl Jit {
         if !block.body(cpu, &mut sources, count) {
             block.go_on(next);
         }
-        if let Some(turns) = block.turns {
-            block.next_turns(cpu, &mut sources, &turns)?;
-        }
+        block.next_turns(cpu, &mut sources)?;
         let room = block.emit.finish()?;
         let (instructions, ops) = (sources.len(), block.ops);
         self.sources = emptied(sources);
@@ -143,10 +141,8 @@ impl<'a> Block<'a> {
             let counted = counts && !profile::begins(sources, position);
             let open = position == 0 || self.emit.turn.is_none();
             self.emit.mark(open && !source.part.covered && !counted && self.emit.is_plain());
-            if source.part.begins[0].is_some() {
-                for group in source.part.begins.into_iter().flatten() {
-                    self.begin_group(group);
-                }
+            for group in source.part.begins.iter().flatten() {
+                self.begin_group(group);
             }
             if counts {
                 self.emit.count(sources, position);
@@ -198,13 +194,12 @@ impl<'a> Block<'a> {
     }
 
     /// Checks a group of accesses; what does not pass goes to code without groups.
-    fn begin_group(&mut self, group: Group) {
+    fn begin_group(&mut self, group: &Group) {
         if let Some(distance) = self.emit.window {
             let last = self.emit.sum(group.sum, group.last());
-            self.emit.stay_near(last, group.writes, distance, group.pace);
-            return;
+            return self.emit.stay_near(last, group.writes, distance, group.pace);
         }
-        self.emit.find_group(&group);
+        self.emit.find_group(group);
     }
 
     /// Translates one instruction. True where the block ends with it.

@@ -248,12 +248,6 @@ impl Piece<'_> {
                 _ => self.kept(instruction).map_or(otherwise, Held::Kept),
             },
             Code::Mov_r64_rm64 => before.of(instruction.op1_register()),
-            Code::Add_rm64_imm8 | Code::Sub_rm64_imm8 | Code::Inc_rm64 | Code::Dec_rm64 => {
-                match (before.of(to), adds(instruction)) {
-                    (Held::Kept(at), Some(by)) => Held::Sum(Sum { displacement: by, ..Sum::of(Part::Kept(at)) }),
-                    _ => otherwise,
-                }
-            }
             Code::Lea_r64_m
                 if (instruction.memory_base(), instruction.memory_index()) == (Register::R8, Register::None) =>
             {
@@ -276,7 +270,10 @@ impl Piece<'_> {
                     }
                 }
             }
-            _ => otherwise,
+            _ => match (before.of(to), adds(instruction)) {
+                (Held::Kept(at), Some(by)) => Held::Sum(Sum { displacement: by, ..Sum::of(Part::Kept(at)) }),
+                _ => otherwise,
+            },
         }
     }
 
