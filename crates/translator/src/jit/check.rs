@@ -6,7 +6,7 @@ use super::emit::{Address, Emit, Known, READ, READ_AHEAD, T1, WRITE, condition};
 use crate::home::offset;
 
 /// The register of the table that an access looks into, and what is too much in it.
-fn table_for(write: bool) -> (u8, i32) {
+pub(super) fn table_for(write: bool) -> (u8, i32) {
     if write { (WRITE, 0) } else { (READ, READ_AHEAD) }
 }
 

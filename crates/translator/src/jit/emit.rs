@@ -73,6 +73,8 @@ pub(super) const STACK: u8 = match HOST[RSP] {
 
 /// Condition codes as Jcc encodes them.
 pub(super) mod condition {
+    pub(crate) const BELOW: u8 = 2;
+    pub(crate) const ABOVE_OR_EQUAL: u8 = 3;
     pub(crate) const ZERO: u8 = 4;
     pub(crate) const NOT_ZERO: u8 = 5;
     pub(crate) const BELOW_OR_EQUAL: u8 = 6;

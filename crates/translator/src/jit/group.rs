@@ -11,7 +11,8 @@
 //! all of them. What could fault does so in code that was translated without groups, at the instruction that it belongs to.
 //!
 //! The check takes the flags. Where they are needed, it is made earlier, before the instruction that sets them: `add rsp, 8`
-//! in front of a function's last pops, a comparison with a load between it and its branch.
+//! in front of a function's last pops, a comparison with a load between it and its branch. Where it cannot, and there is a
+//! window, it is one that keeps them.
 //!
 //! * Of the **stack** there is one group at a time: pushes, pops, operands at RSP, the CALL or RET at its end. All are in
 //!   one page, which may be written if any of them writes; its addend is in T3.
@@ -23,7 +24,8 @@ use std::ops::Range;
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::asm::At;
-use super::emit::{Emit, READ, READ_AHEAD, STACK, T1, T2, T3, WRITE, condition};
+use super::check::table_for;
+use super::emit::{Emit, READ, STACK, T1, T2, T3, condition};
 use super::near::is_locked;
 use super::read::MOST;
 use super::same::{Source, high_register};
@@ -219,17 +221,22 @@ impl Plan<'_> {
             return;
         }
         self.close_if(same);
-        let Some(begin) = self.calm else { return };
-        let Some(moved) = self.moved(access.sum, begin..position) else { return };
+        let calm = self.calm.and_then(|begin| Some((begin, self.moved(access.sum, begin..position)?)));
+        let begin = if near {
+            calm.unwrap_or((position, 0))
+        } else {
+            let Some(calm) = calm else { return };
+            calm
+        };
         // T3 has room for one addend.
-        if self.parts[begin..position].iter().any(|part| part.inside.is_some()) {
+        if self.parts[begin.0..position].iter().any(|part| part.inside.is_some()) {
             return;
         }
         if self.open.len() >= MOST_OPEN {
             let oldest = self.open.remove(0);
             oldest.close(near, self.parts);
         }
-        self.open.push(Open::new((begin, moved), position, access));
+        self.open.push(Open::new(begin, position, access));
     }
 
     /// How far a sum moves in a stretch of instructions. `None`: nobody knows, or what follows may be meant for some addresses
@@ -377,7 +384,7 @@ impl Emit<'_> {
     /// T3 becomes the addend of a group's page; leaves for code without groups where there is none, or another page may begin
     /// in between.
     pub(super) fn find_group(&mut self, group: &Group) {
-        let (table, ahead) = if group.writes { (WRITE, 0) } else { (READ, READ_AHEAD) };
+        let (table, ahead) = table_for(group.writes);
         self.cached = None;
         self.asm.lea(T2, At::Base(STACK, group.last()));
         self.asm.extract_bits(T1, T2, READ);

@@ -24,7 +24,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::asm::{At, Label};
 use super::cold::Cold;
-use super::emit::{Emit, T1, condition};
+use super::emit::{Emit, condition};
 use super::group::{self, Sum, is_sum};
 use super::near::moved;
 use super::same::Source;
@@ -207,10 +207,20 @@ impl<'a> Block<'a> {
 }
 
 impl Emit<'_> {
-    /// Where a loop is emitted, or a group: leaves for code apart from them where a byte is not in the window.
-    pub(super) fn stay_near(&mut self, byte: At, write: bool, distance: i32, pace: Option<i32>) {
+    /// Where a loop is emitted, or a group: leaves for code apart from them where a byte is not in the window. `live`: flags are
+    /// needed behind.
+    pub(super) fn stay_near(&mut self, byte: At, write: bool, distance: i32, (pace, live): (Option<i32>, bool)) {
         match (self.turn, pace) {
             (Some(Turn::Next { .. }), Some(0)) => {}
+            _ if live => {
+                let near = self.asm.label();
+                self.window_less_entry(byte, write, distance);
+                self.asm.jrcxz(near);
+                // Behind the byte of the opcode.
+                let apart = self.exit_apart(Some(self.asm.here() + 1));
+                self.asm.jmp(apart);
+                self.asm.bind(near);
+            }
             (Some(Turn::Next { looks }), Some(pace)) => {
                 let looks = looks.then(|| self.look_at(self.rip));
                 self.turn = Some(Turn::Next { looks: false });
@@ -230,13 +240,7 @@ impl Emit<'_> {
         // The byte itself where it goes up, a byte not before the last one where it goes down: among the page's first
         // `most` bytes wherever there is a page's end in between.
         let seen = if pace < 0 { moved(byte, most) } else { byte };
-        let register = match seen {
-            At::Base(register, 0) => register,
-            at => {
-                self.asm.lea(T1, at);
-                T1
-            }
-        };
+        let register = self.at_hand(seen);
         let (here, back) = (self.asm.label(), self.asm.label());
         self.asm.test_32(register, 0x1000 - most);
         self.asm.jcc(condition::ZERO, here);

@@ -14,10 +14,12 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::asm::{At, Label};
-use super::emit::{Address, Emit, READ, READ_AHEAD, T1, T2, WRITE, condition};
+use super::check::table_for;
+use super::emit::{Address, Emit, READ, T1, T2, condition};
 use super::encoding::Encoding;
 use super::group::{Sum, is_sum};
 use super::same::{Source, on_stack};
+use crate::home::offset;
 
 /// Largest operand.
 pub(super) const MOST_BYTES: u32 = 64;
@@ -117,7 +119,7 @@ impl<'a> Emit<'a> {
         }
         let last = if aligned { operand } else { moved(operand, bytes as i32 - 1) };
         if self.turn.is_some() {
-            return self.stay_near(last, source.template.stores, distance, source.pace);
+            return self.stay_near(last, source.template.stores, distance, (source.pace, false));
         }
         self.compare_entry(last, source.template.stores, distance);
         self.asm.jcc(condition::NOT_ZERO, far);
@@ -125,16 +127,30 @@ impl<'a> Emit<'a> {
 
     /// "Not zero" where a byte is not in the window.
     pub(super) fn compare_entry(&mut self, byte: At, write: bool, distance: i32) {
-        let address = match byte {
+        let address = self.at_hand(byte);
+        self.asm.extract_bits(T1, address, READ);
+        let (table, ahead) = table_for(write);
+        self.asm.compare_at(At::Index(table, T1, 3, ahead), distance);
+    }
+
+    /// T1 becomes zero where a byte is in the window; flags stay.
+    pub(super) fn window_less_entry(&mut self, byte: At, write: bool, distance: i32) {
+        let address = self.at_hand(byte);
+        self.asm.extract_at(T1, address, self.field(offset::INDEX_BITS));
+        let (table, ahead) = table_for(write);
+        self.asm.load(T1, At::Index(table, T1, 3, ahead));
+        self.asm.lea(T1, At::Base(T1, -distance));
+    }
+
+    /// The register that has an address: T1 where that is not one anyway.
+    pub(super) fn at_hand(&mut self, at: At) -> u8 {
+        match at {
             At::Base(register, 0) => register,
             at => {
                 self.asm.lea(T1, at);
                 T1
             }
-        };
-        self.asm.extract_bits(T1, address, READ);
-        let (table, ahead) = if write { (WRITE, 0) } else { (READ, READ_AHEAD) };
-        self.asm.compare_at(At::Index(table, T1, 3, ahead), distance);
+        }
     }
 }
 
@@ -246,9 +262,14 @@ mod tests {
 
     #[test]
     fn accesses_beside_each_other_have_one_check() {
-        // mov rax, [rsi]; mov rdx, [rsi or rdi + 8]
-        let bytes = |second: u8| {
-            let mut program = Program::of(&[0x48, 0x8b, 0x06, 0x48, 0x8b, second, 8]);
+        // mov rax, [rsi]; mov rdx, [rsi or rdi + 8], where flags are needed and where they are not
+        let bytes = |needed: bool, second: u8| {
+            let loads = [0x48, 0x8b, 0x06, 0x48, 0x8b, second, 8];
+            // cmp rdx, rdx; lea rsi, [rsi]; lea rdi, [rdi] ... jne to the next instruction
+            let (before, behind): (&[u8], &[u8]) =
+                (&[0x48, 0x39, 0xd2, 0x48, 0x8d, 0x36, 0x48, 0x8d, 0x3f], &[0x75, 0x00]);
+            let code = if needed { [before, &loads, behind].concat() } else { loads.to_vec() };
+            let mut program = Program::of(&code);
             program.near = false;
             program.run(HERE, HERE);
             let before = program.bare.ledger.worked(Work::TranslateBytes);
@@ -257,7 +278,10 @@ mod tests {
             assert_eq!((exit, state.gpr[0], state.gpr[2]), (Exit::Shutdown, ONES, ONES));
             program.bare.ledger.worked(Work::TranslateBytes) - before
         };
-        assert!(bytes(0x56) < bytes(0x57), "{} bytes of host code, {} with two checks", bytes(0x56), bytes(0x57));
+        for needed in [false, true] {
+            let (one, two) = (bytes(needed, 0x56), bytes(needed, 0x57));
+            assert!(one < two, "{one} bytes of host code, {two} with two checks; flags needed: {needed}");
+        }
     }
 
     #[test]

@@ -24,12 +24,15 @@ pub(super) const MOST: usize = 24;
 const WINDOW: usize = 256;
 /// Longest instruction.
 const LONGEST: usize = 15;
-/// Instructions, and bytes, looked at to find out whether a jump's target needs the flags. Most say so by the third; loops
+/// Instructions, and bytes, looked at to find out whether a branch's target needs the flags. Most say so by the third; loops
 /// of vectors take long.
 const PEEK: usize = 64;
 const PEEK_BYTES: usize = 384;
 /// Bytes looked at first.
 const GLANCE_BYTES: usize = 64;
+/// Most branches whose targets are still to be looked at.
+const OTHERS: usize = 4;
+const _: () = assert!(WINDOW <= PEEK_BYTES && PEEK_BYTES.is_multiple_of(64), "each byte has a bit");
 
 /// A block's bytes, and where they are from.
 pub(super) struct Bytes {
@@ -146,7 +149,7 @@ impl Jit {
         let last = sources.last()?;
         let next = last.instruction.next_ip();
         let mut live = match last.template.kind {
-            Kind::Jump => 0, // see below
+            Kind::Jump | Kind::Call => 0, // see below
             Kind::Interpret | Kind::JumpIndirect | Kind::Return | Kind::InterpretLast => live::ALL,
             _ => self.needs_flags_behind(cpu, seen, next),
         };
@@ -154,9 +157,10 @@ impl Jit {
             let source = &mut sources[position];
             let instruction = &source.instruction;
             match source.template.kind {
-                Kind::Call | Kind::CallIndirect | Kind::Interpret | Kind::InterpretLast | Kind::PushFlags => {
+                Kind::CallIndirect | Kind::Interpret | Kind::InterpretLast | Kind::PushFlags => {
                     live = live::ALL;
                 }
+                Kind::Call => live = self.needs_flags_behind(cpu, seen, instruction.near_branch_target()),
                 Kind::Jump | Kind::JumpIf => {
                     let target = instruction.near_branch_target();
                     let there = match source.inner {
@@ -274,30 +278,74 @@ impl Jit {
     /// where they are `whole`, no more are looked at.
     fn follow_flags(&mut self, cpu: &Cpu, decoder: &mut Decoder<'_>, length: usize, whole: bool) -> Option<u32> {
         let mut instruction = Instruction::default();
-        let mut open = live::ALL;
+        let base = decoder.ip().wrapping_sub(decoder.position() as u64);
+        let mut way = Way { at: decoder.position(), open: live::ALL, been: [0; PEEK_BYTES / 64] };
+        let mut others: [Option<Way>; OTHERS] = [None; OTHERS];
         for _ in 0..PEEK {
             // What is cut off here may be whole where more bytes are looked at.
             if !whole && decoder.position() + LONGEST > length {
                 return None;
             }
+            way.pass(decoder.position());
             decoder.decode_out(&mut instruction);
             if instruction.is_invalid() {
                 return Some(live::ALL);
             }
             let template = self.templates.get(&instruction, &cpu.features);
             let Flags { reads, replaces } = template.flags(&instruction);
-            if reads & open != 0 {
+            if reads & way.open != 0 {
                 return Some(live::ALL);
             }
-            open &= !replaces;
-            if open == 0 {
-                return Some(0);
+            way.open &= !replaces;
+            if way.open != 0 {
+                let stays = !matches!(template.kind, Kind::Interpret | Kind::InterpretLast);
+                if stays && template.goes_on {
+                    continue;
+                }
+                let target = instruction.near_branch_target();
+                let branches = matches!(template.kind, Kind::Jump | Kind::JumpIf | Kind::Call);
+                if !branches || (target ^ instruction.ip()) >> 12 != 0 {
+                    return Some(live::ALL);
+                }
+                let at = usize::try_from(target.wrapping_sub(base)).ok().filter(|at| *at < length)?;
+                if !way.was_at(at) {
+                    *others.iter_mut().find(|other| other.is_none())? = Some(Way { at, ..way });
+                }
+                if template.kind == Kind::JumpIf {
+                    continue;
+                }
             }
-            if !template.goes_on || matches!(template.kind, Kind::Interpret | Kind::InterpretLast) {
-                return Some(live::ALL);
-            }
+            let Some(other) = others.iter_mut().find_map(Option::take) else { return Some(0) };
+            decoder.set_position(other.at).ok()?;
+            decoder.set_ip(base.wrapping_add(other.at as u64));
+            way = Way { been: [0; _], ..other };
         }
         None
+    }
+}
+
+/// A way through code whose flags are looked at.
+#[derive(Clone, Copy)]
+struct Way {
+    /// Where it begins, by the code's bytes.
+    at: usize,
+    /// Flags that nothing has replaced so far.
+    open: u32,
+    /// The instructions passed, a bit for where each begins.
+    been: [u64; PEEK_BYTES / 64],
+}
+
+impl Way {
+    fn pass(&mut self, at: usize) {
+        if let Some(word) = self.been.get_mut(at / 64) {
+            *word |= 1 << (at % 64);
+        }
+    }
+
+    /// True where it has been before, with the flags that are open now, and perhaps more: from there on to here, nothing reads
+    /// any of them.
+    fn was_at(&self, at: usize) -> bool {
+        self.been.get(at / 64).is_some_and(|word| word & 1 << (at % 64) != 0)
     }
 }
 
@@ -369,5 +417,34 @@ mod tests {
             }
         }
         assert!(seen > 20_000, "{seen}");
+    }
+
+    #[test]
+    fn flags_are_followed_where_branches_lead() {
+        let needed = |code: &[u8]| {
+            let Bare { mut vcpu, .. } = Bare::new(code, Config::default());
+            let Some(jit) = &mut vcpu.jit else { panic!("no translator") };
+            let key = Key { gpa: CODE, rip: CODE, mode: NEAR };
+            jit.needs_flags(&mut vcpu.cpu, key, CODE)
+        };
+        let (free, read): (&[u8], &[u8]) = (&[0x31, 0xc0, 0xf4], &[0x11, 0xc0, 0xf4]); // xor eax, eax; adc eax, eax
+        let cases: [(&str, &[u8], [u32; 2]); 7] = [
+            ("straight on", &[0x8b, 0x06], [0, live::ALL]),
+            // again: mov eax, [rsi]; dec ecx; jne again
+            ("a loop", &[0x8b, 0x06, 0xff, 0xc9, 0x75, 0xfa], [0, live::ALL]),
+            // again: adc eax, ecx; dec ecx; jne again
+            ("a loop that reads", &[0x11, 0xc8, 0xff, 0xc9, 0x75, 0xfa], [live::ALL; 2]),
+            // mov eax, 0x9090c011; dec ecx; jne into its constant, which is adc eax, eax
+            ("between instructions", &[0xb8, 0x11, 0xc0, 0x90, 0x90, 0xff, 0xc9, 0x75, 0xf8], [live::ALL; 2]),
+            ("a jump", &[0xeb, 0x02, 0x11, 0xc0], [0, live::ALL]),
+            ("a call", &[0xe8, 0x02, 0, 0, 0, 0x11, 0xc0], [0, live::ALL]),
+            // dec ecx; jne over xor eax, eax; hlt
+            ("two ways", &[0xff, 0xc9, 0x75, 0x03, 0x31, 0xc0, 0xf4], [0, live::ALL]),
+        ];
+        for (name, code, expected) in cases {
+            assert_eq!([free, read].map(|end| needed(&[code, end].concat())), expected, "{name}");
+        }
+        assert_eq!(needed(&[0xe8, 0, 0x10, 0, 0]), live::ALL, "another page");
+        assert_eq!(needed(&[0xff, 0xc9, 0xc3]), live::ALL, "whoever called");
     }
 }

@@ -1,4 +1,4 @@
-//! REP MOVS and REP STOS: page by page, as the host's own.
+//! REP MOVS and REP STOS: page by page, as the host's own, or by wider elements where those are faster.
 //!
 //! What is in the way is the interpreter's: the direction flag, a miss, an element across two pages, a signal. It goes on
 //! where this has come to, for guest registers are right after each page.
@@ -18,6 +18,9 @@ const STOS: usize = 4;
 const DF: u8 = 1 << 2;
 const RDX: i32 = 2;
 const COUNTER: u8 = reg::R9;
+/// Bytes of a line of the cache. On Zen 3 a copy is 30 times as slow where the target lies in the line of the source or in the
+/// next one, of whichever page, behind it: 9.4 us for 16 KiB beside 0.3 us, and 1.2 us by words.
+const BEHIND: i32 = 64;
 
 /// Which of the operations a repeated string instruction is, if it is one.
 pub(super) fn operation(instruction: &Instruction) -> Option<usize> {
@@ -76,7 +79,11 @@ impl Builder<'_> {
         }
         self.asm.lea(reg::RDI, At::Index(reg::RDI, target, 0, 0));
         self.subtract(COUNTER, T3);
-        self.asm.mov(reg::RCX, T3);
+        if moves && size == 0 {
+            self.words_first();
+        } else {
+            self.asm.mov(reg::RCX, T3);
+        }
         let opcode = if moves { 0xa4 } else { 0xaa } | u8::from(size > 0);
         let prefixes: &[u8] = match size {
             1 => &[0x66, 0xf3],
@@ -154,6 +161,29 @@ impl Builder<'_> {
         self.asm.jcc(condition::ZERO, out);
     }
 
+    /// RCX becomes the bytes, of T3, that are left to copy. Where the target is less than [`BEHIND`] bytes behind the source,
+    /// but for whole pages, all words are copied before: there, some processors copy bytes one at a time.
+    fn words_first(&mut self) {
+        let (usual, there) = (self.asm.label(), self.asm.label());
+        self.asm.mov(reg::RCX, reg::RDI);
+        self.subtract(reg::RCX, reg::RSI);
+        self.asm.op(0, 8, &[0x83], 7, Place::Reg(reg::RCX)); // cmp
+        self.asm.byte(8);
+        self.asm.jcc(condition::BELOW, usual); // words would be read before the ones in front are written
+        self.asm.and_32(reg::RCX, 0xfff);
+        self.asm.compare_32(reg::RCX, BEHIND);
+        self.asm.jcc(condition::ABOVE_OR_EQUAL, usual);
+        self.asm.mov(reg::RCX, T3);
+        self.shift_right(reg::RCX, 3);
+        self.asm.raw(&[0xf3, 0x48, 0xa5]); // rep movsq
+        self.asm.mov_32(reg::RCX, T3);
+        self.asm.and_32(reg::RCX, 7);
+        self.asm.jmp(there);
+        self.asm.bind(usual);
+        self.asm.mov(reg::RCX, T3);
+        self.asm.bind(there);
+    }
+
     /// Goes to `out` where both addresses are in one page that is found in two places of the host's: the host must see
     /// where they overlap.
     fn apart(&mut self, out: Label) {
@@ -225,6 +255,10 @@ mod tests {
             ([0x200, 0x1000, 0x4000], false),
             ([0x333, 0x123, 0x2345], false),  // across pages, with elements across two
             ([0x100, 0x1000, 0x1001], false), // what is written is read
+            ([0x100, 0x1000, 0x1007], false),
+            ([0x100, 0x1000, 0x1008], false),
+            ([0x1ff, 0x1010, 0x1039], false),
+            ([0x333, 0xf10, 0x3f2b], false), // words first
             ([0x100, 0x1001, 0x1000], false),
             ([0x100, 0xff8, 0x1000], false),
             ([0x20, 0x1800, 0x2804], true),

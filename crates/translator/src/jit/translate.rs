@@ -142,7 +142,7 @@ impl<'a> Block<'a> {
             let open = position == 0 || self.emit.turn.is_none();
             self.emit.mark(open && !source.part.covered && !counted && self.emit.is_plain());
             for group in source.part.begins.iter().flatten() {
-                self.begin_group(group);
+                self.begin_group(group, source.live);
             }
             if counts {
                 self.emit.count(sources, position);
@@ -193,11 +193,11 @@ impl<'a> Block<'a> {
         self.emit.asm.jmp(out);
     }
 
-    /// Checks a group of accesses; what does not pass goes to code without groups.
-    fn begin_group(&mut self, group: &Group) {
+    /// Checks a group of accesses; what does not pass goes to code without groups. `live`: flags are needed behind the check.
+    fn begin_group(&mut self, group: &Group, live: bool) {
         if let Some(distance) = self.emit.window {
             let last = self.emit.sum(group.sum, group.last());
-            return self.emit.stay_near(last, group.writes, distance, group.pace);
+            return self.emit.stay_near(last, group.writes, distance, (group.pace, live));
         }
         self.emit.find_group(group);
     }

@@ -115,7 +115,8 @@ impl Piece<'_> {
                         stays = stays.on_the_page(masked);
                     }
                     open.push((behind, stays));
-                    self.go(&instruction, after, &mut open)?;
+                    let there = if instruction.mnemonic() == Mnemonic::Jrcxz { after.zero(RCX) } else { after };
+                    self.go(&instruction, there, &mut open)?;
                 }
                 FlowControl::UnconditionalBranch => self.go(&instruction, after, &mut open)?,
                 FlowControl::Call => {
@@ -226,23 +227,15 @@ impl Piece<'_> {
                 Held::Constant(instruction.immediate(1) as i64)
             }
             Code::VEX_Bextr_r64_rm64_r64 if instruction.op2_register() == Register::R15 => {
-                let from = instruction.op1_register();
-                Held::Index(match before.of(from) {
-                    _ if memory => None,
-                    Held::Sum(sum) if !sum.has(Part::Host(to)) => Some(sum),
-                    Held::Stack(at) => Some(Sum::near(Register::R8, at)),
-                    Held::Kept(at) => Some(Sum { base: Part::Kept(at), ..Sum::near(Register::None, 0) }),
-                    _ if from != to => Some(Sum::near(from, 0)),
-                    _ => None,
-                })
+                Held::Index(if memory { None } else { indexed(instruction, before) })
             }
             Code::VEX_Pext_r64_r64_rm64 if memory && self.is_field(instruction, offset::INDEX_BITS) => {
-                Held::Index(None)
+                Held::Index(indexed(instruction, before))
             }
             Code::Movzx_r32_rm16 if instruction.op1_register() == Register::CX => Held::Short,
             Code::Mov_r64_rm64 if memory => match instruction.memory_base() {
-                Register::R15 => Held::Entry { write: false },
-                Register::R14 => Held::Entry { write: true },
+                Register::R15 => Held::Entry { write: false, of: entry_of(instruction, before) },
+                Register::R14 => Held::Entry { write: true, of: entry_of(instruction, before) },
                 _ if self.is_field(instruction, offset::TSC) => Held::Word,
                 _ if self.is_field(instruction, offset::SCRATCH) => before.held[SCRATCH],
                 _ => self.kept(instruction).map_or(otherwise, Held::Kept),
@@ -258,6 +251,9 @@ impl Piece<'_> {
                 match (before.of(instruction.memory_base()), before.of(instruction.memory_index())) {
                     (Held::Addend { write }, _) => Held::Pointer { write },
                     (_, Held::Addend { write }) if !scaled => Held::Pointer { write },
+                    (Held::Entry { write, of: Some(of) }, _) if self.lacks_distance(instruction) => {
+                        Held::Beyond { write, of }
+                    }
                     _ => {
                         let address = (
                             instruction.memory_base(),
@@ -275,6 +271,12 @@ impl Piece<'_> {
                 _ => otherwise,
             },
         }
+    }
+
+    /// True for an addition of what makes the entry of pages in the window zero.
+    fn lacks_distance(&self, instruction: &Instruction) -> bool {
+        instruction.memory_index() == Register::None
+            && instruction.memory_displacement64() == self.bounds.distance.wrapping_neg()
     }
 
     /// True for a comparison of an entry with that of pages in the window.
@@ -432,6 +434,26 @@ fn moves(instruction: &Instruction, before: &State) -> Option<i64> {
     match (instruction.code(), before.of(instruction.op1_register())) {
         (Code::Mov_r64_rm64, Held::Stack(at)) => Some(at),
         _ => adds(instruction),
+    }
+}
+
+/// The address whose index an instruction takes from a register, where it stays known.
+fn indexed(instruction: &Instruction, before: &State) -> Option<Sum> {
+    let (to, from) = (instruction.op0_register(), instruction.op1_register());
+    match before.of(from) {
+        Held::Sum(sum) if !sum.has(Part::Host(to)) => Some(sum),
+        Held::Stack(at) => Some(Sum::near(Register::R8, at)),
+        Held::Kept(at) => Some(Sum { base: Part::Kept(at), ..Sum::near(Register::None, 0) }),
+        _ if from != to => Some(Sum::near(from, 0)),
+        _ => None,
+    }
+}
+
+/// The address whose entry an instruction loads, where it stays known.
+fn entry_of(instruction: &Instruction, before: &State) -> Option<Sum> {
+    match before.of(instruction.memory_index()) {
+        Held::Index(sum) => sum.filter(|sum| !sum.has(Part::Host(instruction.op0_register()))),
+        _ => None,
     }
 }
 

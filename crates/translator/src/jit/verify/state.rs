@@ -76,9 +76,15 @@ pub(super) enum Held {
     Sum(Sum),
     /// An index of 16 bits.
     Short,
-    /// An entry of a translation table, perhaps zero.
+    /// An entry of a translation table, perhaps zero, and the address that it is of, where that is known.
     Entry {
         write: bool,
+        of: Option<Sum>,
+    },
+    /// The same less that of pages in the window.
+    Beyond {
+        write: bool,
+        of: Sum,
     },
     /// An entry that is not zero: host address minus guest address.
     Addend {
@@ -162,8 +168,16 @@ impl State {
 
     /// Where a temporary is not zero.
     pub(super) fn not_zero(mut self, slot: usize) -> Self {
-        if let Held::Entry { write } = self.held[slot] {
+        if let Held::Entry { write, .. } = self.held[slot] {
             self.held[slot] = Held::Addend { write };
+        }
+        self
+    }
+
+    /// Where a temporary is zero.
+    pub(super) fn zero(mut self, slot: usize) -> Self {
+        if let Held::Beyond { write, of } = self.held[slot] {
+            self.add((of, write));
         }
         self
     }
@@ -179,6 +193,8 @@ impl State {
             *held = match *held {
                 Held::Sum(sum) if sum.has(part) => Held::Anything,
                 Held::Index(Some(sum)) if sum.has(part) => Held::Index(None),
+                Held::Entry { write, of: Some(sum) } if sum.has(part) => Held::Entry { write, of: None },
+                Held::Beyond { of, .. } if of.has(part) => Held::Anything,
                 Held::Kept(at) if part == Part::Kept(at) => Held::Anything,
                 other => other,
             };
@@ -196,6 +212,8 @@ impl State {
                 Held::Kept(at) if at == from => Held::Kept(to),
                 Held::Sum(sum) => Held::Sum(sum.renamed(from, to)),
                 Held::Index(Some(sum)) => Held::Index(Some(sum.renamed(from, to))),
+                Held::Entry { write, of: Some(sum) } => Held::Entry { write, of: Some(sum.renamed(from, to)) },
+                Held::Beyond { write, of } => Held::Beyond { write, of: of.renamed(from, to) },
                 other => other,
             };
         }

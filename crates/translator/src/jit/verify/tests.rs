@@ -113,6 +113,38 @@ fn accesses_in_the_window_follow_the_comparison_of_their_own_address() {
 }
 
 #[test]
+fn so_do_they_where_flags_are_kept() {
+    let at = |distance: i32| At::Index(R8, RAX, 3, BOUNDS.distance as i32 + distance);
+    let kept = |table: u8, ahead: i32, less: i32, access: &dyn Fn(&mut Asm), otherwise: &dyn Fn(&mut Asm)| {
+        complaint(|asm| {
+            let (near, behind) = (asm.label(), asm.label());
+            asm.lea(RCX, At::Index(R8, RAX, 3, 15));
+            asm.extract_at(RCX, RCX, At::Absolute(BOUNDS.known.low + offset::INDEX_BITS));
+            asm.load(RCX, At::Index(table, RCX, 3, ahead));
+            asm.lea(RCX, At::Base(RCX, -less));
+            asm.jrcxz(near);
+            otherwise(asm);
+            asm.jmp(behind);
+            asm.bind(near);
+            access(asm);
+            asm.bind(behind);
+        })
+    };
+    let distance = BOUNDS.distance as i32;
+    let nothing = |_: &mut Asm| {};
+    assert_eq!(kept(R15, READ_AHEAD, distance, &|asm| asm.load(RAX, at(8)), &nothing), "");
+    assert_eq!(kept(R14, 0, distance, &|asm| asm.store(at(15), R11), &nothing), "");
+    let wrong = [
+        kept(R15, READ_AHEAD, distance, &|asm| asm.store(at(8), R11), &nothing), // a read entry
+        kept(R14, 0, distance, &|asm| asm.load(R11, at(0x100)), &nothing),       // too far away
+        kept(R14, 0, distance, &nothing, &|asm| asm.load(R11, at(8))),           // where it is not there
+        kept(R14, 0, 0, &|asm| asm.load(R11, at(8)), &nothing),                  // where there is no entry
+        kept(R14, 0, distance, &|asm| asm.load(R11, At::Index(R8, RCX, 0, 0)), &nothing),
+    ];
+    assert!(wrong.iter().all(|complaint| complaint.contains("reaches")), "{wrong:?}");
+}
+
+#[test]
 fn a_check_is_good_for_what_lies_before_its_byte() {
     let slot = At::Absolute(BOUNDS.known.low + offset::GPR + 8 * 12);
     let at = |distance: i32| At::Base(R11, BOUNDS.distance as i32 + distance);
