@@ -98,6 +98,19 @@ impl Cordial {
         self
     }
 
+    /// The same, started by a program that becomes it. What has been set but for the environment is to be set again.
+    pub fn by(self, program: &str, words: &[&str]) -> Self {
+        let mut command = Command::new(program);
+        command.args(words).arg(self.0.get_program()).args(self.0.get_args()).stdin(Stdio::null());
+        for (name, value) in self.0.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        Self(command)
+    }
+
     /// Runs it on a terminal of its own, of 33 lines by 99 columns.
     ///
     /// # Panics
@@ -109,14 +122,7 @@ impl Cordial {
         let line = open(&path, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()).expect("its other end");
         let end = || Stdio::from(line.try_clone().expect("a descriptor"));
         // A session with this as its controlling terminal: otherwise nobody tells the program of a new size.
-        let mut command = Command::new("setsid");
-        command.arg("--ctty").arg(self.0.get_program()).args(self.0.get_args());
-        for (name, value) in self.0.get_envs() {
-            match value {
-                Some(value) => command.env(name, value),
-                None => command.env_remove(name),
-            };
-        }
+        let Self(mut command) = self.by("setsid", &["--ctty"]);
         command.stdin(end()).stdout(end()).stderr(end());
         let keyboard = File::from(keyboard);
         let mut output = keyboard.try_clone().expect("a descriptor");

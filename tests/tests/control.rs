@@ -5,7 +5,7 @@ use std::{fs, thread};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use tests::{Cordial, User};
+use tests::{Cordial, Guest, User};
 
 #[test]
 fn a_machine_is_listed_while_it_runs_and_its_name_is_its_own() {
@@ -42,25 +42,47 @@ fn a_killed_machine_is_no_longer_listed() {
     assert_eq!(user.guest(&["--name", "gone"]).end(), 0, "its name is free");
 }
 
+/// A run that waits for its kernel for ever; `by`: what env(1) is to do about signals.
+fn early(user: &User, by: &str) -> Guest {
+    // Nobody ever writes to it: whoever opens it waits.
+    let kernel = user.directory().join("kernel");
+    mknodat(CWD, &kernel, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    let words = ["run", "--name", "early", "--kernel", kernel.to_str().unwrap()];
+    let run = Cordial::new(&words).env("XDG_RUNTIME_DIR", user.directory()).by("env", &[by]).start();
+    let lock = user.directory().join("cordial/early/lock");
+    while !fs::read_to_string(&lock).is_ok_and(|text| text.ends_with('\n')) {
+        thread::yield_now();
+    }
+    let machines = user.json(&["ps"])["machines"].clone();
+    assert_eq!(machines, json!([{ "name": "early", "pid": run.pid() }]), "it is listed, and says nothing yet");
+    run
+}
+
+fn send(signal: Signal, run: &Guest) {
+    kill_process(Pid::from_raw(run.pid() as i32).unwrap(), signal).unwrap();
+}
+
 #[test]
 fn a_signal_before_there_is_a_machine_leaves_nothing_behind() {
     for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
         let user = User::default();
-        // Nobody ever writes to it: whoever opens it waits.
-        let kernel = user.directory().join("kernel");
-        mknodat(CWD, &kernel, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
-        let words = ["run", "--name", "early", "--kernel", kernel.to_str().unwrap()];
-        let run = Cordial::new(&words).env("XDG_RUNTIME_DIR", user.directory()).start();
-        let lock = user.directory().join("cordial/early/lock");
-        while !fs::read_to_string(&lock).is_ok_and(|text| text.ends_with('\n')) {
-            thread::yield_now();
-        }
-        let machines = user.json(&["ps"])["machines"].clone();
-        assert_eq!(machines, json!([{ "name": "early", "pid": run.pid() }]), "it is listed, and says nothing yet");
-        kill_process(Pid::from_raw(run.pid() as i32).unwrap(), signal).unwrap();
+        let run = early(&user, "--default-signal=INT,HUP");
+        send(signal, &run);
         assert_eq!(run.ended_by(), Some(signal.as_raw()));
         assert_eq!(user.directory().join("cordial").read_dir().unwrap().count(), 0, "after {signal:?}");
     }
+}
+
+#[test]
+fn a_signal_that_whoever_starts_a_run_ignores_does_not_end_it() {
+    let user = User::default();
+    let run = early(&user, "--ignore-signal=INT,HUP");
+    for signal in [Signal::INT, Signal::HUP] {
+        send(signal, &run);
+        assert_eq!(user.json(&["ps"])["machines"][0]["name"], "early", "after {signal:?}");
+    }
+    send(Signal::TERM, &run);
+    assert_eq!(run.ended_by(), Some(Signal::TERM.as_raw()));
 }
 
 #[test]

@@ -95,15 +95,19 @@ const FACTOR: f32 = 3.0;
 /// `y = factor * x + y`, then the sum of `x * y`.
 type Kernel = fn(f32, &[f32], &mut [f32]) -> f32;
 
+/// Floats from one vector's start to the next one's: more than a vector has. Where two begin at nearly the same place of
+/// their pages, processors take stores to the one for stores to the other, and that is what is measured.
+const STRIDE: usize = FLOATS + 352;
+
 fn simd(kernel: Kernel) -> io::Result<Unit> {
     let mut numbers = Numbers(37);
     // At most 4096 * 7 * 28 = 802816 in all: exact in an f32, in whatever order it is summed up.
-    let x: Vec<f32> = (0..FLOATS).map(|_| numbers.below(8) as f32).collect();
-    let template: Vec<f32> = (0..FLOATS).map(|_| numbers.below(8) as f32).collect();
-    let mut y = template.clone();
+    let mut room: Vec<f32> = (0..3 * STRIDE).map(|_| numbers.below(8) as f32).collect();
     Ok(Box::new(move || {
-        y.copy_from_slice(&template);
-        Ok(u64::from(kernel(black_box(FACTOR), &x, &mut y).to_bits()))
+        let (given, y) = room.split_at_mut(2 * STRIDE);
+        let (x, y) = (&given[..FLOATS], &mut y[..FLOATS]);
+        y.copy_from_slice(&given[STRIDE..][..FLOATS]);
+        Ok(u64::from(kernel(black_box(FACTOR), x, y).to_bits()))
     }))
 }
 
@@ -177,8 +181,8 @@ mod tests {
             assert_eq!(unit().unwrap(), sse);
         }
         let mut numbers = Numbers(37);
-        let x: Vec<u64> = (0..FLOATS).map(|_| numbers.next() % 8).collect();
-        let sum: u64 = x.iter().map(|x| x * (3 * x + numbers.next() % 8)).sum();
+        let room: Vec<u64> = (0..3 * STRIDE).map(|_| numbers.next() % 8).collect();
+        let sum: u64 = room.iter().zip(&room[STRIDE..]).take(FLOATS).map(|(x, y)| x * (3 * x + y)).sum();
         assert_eq!(f32::from_bits(sse as u32), sum as f32);
     }
 }

@@ -6,12 +6,14 @@
 //! ```
 //!
 //! Until there is a machine to be told of them they end this process, as if nobody had listened; but its place goes with it.
+//! SIGINT and SIGHUP stay ignored where this process was started so: by nohup(1), or by a shell, in the background.
 
 use crate::control::Place;
 use crate::failure::Failure;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::{self, Handle};
 use signal_hook::low_level::emulate_default_handler;
+use std::fs;
 use std::mem::replace;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,8 +38,10 @@ impl Signals {
     /// # Errors
     /// The host's.
     pub(super) fn watch() -> Result<Self, Failure> {
-        let mut signals = iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGWINCH])
-            .map_err(|error| Failure::io("watch for signals", &error))?;
+        let ignored = fs::read_to_string("/proc/self/status").map_or(0, |status| ignored(&status));
+        let hears = |signal: &i32| ignored >> (signal - 1) & 1 == 0;
+        let heard = [SIGINT, SIGHUP].into_iter().filter(hears).chain([SIGTERM, SIGWINCH]);
+        let mut signals = iterator::Signals::new(heard).map_err(|error| Failure::io("watch for signals", &error))?;
         let (handle, way) = (signals.handle(), Arc::new(Mutex::new(Way::End(None))));
         let to = Arc::clone(&way);
         thread::spawn(move || signals.forever().for_each(|signal| arrived(signal, &mut lock(&to))));
@@ -69,6 +73,12 @@ impl Drop for Signals {
         *lock(&self.way) = Way::End(None);
         self.handle.close();
     }
+}
+
+/// Signals that a process ignores, by its status in /proc: a bit each, from signal 1 on. None where that does not say so.
+fn ignored(status: &str) -> u64 {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
 }
 
 fn arrived(signal: i32, way: &mut Way) {
