@@ -92,21 +92,21 @@ impl Jit {
         Self::linear(cpu, anchor, key.rip.wrapping_add(site.offset.into()))
     }
 
-    /// The guest instruction whose translation is at a host address.
-    pub(super) fn guest_address(&self, cpu: &Cpu, host: u64) -> u64 {
+    /// The guest instruction whose translation is at a host address, and how far RSP is then from what its register says.
+    pub(super) fn guest_place(&self, cpu: &Cpu, host: u64) -> (u64, i64) {
         let apart = self.apart.partition_point(|(start, ..)| *start <= host).checked_sub(1);
         let (block, offset) = match apart.map(|at| self.apart[at]) {
             // As if it stood behind the block.
             Some((start, block, length)) => (block, host - start + u64::from(length)),
             None => {
-                let Some((start, block)) = self.block_at(host) else { return 0 };
+                let Some((start, block)) = self.block_at(host) else { return (0, 0) };
                 (block, host - start)
             }
         };
         let block = &self.blocks[block as usize];
         let marks = &self.marks[block.marks.start as usize..block.marks.end as usize];
         let mark = marks.partition_point(|mark| u64::from(mark.host) <= offset).saturating_sub(1);
-        let rip = block.key.rip.wrapping_add(marks.get(mark).map_or(0, |mark| mark.guest.into()));
-        Self::linear(cpu, block.anchor, rip)
+        let (guest, behind) = marks.get(mark).map_or((0, 0), |mark| (mark.guest, mark.behind));
+        (Self::linear(cpu, block.anchor, block.key.rip.wrapping_add(guest.into())), behind.into())
     }
 }

@@ -34,10 +34,10 @@ impl Emit<'_> {
         self.check(Address::In(T2), Self::stack_access(true, source.live), again)
     }
 
-    /// RSP becomes what [`Emit::push_room`] has made room for.
+    /// RSP becomes what [`Emit::push_room`] has made room for; in a group, once that is needed.
     pub(super) fn pushed(&mut self, source: &Source<'_>) {
         if source.part.of.is_some() {
-            self.asm.lea(STACK, At::Base(STACK, -8));
+            self.behind -= 8;
         } else {
             self.asm.mov(STACK, T2);
         }
@@ -97,7 +97,10 @@ impl Emit<'_> {
         }
         self.asm.load(to, at);
         self.set(number, to);
-        self.asm.lea(STACK, At::Base(STACK, 8));
+        self.behind += 8;
+        if source.part.of.is_none() {
+            self.settle_stack();
+        }
         Some(())
     }
 
@@ -141,6 +144,7 @@ impl Emit<'_> {
         let next = source.instruction.next_ip();
         let again = self.asm.bound();
         self.push_return(source, again);
+        self.settle_stack();
         let at = self.asm.len() + 1;
         self.asm.call(target);
         self.returned(next, user);
@@ -224,7 +228,8 @@ impl Emit<'_> {
         let again = self.asm.bound();
         let at = self.top(source, again);
         self.asm.load(T2, at);
-        self.asm.lea(STACK, At::Base(STACK, 8 + release));
+        self.behind += 8 + release;
+        self.settle_stack();
         self.note_site(i64::from(-8 - release));
         self.asm.ret();
         Some(())

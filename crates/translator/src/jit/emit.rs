@@ -182,6 +182,9 @@ pub(super) struct Emit<'a> {
     pub vectors: bool,
     /// The guest register that is in memory, and in T3 too.
     pub cached: Option<usize>,
+    /// How far the guest's RSP is from what its register says, where that waits for the end of several pushes or pops. Who leaves
+    /// by a fault finds it in the mark.
+    pub behind: i32,
     /// What pages in the window are moved by, where most of the accesses are to those.
     pub window: Option<i32>,
     /// The turn of the loop that is being emitted.
@@ -226,6 +229,7 @@ impl<'a> Emit<'a> {
             anchor,
             vectors: false,
             cached: None,
+            behind: 0,
             window: None,
             turn: None,
             careful: false,
@@ -369,10 +373,11 @@ impl<'a> Emit<'a> {
         let host = (self.asm.len() - self.head) as u16;
         // Where a block begins there is room for a jump that takes its place.
         let enter = enter && host >= self.entered + JUMP_BYTES;
+        debug_assert!(!enter || self.behind == 0, "whoever comes in has RSP right");
         if enter {
             self.entered = host;
         }
-        self.marks.push(Mark { host, guest, enter });
+        self.marks.push(Mark { host, guest, behind: self.behind as i16, enter });
     }
 
     /// True where nothing that translated code relies on is in temporaries or known of the vector registers.
@@ -494,6 +499,7 @@ impl<'a> Emit<'a> {
     /// A label that leads to an exit; `mode` is what more the mode of the block has that it leads to, `at` where the
     /// displacement is, if it is to be linked. With `poll`, it leads to the monitor and not to a block.
     fn exit(&mut self, target: u64, mode: u16, at: Option<u64>, poll: bool) -> Label {
+        debug_assert_eq!(self.behind, 0, "whoever goes on finds RSP right");
         let exit = self.first_exit + self.exits.len() as u32;
         self.exits.push(Exit { target, anchor: self.anchor, mode, at, instead: None });
         let here = self.asm.label();

@@ -298,6 +298,29 @@ fn moves(source: &Source<'_>, sum: Sum) -> Option<i64> {
     (stays(sum.base) && stays(sum.index)).then_some(0)
 }
 
+/// True where RSP need not be right in its register before an instruction: pushes and pops of a group, and what lies between them
+/// and leaves for nowhere, unless the host's processor refuses it.
+pub(super) fn leaves_stack_behind(source: &Source<'_>) -> bool {
+    use Mnemonic::{Add, And, Cmp, Lea, Mov, Movsx, Movsxd, Movzx, Or, Sub, Test, Xor};
+    let Source { instruction, part, .. } = source;
+    if !part.covered || part.begins.iter().any(Option::is_some) {
+        return false;
+    }
+    let registers = (0..instruction.op_count()).map(|operand| instruction.op_register(operand));
+    let parts = [instruction.memory_base(), instruction.memory_index()];
+    if registers.chain(parts).any(|register| register.full_register() == Register::RSP) {
+        return false;
+    }
+    let plain =
+        matches!(instruction.mnemonic(), Add | And | Cmp | Lea | Mov | Movsx | Movsxd | Movzx | Or | Sub | Test | Xor);
+    match source.template.kind {
+        Kind::PushRegister | Kind::PushConstant | Kind::PopRegister | Kind::Return => part.of.is_some(),
+        Kind::MovConstant | Kind::Lea => true,
+        Kind::Same => plain && !source.template.loads && !source.template.stores,
+        _ => false,
+    }
+}
+
 /// How far an instruction moves RSP. `None`: nobody knows.
 pub(super) fn moves_stack(source: &Source<'_>) -> Option<i64> {
     match source.template.kind {
@@ -406,9 +429,18 @@ impl Emit<'_> {
 
     /// Memory at a distance from RSP that belongs to the current group.
     pub(super) fn in_group(&self, displacement: i32) -> At {
+        let displacement = displacement + self.behind;
         match self.window {
             Some(distance) => At::Base(STACK, displacement + distance),
             None => At::Index(STACK, T3, 0, displacement),
+        }
+    }
+
+    /// RSP is right in its register.
+    pub(super) fn settle_stack(&mut self) {
+        match std::mem::take(&mut self.behind) {
+            0 => {}
+            behind => self.asm.lea(STACK, At::Base(STACK, behind)),
         }
     }
 }

@@ -212,6 +212,8 @@ struct Exit {
 struct Mark {
     host: u16,
     guest: u16,
+    /// How far the guest's RSP is from what its register says there, bytes.
+    behind: i16,
     /// What comes before has left nothing in registers that the translation from here on relies on.
     enter: bool,
 }
@@ -520,7 +522,9 @@ impl Jit {
                 Ran::One
             }
             exit::FAULT => {
-                cpu.state.rip = self.guest_address(cpu, cpu.state.hot().fault);
+                let (rip, behind) = self.guest_place(cpu, cpu.state.hot().fault);
+                cpu.state.rip = rip;
+                cpu.state.gpr[4] = cpu.state.gpr[4].wrapping_add_signed(behind);
                 Ran::One
             }
             _ => match std::mem::take(&mut cpu.after) {

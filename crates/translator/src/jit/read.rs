@@ -278,8 +278,8 @@ impl Jit {
     /// where they are `whole`, no more are looked at.
     fn follow_flags(&mut self, cpu: &Cpu, decoder: &mut Decoder<'_>, length: usize, whole: bool) -> Option<u32> {
         let mut instruction = Instruction::default();
-        let base = decoder.ip().wrapping_sub(decoder.position() as u64);
-        let mut way = Way { at: decoder.position(), open: live::ALL, been: [0; PEEK_BYTES / 64] };
+        let (first, base) = (decoder.position(), decoder.ip().wrapping_sub(decoder.position() as u64));
+        let mut way = Way { at: first, open: live::ALL, been: [0; PEEK_BYTES / 64] };
         let mut others: [Option<Way>; OTHERS] = [None; OTHERS];
         for _ in 0..PEEK {
             // What is cut off here may be whole where more bytes are looked at.
@@ -307,7 +307,8 @@ impl Jit {
                 if !branches || (target ^ instruction.ip()) >> 12 != 0 {
                     return Some(live::ALL);
                 }
-                let at = usize::try_from(target.wrapping_sub(base)).ok().filter(|at| *at < length)?;
+                // What lies before the first is not there for everybody who asks.
+                let at = usize::try_from(target.wrapping_sub(base)).ok().filter(|at| (first..length).contains(at))?;
                 if !way.was_at(at) {
                     *others.iter_mut().find(|other| other.is_none())? = Some(Way { at, ..way });
                 }

@@ -11,7 +11,7 @@ use super::anchor::FIXED;
 use super::asm::Label;
 use super::callback::Interpreted;
 use super::emit::{Emit, Inner, Room, condition, emptied};
-use super::group::Group;
+use super::group::{self, Group};
 use super::loops::Turns;
 use super::profile;
 use super::read::{Bytes, Second};
@@ -133,6 +133,9 @@ impl<'a> Block<'a> {
                 sources[position].part = sources[position].part.without(broken);
             }
             let source = &sources[position];
+            if !group::leaves_stack_behind(source) {
+                self.emit.settle_stack();
+            }
             if source.met {
                 self.meet(position);
             }
@@ -161,6 +164,7 @@ impl<'a> Block<'a> {
             }
             self.emit.between();
         }
+        self.emit.settle_stack();
         ended
     }
 
@@ -289,6 +293,7 @@ impl<'a> Block<'a> {
 
     /// The interpreter does it. True where the block ends with it.
     fn interpret(&mut self, cpu: &mut Cpu, source: &Source<'_>) -> bool {
+        self.emit.settle_stack();
         let instruction = &source.instruction;
         let mut op = cpu.op(instruction, source.bytes, instruction.ip(), u64::MAX);
         if op.cause().is_some() && !self.key.is_user() {
