@@ -390,7 +390,16 @@ fn hpet_timer(t: &mut T) {
     apic::enable();
     apic::io::set_entry(20, VECTOR.into());
     block::write(block::TIMER, 20 << 9 | 1 << 2); // route, interrupt enabled
-    let arm = |ns: u64| block::write(block::COMPARATOR, block::now() + ns / block::TICK_NS);
+    // It rings where the counter comes to the comparator: what the counter has gone past meanwhile is set again.
+    let arm = |ns: u64| {
+        loop {
+            let at = block::now() + ns / block::TICK_NS;
+            block::write(block::COMPARATOR, at);
+            if block::now() < at || requested() {
+                return;
+            }
+        }
+    };
     never_inside(t, "HPET", coarse.quantum_ns, arm, requested);
     block::write(block::TIMER, 0);
     apic::io::mask_all();
