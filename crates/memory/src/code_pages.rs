@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 
+use crate::mapping::Mapping;
 use crate::{PAGE_SHIFT, PAGE_SIZE};
 
 /// Bytes a line of the code bitmap stands for.
@@ -138,13 +139,21 @@ fn line_mask(offset: u64, len: u64) -> u64 {
 /// [`CodePages`] as the bitmap `vm-memory` reports every device write to.
 #[derive(Clone, Debug)]
 pub struct CodeBitmap {
-    pages: Arc<CodePages>,
+    tracked: Arc<Tracked>,
     base: u64,
 }
 
+/// What a bitmap is about. It lives as long as the bitmap, and that as long as the region it belongs to.
+#[derive(Debug)]
+struct Tracked {
+    pages: Arc<CodePages>,
+    _memory: Arc<Mapping>,
+}
+
 impl CodeBitmap {
-    pub(crate) fn new(pages: Arc<CodePages>) -> Self {
-        Self { pages, base: 0 }
+    /// The tracking of all of `memory`, which is kept.
+    pub(crate) fn new(pages: Arc<CodePages>, memory: Arc<Mapping>) -> Self {
+        Self { tracked: Arc::new(Tracked { pages, _memory: memory }), base: 0 }
     }
 }
 
@@ -156,7 +165,7 @@ impl BitmapSlice for CodeBitmap {}
 
 impl Bitmap for CodeBitmap {
     fn mark_dirty(&self, offset: usize, len: usize) {
-        self.pages.note_write(self.base + offset as u64, len as u64);
+        self.tracked.pages.note_write(self.base + offset as u64, len as u64);
     }
 
     fn dirty_at(&self, _offset: usize) -> bool {
@@ -164,7 +173,7 @@ impl Bitmap for CodeBitmap {
     }
 
     fn slice_at(&self, offset: usize) -> Self {
-        Self { pages: Arc::clone(&self.pages), base: self.base + offset as u64 }
+        Self { tracked: Arc::clone(&self.tracked), base: self.base + offset as u64 }
     }
 }
 

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!   devices ──(vm-memory slices)──┐
-//!   paravirt ──(read/write)───────┤──> GuestRam ──> one memfd, mapped once per region
+//!   paravirt ──(read/write)───────┤──> GuestRam ──> one memfd, each region mapped twice
 //!   engines ──(host_page)─────────┘        │
 //!                                          └──> CodePages: which 64-byte lines hold translated code
 //! ```
@@ -15,6 +15,7 @@
 
 mod address;
 mod code_pages;
+mod mapping;
 mod ram;
 pub mod vectored;
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::{MapFlags, ProtFlags, mmap};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -16,6 +16,7 @@ use vm_memory::{
 };
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
+use crate::mapping::Mapping;
 use crate::{CodeBitmap, CodePages, Gpa, PAGE_SIZE};
 
 /// What the rust-vmm crates know guest memory as.
@@ -58,7 +59,8 @@ pub struct Region {
     /// Length in bytes, a multiple of 4096.
     pub bytes: u64,
     host: NonNull<u8>,
-    alias: NonNull<u8>,
+    memory: Arc<Mapping>,
+    alias: Arc<Mapping>,
     code: Arc<CodePages>,
 }
 
@@ -77,7 +79,13 @@ impl Region {
     /// A second host address of the first byte: the same memory mapped once more. An engine that keeps two addresses
     /// apart can tell what it found out about a page from the address it uses for it.
     pub fn alias_base(&self) -> NonNull<u8> {
-        self.alias
+        self.alias.start()
+    }
+
+    /// Notes that the guest uses the page at `offset`, from [`Region::start`]: where it uses many nearby, the host is asked
+    /// to keep them in one large page.
+    pub fn note_use(&self, offset: u64) {
+        self.memory.note_use(offset);
     }
 
     /// The code tracking of this region; offsets are from [`Region::start`].
@@ -96,39 +104,9 @@ impl Region {
 pub struct GuestRam {
     backend: Arc<Backend>,
     regions: Arc<[Region]>,
-    _aliases: Arc<[Alias]>,
     code_writes: Arc<AtomicU64>,
     /// What the guest may read and the host alone writes.
     read_only: Option<Arc<Self>>,
-}
-
-/// The second mapping of a region.
-#[derive(Debug)]
-struct Alias {
-    start: NonNull<u8>,
-    bytes: usize,
-}
-
-// SAFETY: an address and a size; whoever uses the address keeps to the rules of `Region`.
-unsafe impl Send for Alias {}
-// SAFETY: as above.
-unsafe impl Sync for Alias {}
-
-impl Alias {
-    fn new(file: &File, offset: u64, bytes: u64) -> std::io::Result<Self> {
-        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
-        // SAFETY: a new mapping at an address the kernel chooses.
-        let at = unsafe { mmap(std::ptr::null_mut(), bytes as usize, protection, flags, file, offset)? };
-        let start = NonNull::new(at.cast()).ok_or_else(|| std::io::Error::other("mapped at address zero"))?;
-        Ok(Self { start, bytes: bytes as usize })
-    }
-}
-
-impl Drop for Alias {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own, and `Region`s are good only as long as the `GuestRam` that holds it.
-        let _ = unsafe { munmap(self.start.as_ptr().cast(), self.bytes) };
-    }
 }
 
 impl GuestRam {
@@ -146,7 +124,6 @@ impl GuestRam {
 
         let mut offset = 0;
         let mut mapped = Vec::new();
-        let mut aliases = Vec::new();
         let code_writes = Arc::new(AtomicU64::new(0));
         let mut regions: Vec<Region> = Vec::new();
         for &(start, bytes) in ranges {
@@ -156,30 +133,22 @@ impl GuestRam {
                 return Err(refused);
             }
             let code = Arc::new(CodePages::counting(bytes, Arc::clone(&code_writes)));
-            let mapping = MmapRegionBuilder::new_with_bitmap(bytes as usize, CodeBitmap::new(Arc::clone(&code)))
-                .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-                .build()
-                .map_err(|error| reserve(std::io::Error::other(error)))?;
-            let Some(host) = NonNull::new(mapping.as_ptr()) else { return Err(refused) };
-            // SAFETY: the range is the mapping just made; the advice changes page size only, and may fail freely.
-            unsafe { libc::madvise(host.as_ptr().cast(), bytes as usize, libc::MADV_HUGEPAGE) };
-            let alias = Alias::new(&file, offset, bytes).map_err(reserve)?;
-            regions.push(Region { start, bytes, host, alias: alias.start, code });
-            aliases.push(alias);
-            mapped.push(GuestRegionMmap::new(mapping, GuestAddress(start.0)).ok_or(refused)?);
+            let map = || Mapping::new(&file, offset, bytes).map(Arc::new).map_err(reserve);
+            let (memory, alias) = (map()?, map()?);
+            let host = memory.start();
+            let bitmap = CodeBitmap::new(Arc::clone(&code), Arc::clone(&memory));
+            let builder = MmapRegionBuilder::new_with_bitmap(bytes as usize, bitmap)
+                .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset));
+            // SAFETY: so many bytes are mapped there for as long as the region has its bitmap, which keeps the mapping.
+            let builder = unsafe { builder.with_raw_mmap_pointer(host.as_ptr()) };
+            let mapped_once = builder.build().map_err(|error| reserve(std::io::Error::other(error)))?;
+            regions.push(Region { start, bytes, host, memory, alias, code });
+            mapped.push(GuestRegionMmap::new(mapped_once, GuestAddress(start.0)).ok_or(refused)?);
             offset += bytes;
         }
         let backend = Backend::from_regions(mapped)
             .map_err(|_| Error::Region { start: ranges.first().map_or(Gpa(0), |range| range.0), bytes: total })?;
-        Ok(Self {
-            backend: Arc::new(backend),
-            regions: regions.into(),
-            _aliases: aliases.into(),
-            code_writes,
-            read_only: None,
-        })
+        Ok(Self { backend: Arc::new(backend), regions: regions.into(), code_writes, read_only: None })
     }
 
     /// The same RAM, and beside it `pages` that the guest can only read. They are no RAM to anyone else: neither a device nor a
@@ -344,6 +313,14 @@ impl GuestRam {
             Ok(())
         } else {
             Err(Error::NotRam { start: gpa, bytes })
+        }
+    }
+
+    /// Asks the host for large pages where `bytes` at `gpa`, about to be written, fill them. What is not RAM is left out.
+    pub fn enlarge(&self, gpa: Gpa, bytes: u64) {
+        if let Some(region) = self.region(gpa) {
+            let offset = gpa.0 - region.start.0;
+            region.memory.enlarge(offset..offset.saturating_add(bytes));
         }
     }
 

@@ -116,6 +116,9 @@ impl<'a> Space<'a> {
         for segment in &image.segments {
             self.claim(segment.address, segment.size, "a segment of the kernel")?;
         }
+        for Segment { address, file, .. } in &image.segments {
+            self.ram.enlarge(memory::Gpa(*address), file.end - file.start);
+        }
         let mut offset = 0;
         loop {
             let piece = contents.fill_buf()?;
@@ -140,7 +143,9 @@ impl<'a> Space<'a> {
 
     /// Writes to memory that was claimed.
     pub(super) fn write(&self, address: u64, bytes: &[u8]) -> Result<(), Fault> {
-        Ok(self.ram.write(memory::Gpa(address), bytes)?)
+        let start = memory::Gpa(address);
+        self.ram.enlarge(start, bytes.len() as u64);
+        Ok(self.ram.write(start, bytes)?)
     }
 }
 

@@ -362,6 +362,7 @@ impl Cpu {
             return self.fill_read_only(mode, address, access, translation);
         };
         let offset = translation.gpa.0 - region.start.0;
+        region.note_use(offset);
         let addend = |base: std::ptr::NonNull<u8>| (base.as_ptr() as u64).wrapping_add(offset).wrapping_sub(address);
         // A write-only page does not exist: what may be written may be read. Pages that hold code are written to with
         // care only.
