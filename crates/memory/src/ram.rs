@@ -58,22 +58,15 @@ pub struct Region {
     pub start: Gpa,
     /// Length in bytes, a multiple of 4096.
     pub bytes: u64,
-    host: NonNull<u8>,
     memory: Arc<Mapping>,
     alias: Arc<Mapping>,
     code: Arc<CodePages>,
 }
 
-// SAFETY: `host` is only an address of a shared mapping that lives as long as the `GuestRam` this came from; what is
-// done through it is the caller's `unsafe`.
-unsafe impl Send for Region {}
-// SAFETY: as above; `Region` itself offers no access through the pointer.
-unsafe impl Sync for Region {}
-
 impl Region {
     /// The host address of the first byte. Valid as long as the [`GuestRam`] it came from.
     pub fn host_base(&self) -> NonNull<u8> {
-        self.host
+        self.memory.start()
     }
 
     /// A second host address of the first byte: the same memory mapped once more. An engine that keeps two addresses
@@ -135,14 +128,13 @@ impl GuestRam {
             let code = Arc::new(CodePages::counting(bytes, Arc::clone(&code_writes)));
             let map = || Mapping::new(&file, offset, bytes).map(Arc::new).map_err(reserve);
             let (memory, alias) = (map()?, map()?);
-            let host = memory.start();
             let bitmap = CodeBitmap::new(Arc::clone(&code), Arc::clone(&memory));
             let builder = MmapRegionBuilder::new_with_bitmap(bytes as usize, bitmap)
                 .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset));
             // SAFETY: so many bytes are mapped there for as long as the region has its bitmap, which keeps the mapping.
-            let builder = unsafe { builder.with_raw_mmap_pointer(host.as_ptr()) };
+            let builder = unsafe { builder.with_raw_mmap_pointer(memory.start().as_ptr()) };
             let mapped_once = builder.build().map_err(|error| reserve(std::io::Error::other(error)))?;
-            regions.push(Region { start, bytes, host, memory, alias, code });
+            regions.push(Region { start, bytes, memory, alias, code });
             mapped.push(GuestRegionMmap::new(mapped_once, GuestAddress(start.0)).ok_or(refused)?);
             offset += bytes;
         }
@@ -193,13 +185,13 @@ impl GuestRam {
     pub fn host_page(&self, gpa: Gpa) -> Option<NonNull<u8>> {
         let region = self.region(gpa)?;
         // SAFETY: `contains` put the offset within the region's one mapping.
-        Some(unsafe { region.host.add((gpa.0 - region.start.0) as usize) })
+        Some(unsafe { region.host_base().add((gpa.0 - region.start.0) as usize) })
     }
 
     /// The guest-physical address of a byte of a region's first mapping in the host.
     pub fn gpa_of(&self, host: u64) -> Option<Gpa> {
         self.regions.iter().find_map(|region| {
-            let offset = host.wrapping_sub(region.host.as_ptr() as u64);
+            let offset = host.wrapping_sub(region.host_base().as_ptr() as u64);
             (offset < region.bytes).then(|| Gpa(region.start.0 + offset))
         })
     }
