@@ -55,7 +55,7 @@ impl Mapping {
             uses: (0..(lead + bytes).div_ceil(LARGE)).map(|_| AtomicU8::new(0)).collect(),
         };
         let flags = MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED;
-        // SAFETY: in place of a part of the mapping just made, which is longer by twice what `start` can be behind its start.
+        // SAFETY: in place of a part of the mapping just made, which is longer by two large pages: `start` is less than that behind its start.
         unsafe { mmap(start, bytes as usize, ProtFlags::READ | ProtFlags::WRITE, flags, file, offset)? };
         // SAFETY: of the mapping just made; the advice changes the size of pages only, and a host may refuse it.
         unsafe { libc::madvise(start, bytes as usize, libc::MADV_HUGEPAGE) };
