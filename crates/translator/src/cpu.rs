@@ -145,11 +145,13 @@ impl Cpu {
         let link = shared.link(Arc::clone(&config.signal));
         let end = shared.ram.regions().last().map_or(Gpa(0), |region| Gpa(region.start.0 + region.bytes));
         let window = Window::new(config.id.0);
+        let state = Home::new(CpuState::reset())?;
+        let front = state.file().map_err(|source| Error::Host { what: "a virtual processor's memory", source })?;
         let mut cpu = Self {
-            state: Home::new(CpuState::reset())?,
+            state,
             flags: Flags::default(),
             mode: Mode::default(),
-            tlb: Tlb::new(window.distance()),
+            tlb: Tlb::new(window.distance(), Some(front)),
             window,
             written: Written::new(end),
             stale: Vec::new(),

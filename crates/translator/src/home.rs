@@ -1,17 +1,23 @@
 //! Where a vCPU's state lives: one mapping in the lowest 2 GiB, so that generated code names every field by an absolute
-//! 32-bit address and needs no register for it.
+//! 32-bit address and needs no register for it. That takes 8 bytes an access, so what is used most is at the end of the
+//! first page, which is mapped once more in front of each translation table for writing: a register points there anyway,
+//! and half as many bytes do.
 //!
 //! ```text
-//!   CpuState | Hot | landing tables (where indirect branches go, by target address) | anchors | placed
+//!   Hot, general registers | rest of CpuState | landing tables (where indirect branches go, by target address) | anchors | placed
+//!   └───── first page ─────┘
 //! ```
 
 use std::io;
 use std::mem::offset_of;
 use std::ops::{Deref, DerefMut};
+use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 
 use engine::{CpuState, Error};
 use memory::PAGE_SIZE;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 /// Entries of a landing table.
 pub(crate) const LANDINGS: usize = 1 << 16;
@@ -42,6 +48,9 @@ pub(crate) const COUNTERS: usize = 64;
 /// What generated code and the monitor tell each other.
 #[repr(C)]
 pub(crate) struct Hot {
+    /// Guest instructions that translated code has run since the monitor last looked, where they are counted: a part in
+    /// each.
+    pub instructions: [u64; COUNTERS],
     /// Status flags while the monitor runs: bits 15:8 as LAHF gives them, bit 0 OF.
     pub flags: u64,
     /// Stack pointer of generated code: the shadow return stack.
@@ -52,22 +61,16 @@ pub(crate) struct Hot {
     pub entry: u64,
     /// The current read table, as its register holds it.
     pub read: u64,
-    /// The current write table.
+    /// The current write table, as its register holds it.
     pub write: u64,
     /// The `Cpu`, for callbacks.
     pub context: u64,
-    /// 1: vector and x87 registers are in [`CpuState::xsave`]; 0: in the processor.
-    pub vectors_away: u64,
     /// Why generated code was left.
     pub exit: u64,
     /// What belongs to it.
     pub value: u64,
-    /// The address an access that missed was for.
-    pub address: u64,
     /// Host instruction that faulted.
     pub fault: u64,
-    /// Room for a register.
-    pub scratch: u64,
     /// MXCSR of the monitor.
     pub mxcsr: u64,
     /// 1: the code that [`Hot::shadow`] belongs to runs at CPL 3.
@@ -77,36 +80,46 @@ pub(crate) struct Hot {
     pub pointers: [u64; 2],
     /// The landing table in force, in bytes from the first.
     pub landing: u64,
-    /// Not 0: the interrupt controller may have a vector to deliver once interrupts are enabled.
-    pub waits: u64,
     /// Which tables explicit data accesses use: a [`crate::mmu::DataMode`].
     pub data_mode: u64,
     /// Read and write tables for supervisor code without and with RFLAGS.AC.
     pub tables: [[u64; 2]; 2],
-    /// Where the guest's TSC offset is.
-    pub tsc: u64,
     /// Anchors that have been placed.
     pub placed: u64,
     /// The addend of a group of stack accesses, while the monitor resolves a miss.
     pub group: u64,
+    // The words from here on are at hand by a register: see `Layout`.
+    /// The address an access that missed was for.
+    pub address: u64,
+    /// Room for a register.
+    pub scratch: u64,
     /// Status flags that translated code puts aside.
     pub own_flags: u64,
-    /// The bits of an address that are the index of its entry in a translation table.
-    pub index_bits: u64,
+    /// 1: vector and x87 registers are in [`CpuState::xsave`]; 0: in the processor.
+    pub vectors_away: u64,
+    /// Not 0: the interrupt controller may have a vector to deliver once interrupts are enabled.
+    pub waits: u64,
+    /// Where the guest's TSC offset is.
+    pub tsc: u64,
+    /// The low bits of an address, as many as the index says.
+    pub low_bits: [u64; 5],
     /// Those that are an offset in a page, and the first above them.
     pub offset_bits: u64,
     pub page_bit: u64,
-    /// The low bits of an address, as many as the index says.
-    pub low_bits: [u64; 5],
-    /// Guest instructions that translated code has run since the monitor last looked, where they are counted: a part in
-    /// each.
-    pub instructions: [u64; COUNTERS],
+    /// The bits of an address that are the index of its entry in a translation table.
+    pub index_bits: u64,
 }
+
+/// Bytes of the mapping that lie in front of tables, too.
+const FRONT: usize = PAGE_SIZE as usize;
+/// Bytes before [`Hot`]: the state's first field, the general registers, ends with the first page.
+const BEFORE: usize = FRONT - size_of::<[u64; 16]>() - size_of::<Hot>();
 
 #[repr(C)]
 struct Layout {
-    state: CpuState,
+    reserved: [u8; BEFORE],
     hot: Hot,
+    state: CpuState,
     landings: [[u64; LANDINGS]; LANDING_TABLES],
     anchors: [Anchor; ANCHORS],
     /// The addresses of those that have been placed; the rest is nothing.
@@ -124,6 +137,7 @@ impl Layout {
 /// The mapping.
 pub(crate) struct Home {
     at: NonNull<Layout>,
+    file: OwnedFd,
 }
 
 // SAFETY: the mapping belongs to this value alone.
@@ -132,25 +146,32 @@ unsafe impl Send for Home {}
 impl Home {
     /// A home for `state`.
     pub(crate) fn new(state: CpuState) -> Result<Self, Error> {
-        let refused = || Error::Host { what: "memory for a virtual processor", source: io::Error::last_os_error() };
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let refused = |source: io::Error| Error::Host { what: "memory for a virtual processor", source };
+        let file = memfd_create("processor", MemfdFlags::CLOEXEC).map_err(|error| refused(error.into()))?;
+        ftruncate(&file, size_of::<Layout>() as u64).map_err(|error| refused(error.into()))?;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
         let map = |flags| {
             // SAFETY: a new mapping at an address the kernel chooses.
-            let at = unsafe { libc::mmap(std::ptr::null_mut(), size_of::<Layout>(), protection, flags, -1, 0) };
-            (at != libc::MAP_FAILED).then_some(at)
+            unsafe { mmap(std::ptr::null_mut(), size_of::<Layout>(), protection, flags, &file, 0) }
         };
-        let at = map(flags | libc::MAP_32BIT).or_else(|| map(flags)).ok_or_else(refused)?;
-        let at = NonNull::new(at.cast::<Layout>()).ok_or_else(refused)?;
+        let low = MapFlags::SHARED | MapFlags::from_bits_retain(libc::MAP_32BIT as u32);
+        let at = map(low).or_else(|_| map(MapFlags::SHARED)).map_err(|error| refused(error.into()))?;
+        let nowhere = || refused(io::Error::other("mapped at address zero"));
+        let at = NonNull::new(at.cast::<Layout>()).ok_or_else(nowhere)?;
         // SAFETY: the mapping is zero and as large and aligned as `Layout`; the other fields are integers.
         unsafe { (&raw mut (*at.as_ptr()).state).write(state) };
-        let mut home = Self { at };
+        let mut home = Self { at, file };
         home.hot_mut().vectors_away = 1;
         home.hot_mut().mxcsr = 0x1f80;
         let hot = home.hot_mut();
         (hot.index_bits, hot.offset_bits, hot.page_bit) = (crate::mmu::INDEX_BITS, PAGE_SIZE - 1, PAGE_SIZE);
         hot.low_bits = std::array::from_fn(|count| (1 << count) - 1);
         Ok(home)
+    }
+
+    /// The file that the mapping is of, from its start on.
+    pub(crate) fn file(&self) -> io::Result<OwnedFd> {
+        self.file.try_clone()
     }
 
     /// The address generated code calls the mapping's start by; `None` where that takes more than 31 bits.
@@ -236,6 +257,9 @@ pub(crate) mod offset {
     #[cfg(debug_assertions)]
     pub(crate) const END: i32 = size_of::<Layout>() as i32;
     pub(crate) const STATE: i32 = offset_of!(Layout, state) as i32;
+    /// What lies before it lies in front of tables for writing, too.
+    pub(crate) const FRONT: i32 = super::FRONT as i32;
+    const _: () = assert!(GPR + 16 * 8 == FRONT && HOT + size_of::<Hot>() as i32 == GPR);
     pub(crate) const GPR: i32 = STATE + offset_of!(CpuState, gpr) as i32;
     pub(crate) const RIP: i32 = STATE + offset_of!(CpuState, rip) as i32;
     pub(crate) const RFLAGS: i32 = STATE + offset_of!(CpuState, rflags) as i32;
@@ -295,6 +319,6 @@ impl DerefMut for Home {
 impl Drop for Home {
     fn drop(&mut self) {
         // SAFETY: this value's own mapping; `CpuState` owns nothing.
-        unsafe { libc::munmap(self.at.as_ptr().cast(), size_of::<Layout>()) };
+        let _ = unsafe { munmap(self.at.as_ptr().cast(), size_of::<Layout>()) };
     }
 }

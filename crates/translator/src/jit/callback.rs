@@ -10,7 +10,7 @@ use engine::state::rflags::{IF, OF, STATUS, TF};
 use engine::state::{Shadow, cr4};
 use iced_x86::{Instruction, OpKind};
 
-use super::emit::READ_AHEAD;
+use super::emit::{READ_AHEAD, WRITE_AHEAD};
 use super::{Jit, landings_of, units_of};
 use crate::cpu::Cpu;
 use crate::home::LANDINGS;
@@ -254,7 +254,9 @@ pub(super) fn change_privilege(cpu: &mut Cpu) {
 
 /// Puts the tables of the current mode in force. False where the host gives no address space for them.
 pub(super) fn use_tables(cpu: &mut Cpu) -> bool {
-    let pair = |starts: Starts| [starts.read.wrapping_sub(READ_AHEAD as u64), starts.write];
+    let pair = |starts: Starts| {
+        [(starts.read, READ_AHEAD), (starts.write, WRITE_AHEAD)].map(|(start, ahead)| start - ahead as u64)
+    };
     let current = cpu.tlb.starts(cpu.data_mode()).map(pair);
     if cpu.mode.cpl == 0 && cpu.state.cr4 & cr4::SMAP != 0 {
         // STAC and CLAC change between these.

@@ -2,12 +2,12 @@
 
 use super::asm::{At, Label, Ready};
 use super::cold::Cold;
-use super::emit::{Address, Emit, Known, READ, READ_AHEAD, T1, WRITE, condition};
+use super::emit::{Address, Emit, Known, READ, READ_AHEAD, T1, WRITE, WRITE_AHEAD, condition, field};
 use crate::home::offset;
 
-/// The register of the table that an access looks into, and what is too much in it.
+/// The register of the table that an access looks into, and how far behind it that begins.
 pub(super) fn table_for(write: bool) -> (u8, i32) {
-    if write { (WRITE, 0) } else { (READ, READ_AHEAD) }
+    if write { (WRITE, WRITE_AHEAD) } else { (READ, READ_AHEAD) }
 }
 
 /// Loads of an address's entry, ready made: T1 becomes the addend. Flags say whether it is zero, where they need not survive.
@@ -23,7 +23,7 @@ impl Lookups {
             Ready::new(|asm| {
                 let (table, ahead) = table_for(write);
                 if live {
-                    asm.extract_at(T1, register, At::Absolute(known.low + offset::INDEX_BITS));
+                    asm.extract_at(T1, register, field(known.low, offset::INDEX_BITS));
                 } else {
                     asm.extract_bits(T1, register, READ);
                 }
@@ -68,9 +68,9 @@ impl Emit<'_> {
             Address::Constant(value) => {
                 let (table, ahead) = table_for(access.write);
                 let index = crate::mmu::table_index(value as i64 as u64);
-                match i32::try_from(8 * index) {
-                    Ok(near) => self.asm.load(T1, At::Base(table, near + ahead)),
-                    Err(_) => {
+                match i32::try_from(8 * index).ok().and_then(|near| near.checked_add(ahead)) {
+                    Some(near) => self.asm.load(T1, At::Base(table, near)),
+                    None => {
                         self.asm.constant(T1, index as u64);
                         self.asm.load(T1, At::Index(table, T1, 3, ahead));
                     }

@@ -6,7 +6,7 @@
 //!
 //!   rcx, r11, r10   temporaries: addend, effective address, operand
 //!   r15             4 bytes before the read table: its low 16 bits say BEXTR what an index is made of
-//!   r14             start of the write table
+//!   r14             before the write table, within the home's first page
 //!   rsp             the shadow return stack
 //! ```
 //!
@@ -40,6 +40,15 @@ pub(super) const WRITE: u8 = reg::R14;
 /// How far the read table begins behind where its register points: a displacement of 8 bits. The register's low 16 bits are
 /// 36 bits from bit 12 on, as BEXTR reads it.
 pub(super) const READ_AHEAD: i32 = TABLE_SKEW as i32 - (36 << 8 | 12);
+/// How far the write table begins behind where its register points: a displacement of 8 bits, as of most of what is
+/// between, the end of the home's first page.
+pub(super) const WRITE_AHEAD: i32 = 0x78;
+
+/// A field of the home that starts at `low`: at hand by the register of the write table, where it is near enough.
+pub(super) fn field(low: i32, offset: i32) -> At {
+    let near = offset - offset::FRONT + WRITE_AHEAD;
+    if (i8::MIN.into()..WRITE_AHEAD).contains(&near) { At::Base(WRITE, near) } else { At::Absolute(low + offset) }
+}
 
 const RSP: usize = 4;
 /// A jump of the host's with a displacement of 32 bits.
@@ -243,7 +252,7 @@ impl<'a> Emit<'a> {
 
     /// A field of the vCPU's home.
     pub(super) fn field(&self, offset: i32) -> At {
-        At::Absolute(self.known.low + offset)
+        field(self.known.low, offset)
     }
 
     /// Where a guest register is while it is in no host register.

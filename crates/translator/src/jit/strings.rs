@@ -6,7 +6,8 @@
 use iced_x86::{Code, Instruction, OpKind, Register};
 
 use super::asm::{At, Label, Place, reg};
-use super::emit::{READ, READ_AHEAD, T1, T3, WRITE, condition};
+use super::check::table_for;
+use super::emit::{READ, T1, T3, condition};
 use super::thunk::Builder;
 use crate::home::offset;
 
@@ -71,9 +72,9 @@ impl Builder<'_> {
         self.least(T3, COUNTER);
         // RDX and RAX: the addends. RAX is what STOS stores.
         let target = if moves { reg::RAX } else { reg::RDX };
-        self.addend(target, reg::RDI, (WRITE, 0), user, out);
+        self.addend(target, reg::RDI, table_for(true), user, out);
         if moves {
-            self.addend(reg::RDX, reg::RSI, (READ, READ_AHEAD), user, out);
+            self.addend(reg::RDX, reg::RSI, table_for(false), user, out);
             self.apart(out);
             self.asm.lea(reg::RSI, At::Index(reg::RSI, reg::RDX, 0, 0));
         }

@@ -11,7 +11,8 @@ use iced_x86::{
     Mnemonic, OpAccess, OpKind, Register, UsedMemory,
 };
 
-use super::emit::{Known, READ_AHEAD};
+use super::check::table_for;
+use super::emit::{Known, WRITE_AHEAD};
 use crate::home::{LANDINGS, offset};
 use state::{Held, Part, R10, RCX, SCRATCH, START, State, Sum, slot};
 
@@ -54,7 +55,8 @@ fn text(code: &[(&[u8], u64)]) -> String {
 }
 
 fn check(code: &[(&[u8], u64)], bounds: &Bounds<'_>) -> Result<(), String> {
-    let instructions: Vec<Instruction> = instructions(code).collect();
+    let absolute = |instruction| by_address(instruction, bounds.known.low);
+    let instructions: Vec<Instruction> = instructions(code).map(absolute).collect();
     let mut piece = Piece { instructions, bounds, infos: InstructionInfoFactory::new() };
     let states = piece.follow()?;
     for (position, state) in states.iter().enumerate() {
@@ -65,6 +67,19 @@ fn check(code: &[(&[u8], u64)], bounds: &Bounds<'_>) -> Result<(), String> {
             .map_err(|complaint| format!("emitted code at {:#x} {complaint} ({state:?})", instruction.ip()))?;
     }
     Ok(())
+}
+
+/// An instruction that calls a field of the home by its address, whether it does or finds it in front of the write table.
+fn by_address(mut instruction: Instruction, low: i32) -> Instruction {
+    let displacement = instruction.memory_displacement64() as i64;
+    let in_front = (i8::MIN.into()..WRITE_AHEAD.into()).contains(&displacement);
+    if in_front && (instruction.memory_base(), instruction.memory_index()) == (Register::R14, Register::None) {
+        instruction.set_memory_base(Register::None);
+        let address = i64::from(low) + i64::from(offset::FRONT - WRITE_AHEAD) + displacement;
+        instruction.set_memory_displacement64(address as u64);
+        instruction.set_memory_displ_size(8);
+    }
+    instruction
 }
 
 struct Piece<'a> {
@@ -391,13 +406,13 @@ impl Piece<'_> {
             }
             (Register::R14 | Register::R15, Register::None) => loads_rcx,
             (Register::R14 | Register::R15, Register::RCX) => {
-                let ahead = if base == Register::R15 { i64::from(READ_AHEAD) } else { 0 };
+                let (_, ahead) = table_for(base == Register::R14);
                 let index = match state.held[RCX] {
                     Held::Index(_) => true,
                     Held::Constant(value) => (0..ENTRIES).contains(&value),
                     _ => false,
                 };
-                loads && scale == 8 && index && displacement == ahead
+                loads && scale == 8 && index && displacement == i64::from(ahead)
             }
             (Register::RCX | Register::R10 | Register::R11, Register::None) => match state.of(base) {
                 Held::Addend { write } => write || !stores,

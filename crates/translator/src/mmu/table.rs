@@ -5,11 +5,12 @@
 
 use std::ffi::c_void;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use memory::PAGE_SIZE;
-use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap_anonymous, mprotect, munmap};
+use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap, mmap_anonymous, mprotect, munmap};
 
 /// Entries of one half (of the canonical lower or upper addresses).
 const HALF: usize = 1 << 35;
@@ -27,13 +28,16 @@ const MOST_LEFT: usize = 1 << 11;
 const ENTRIES_LOG2: u32 = 9;
 
 const FLAGS: MapFlags = MapFlags::PRIVATE.union(MapFlags::NORESERVE);
+const FRONT_FLAGS: MapFlags = MapFlags::SHARED.union(MapFlags::FIXED);
 
 /// Tables begin so far behind multiples of this: the register that points just before one is read by BEXTR, too.
 const ALIGNMENT: usize = 1 << 16;
 pub(crate) const SKEW: usize = 0x2410;
-/// Whole pages of the lower half, from the multiple on, and where those begin that have nothing of it.
-const LOWER_END: usize = HALF_BYTES + SKEW / PAGE_SIZE as usize * PAGE_SIZE as usize;
-const UPPER: usize = LOWER_END + PAGE_SIZE as usize;
+/// The same of tables that have a page of something else in front.
+const SKEW_BEHIND_FRONT: usize = 0x3000;
+/// From a table's first page on: where those begin that have nothing of the lower half, and its end.
+const UPPER: usize = HALF_BYTES + PAGE_SIZE as usize;
+const END: usize = UPPER + HALF_BYTES;
 /// The bits of an address that are the index of its entry.
 pub(crate) const INDEX_BITS: u64 = 0xffff_ffff_f000;
 
@@ -73,14 +77,15 @@ unsafe impl Send for Table {}
 
 impl Table {
     /// An empty table; with `lower_only` the entries of upper addresses are not there. Entries that are `chained` go with
-    /// the one before them.
-    pub(crate) fn new(lower_only: bool, chained: Option<u64>) -> io::Result<Self> {
+    /// the one before them. The first page of `front` is mapped in front of the table.
+    pub(crate) fn new(lower_only: bool, chained: Option<u64>, front: Option<BorrowedFd<'_>>) -> io::Result<Self> {
         let access = ProtFlags::READ | ProtFlags::WRITE;
         let place = NEXT_PLACE.fetch_add(MAPPED, Ordering::Relaxed);
         let place = FIRST_PLACE + (place - FIRST_PLACE) % (LAST_PLACE - FIRST_PLACE);
         // SAFETY: a new mapping: the kernel chooses another address where this one is not free.
         let mapping = unsafe { mmap_anonymous(place as *mut c_void, MAPPED, access, FLAGS)? };
-        let entries = mapping.map_addr(|address| address.next_multiple_of(ALIGNMENT) + SKEW).cast::<u64>();
+        let skew = if front.is_some() { SKEW_BEHIND_FRONT } else { SKEW };
+        let entries = mapping.map_addr(|address| address.next_multiple_of(ALIGNMENT) + skew).cast::<u64>();
         let Some(entries) = NonNull::new(entries) else { return Err(io::Error::other("mapped at address zero")) };
         let table = Self {
             entries,
@@ -97,14 +102,23 @@ impl Table {
         unsafe { madvise(mapping, MAPPED, Advice::LinuxNoHugepage) }?;
         if lower_only {
             // SAFETY: the second half but for what shares a page with the first, inside the mapping.
-            unsafe {
-                mprotect(entries.as_ptr().byte_sub(SKEW).byte_add(UPPER).cast(), HALF_BYTES, MprotectFlags::empty())
-            }?;
+            unsafe { mprotect(table.first_page().wrapping_byte_add(UPPER), HALF_BYTES, MprotectFlags::empty()) }?;
+        }
+        if let Some(file) = front {
+            let page = PAGE_SIZE as usize;
+            // SAFETY: in place of a page of the mapping just made that is not the table's.
+            unsafe { mmap(table.first_page().wrapping_byte_sub(page), page, access, FRONT_FLAGS, file, 0) }?;
         }
         Ok(table)
     }
 
-    /// The address of page 0's entry, for generated code: [`SKEW`] bytes behind a multiple of 64 KiB.
+    /// Where the first page begins that has entries.
+    fn first_page(&self) -> *mut c_void {
+        self.entries.as_ptr().map_addr(|address| address - address % PAGE_SIZE as usize).cast()
+    }
+
+    /// The address of page 0's entry, for generated code: [`SKEW`] bytes behind a multiple of 64 KiB, unless something is in
+    /// front.
     pub(crate) fn start(&self) -> u64 {
         self.entries.as_ptr() as u64
     }
@@ -132,7 +146,7 @@ impl Table {
             let log = if global { &mut self.global } else { &mut self.local };
             if log.len() >= MOST_LOGGED {
                 self.clear(true);
-                self.give_back(UPPER + HALF_BYTES);
+                self.give_back(END);
                 return self.set(address, addend, global);
             }
             log.push(at);
@@ -210,7 +224,7 @@ impl Table {
             self.global_below = false;
         }
         if self.left >= MOST_LEFT && !self.global_below {
-            self.give_back(LOWER_END);
+            self.give_back(HALF_BYTES);
         }
     }
 
@@ -219,17 +233,17 @@ impl Table {
         self.misses += 1;
         if self.misses >= MOST_MISSES {
             self.clear(true);
-            self.give_back(UPPER + HALF_BYTES);
+            self.give_back(END);
         }
     }
 
-    /// Returns the memory of the first `most` bytes, from the multiple of 64 KiB on, to the host, and the page tables that say
-    /// where it is. They must be clear.
+    /// Returns the memory of the first `most` bytes, whole pages, to the host, and the page tables that say where it is. They
+    /// must be clear.
     fn give_back(&mut self, most: usize) {
         (self.misses, self.left) = (0, 0);
-        let bytes = if self.lower_only { LOWER_END } else { most };
+        let bytes = if self.lower_only { HALF_BYTES } else { most };
         let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, FLAGS | MapFlags::FIXED);
-        let at = self.entries.as_ptr().wrapping_byte_sub(SKEW).cast();
+        let at = self.first_page();
         // SAFETY: in place of this value's own mapping, whose entries are all zero, as they are afterwards.
         let made = unsafe { mmap_anonymous(at, bytes, access, flags) };
         // The old mapping may be gone then, and with it whatever could go on: as with memory that cannot be had.
@@ -252,7 +266,7 @@ mod tests {
 
     #[test]
     fn both_halves_have_their_entries_and_flushes_keep_global_ones() {
-        let mut table = Table::new(false, None).unwrap();
+        let mut table = Table::new(false, None, None).unwrap();
         for (address, global) in [(0, false), (0x7fff_ffff_f000, false), (0xffff_8000_0000_0000, true), (!0xfff, true)]
         {
             assert_eq!(table.get(address), 0);
@@ -269,7 +283,7 @@ mod tests {
 
     #[test]
     fn a_table_of_the_lower_half_has_nothing_above() {
-        let mut table = Table::new(true, None).unwrap();
+        let mut table = Table::new(true, None, None).unwrap();
         table.set(!0xfff, 0x1000, false);
         assert_eq!(table.get(!0xfff), 0);
         table.set(0x1000, 0x2000, false);
@@ -279,7 +293,7 @@ mod tests {
 
     #[test]
     fn a_page_that_stops_being_global_goes_with_the_local_ones() {
-        let mut table = Table::new(false, None).unwrap();
+        let mut table = Table::new(false, None, None).unwrap();
         table.set(0x5000, 0x1000, true);
         table.set(0x5000, 0x2000, false);
         table.clear(false);
@@ -289,7 +303,7 @@ mod tests {
     #[test]
     fn chained_entries_go_with_the_one_before() {
         const CHAINED: u64 = 0x10_0000;
-        let mut table = Table::new(true, Some(CHAINED)).unwrap();
+        let mut table = Table::new(true, Some(CHAINED), None).unwrap();
         let fill = |table: &mut Table| (5..9).for_each(|page| table.set(page << 12, CHAINED, false));
         let there = |table: &Table| (5..9).filter(|page| table.get(page << 12) == CHAINED).collect::<Vec<u64>>();
         fill(&mut table);
@@ -306,7 +320,7 @@ mod tests {
 
     #[test]
     fn endless_filling_stays_bounded() {
-        let mut table = Table::new(false, None).unwrap();
+        let mut table = Table::new(false, None, None).unwrap();
         for page in 0..3 * MOST_LOGGED as u64 {
             table.set(page << 30, 0x1000, false);
             table.missed();
@@ -320,7 +334,7 @@ mod tests {
             let status = std::fs::read_to_string("/proc/self/statm").unwrap();
             status.split(' ').nth(1).unwrap().parse::<u64>().unwrap()
         };
-        let mut table = Table::new(true, None).unwrap();
+        let mut table = Table::new(true, None, None).unwrap();
         let before = resident();
         for program in 0..20 * MOST_LEFT as u64 {
             table.set(program << 21, 0x1000, false);
@@ -335,7 +349,7 @@ mod tests {
     #[test]
     fn what_is_given_back_is_empty_and_can_be_filled_again() {
         for lower_only in [false, true] {
-            let mut table = Table::new(lower_only, None).unwrap();
+            let mut table = Table::new(lower_only, None, None).unwrap();
             table.set(0x5000, 0x1000, true);
             (0..MOST_MISSES).for_each(|_| table.missed());
             assert_eq!((table.get(0x5000), table.get(!0xfff), table.misses), (0, 0, 0));

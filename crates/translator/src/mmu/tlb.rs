@@ -15,6 +15,7 @@
 //! translated code that a page still leads where it led, and may still be executed.
 
 use std::collections::HashSet;
+use std::os::fd::{AsFd as _, OwnedFd};
 
 use memory::PAGE_SIZE;
 
@@ -124,6 +125,8 @@ pub(crate) struct Tlb {
     rehearses: bool,
     /// The addend of pages in the window.
     distance: u64,
+    /// Its first page lies in front of tables for writing.
+    front: Option<OwnedFd>,
 }
 
 /// Where the tables of a view start.
@@ -138,8 +141,9 @@ fn code_index(address: u64) -> usize {
 }
 
 impl Tlb {
-    /// `distance` is the addend of pages in the vCPU's window.
-    pub(crate) fn new(distance: u64) -> Self {
+    /// `distance` is the addend of pages in the vCPU's window. `front`: the first page of it is mapped in front of each table
+    /// for writing, where generated code has it at hand.
+    pub(crate) fn new(distance: u64, front: Option<OwnedFd>) -> Self {
         let mut tlb = Self {
             slots: Vec::new(),
             current: 0,
@@ -157,6 +161,7 @@ impl Tlb {
             upper_generation: 0,
             rehearses: false,
             distance,
+            front,
         };
         tlb.select(0);
         tlb
@@ -204,8 +209,9 @@ impl Tlb {
         let view = self.slots[self.current].views.get_mut(mode as usize)?;
         if view.is_none() {
             let lower_only = mode == DataMode::User;
-            let table = || Table::new(lower_only, lower_only.then_some(distance));
-            let tables = table().and_then(|read| Ok(View { read, write: table()? }));
+            let table = |front| Table::new(lower_only, lower_only.then_some(distance), front);
+            let front = self.front.as_ref().map(OwnedFd::as_fd);
+            let tables = table(None).and_then(|read| Ok(View { read, write: table(front)? }));
             match tables {
                 Ok(made) => *view = Some(made),
                 Err(error) => tracing::debug!(%error, "no address space for a translation table"),
@@ -508,7 +514,7 @@ mod tests {
 
     #[test]
     fn slots_keep_pcids_apart_and_remember_them() {
-        let mut tlb = Tlb::new(DISTANCE);
+        let mut tlb = Tlb::new(DISTANCE, None);
         tlb.share(1);
         tlb.select(1);
         fill(&mut tlb, 0x5000, false);
@@ -526,7 +532,7 @@ mod tests {
 
     #[test]
     fn more_pcids_than_slots_lose_the_oldest() {
-        let mut tlb = Tlb::new(DISTANCE);
+        let mut tlb = Tlb::new(DISTANCE, None);
         tlb.share(1);
         for pcid in 1..=MOST_SLOTS as u16 + 1 {
             tlb.select(pcid);
@@ -541,7 +547,7 @@ mod tests {
 
     #[test]
     fn running_out_of_code_contexts_forgets_everything() {
-        let mut tlb = Tlb::new(DISTANCE);
+        let mut tlb = Tlb::new(DISTANCE, None);
         let mut page = [0_u8; 4096];
         for _ in 0..10_000 {
             tlb.fill_code(false, 0x5000, page.as_mut_ptr(), 0);
@@ -553,7 +559,7 @@ mod tests {
 
     #[test]
     fn invlpg_inside_a_large_page_forgets_its_pieces() {
-        let mut tlb = Tlb::new(DISTANCE);
+        let mut tlb = Tlb::new(DISTANCE, None);
         tlb.note_large(0x20_5000, 0x20_0000);
         fill(&mut tlb, 0x20_5000, true);
         fill(&mut tlb, 0x60_5000, true);
@@ -564,7 +570,7 @@ mod tests {
 
     #[test]
     fn large_pages_everywhere_stay_bounded() {
-        let mut tlb = Tlb::new(DISTANCE);
+        let mut tlb = Tlb::new(DISTANCE, None);
         for piece in 0..3 * MOST_LARGE as u64 {
             tlb.note_large(piece << 21, 1 << 21);
         }
@@ -577,7 +583,7 @@ mod tests {
 
     #[test]
     fn global_pages_survive_their_pcids_flush() {
-        let mut tlb = Tlb::new(DISTANCE);
+        let mut tlb = Tlb::new(DISTANCE, None);
         fill(&mut tlb, 0x5000, true);
         tlb.flush_pcid(0);
         assert!(filled(&tlb, 0x5000));

@@ -3,7 +3,7 @@
 use super::*;
 use crate::jit::asm::reg::{R8, R10, R11, R14, R15, RAX, RCX, RSP};
 use crate::jit::asm::{Asm, At};
-use crate::jit::emit::condition;
+use crate::jit::emit::{READ_AHEAD, condition};
 
 const AT: u64 = 0x7000_0000;
 const BOUNDS: Bounds<'_> = Bounds {
@@ -35,12 +35,12 @@ fn checked(asm: &mut Asm, table: u8, ahead: i32, access: impl FnOnce(&mut Asm)) 
 #[test]
 fn checked_accesses_are_good() {
     assert_eq!(complaint(|asm| checked(asm, R15, READ_AHEAD, |asm| asm.load(RAX, HOST))), "");
-    assert_eq!(complaint(|asm| checked(asm, R14, 0, |asm| asm.store(HOST, RAX))), "");
+    assert_eq!(complaint(|asm| checked(asm, R14, WRITE_AHEAD, |asm| asm.store(HOST, RAX))), "");
     let folded = |asm: &mut Asm| {
         asm.lea(R11, HOST);
         asm.store(At::Base(R11, 0), RAX);
     };
-    assert_eq!(complaint(|asm| checked(asm, R14, 0, folded)), "");
+    assert_eq!(complaint(|asm| checked(asm, R14, WRITE_AHEAD, folded)), "");
 }
 
 #[test]
@@ -50,7 +50,7 @@ fn unchecked_accesses_are_not() {
         assert!(complaint.contains("reaches"), "{complaint:?}");
     };
     wrong(&|asm| checked(asm, R15, READ_AHEAD, |asm| asm.store(HOST, RAX))); // a read entry
-    wrong(&|asm| checked(asm, R14, 0, |asm| asm.load(RAX, At::Index(R8, RCX, 0, 8)))); // displaced
+    wrong(&|asm| checked(asm, R14, WRITE_AHEAD, |asm| asm.load(RAX, At::Index(R8, RCX, 0, 8)))); // displaced
     wrong(&|asm| asm.load(RAX, HOST));
     wrong(&|asm| asm.load(RAX, At::Base(R8, 0)));
     wrong(&|asm| asm.load(RAX, At::Base(R15, 0))); // a table, but not to be checked
@@ -63,12 +63,12 @@ fn unchecked_accesses_are_not() {
     });
     wrong(&|asm| {
         // Where the access missed, it is made as well.
-        checked(asm, R14, 0, |_| {});
+        checked(asm, R14, WRITE_AHEAD, |_| {});
         asm.store(HOST, RAX);
     });
     wrong(&|asm| {
         // The addend is lost on the way.
-        checked(asm, R14, 0, |asm| {
+        checked(asm, R14, WRITE_AHEAD, |asm| {
             asm.lea(RCX, At::Base(RCX, 8));
             asm.lea(RCX, At::Base(RCX, 8));
             asm.store(HOST, RAX);
@@ -91,23 +91,23 @@ fn near(asm: &mut Asm, table: u8, ahead: i32, access: impl FnOnce(&mut Asm)) {
 fn accesses_in_the_window_follow_the_comparison_of_their_own_address() {
     let at = |distance: i32| At::Index(R8, RAX, 3, BOUNDS.distance as i32 + distance);
     assert_eq!(complaint(|asm| near(asm, R15, READ_AHEAD, |asm| asm.load(RAX, at(8)))), "");
-    assert_eq!(complaint(|asm| near(asm, R14, 0, |asm| asm.store(at(15), R11))), "");
+    assert_eq!(complaint(|asm| near(asm, R14, WRITE_AHEAD, |asm| asm.store(at(15), R11))), "");
     let wrong = |build: &dyn Fn(&mut Asm)| {
         let complaint = complaint(build);
         assert!(complaint.contains("reaches"), "{complaint:?}");
     };
     wrong(&|asm| near(asm, R15, READ_AHEAD, |asm| asm.store(at(8), R11))); // a read entry
-    wrong(&|asm| near(asm, R14, 0, |asm| asm.load(R11, at(0x100)))); // too far away
-    wrong(&|asm| near(asm, R14, 0, |asm| asm.load(R11, At::Index(R8, RAX, 2, BOUNDS.distance as i32))));
-    wrong(&|asm| near(asm, R14, 0, |asm| asm.load(R11, At::Index(R8, RAX, 3, 8)))); // without the distance
+    wrong(&|asm| near(asm, R14, WRITE_AHEAD, |asm| asm.load(R11, at(0x100)))); // too far away
+    wrong(&|asm| near(asm, R14, WRITE_AHEAD, |asm| asm.load(R11, At::Index(R8, RAX, 2, BOUNDS.distance as i32))));
+    wrong(&|asm| near(asm, R14, WRITE_AHEAD, |asm| asm.load(R11, At::Index(R8, RAX, 3, 8)))); // without the distance
     wrong(&|asm| {
-        near(asm, R14, 0, |asm| {
+        near(asm, R14, WRITE_AHEAD, |asm| {
             asm.lea(RAX, At::Base(RAX, 8)); // another address since
             asm.load(R11, at(8));
         });
     });
     wrong(&|asm| {
-        near(asm, R14, 0, |_| {});
+        near(asm, R14, WRITE_AHEAD, |_| {});
         asm.load(R11, at(8)); // whatever came of it
     });
 }
@@ -133,13 +133,13 @@ fn so_do_they_where_flags_are_kept() {
     let distance = BOUNDS.distance as i32;
     let nothing = |_: &mut Asm| {};
     assert_eq!(kept(R15, READ_AHEAD, distance, &|asm| asm.load(RAX, at(8)), &nothing), "");
-    assert_eq!(kept(R14, 0, distance, &|asm| asm.store(at(15), R11), &nothing), "");
+    assert_eq!(kept(R14, WRITE_AHEAD, distance, &|asm| asm.store(at(15), R11), &nothing), "");
     let wrong = [
         kept(R15, READ_AHEAD, distance, &|asm| asm.store(at(8), R11), &nothing), // a read entry
-        kept(R14, 0, distance, &|asm| asm.load(R11, at(0x100)), &nothing),       // too far away
-        kept(R14, 0, distance, &nothing, &|asm| asm.load(R11, at(8))),           // where it is not there
-        kept(R14, 0, 0, &|asm| asm.load(R11, at(8)), &nothing),                  // where there is no entry
-        kept(R14, 0, distance, &|asm| asm.load(R11, At::Index(R8, RCX, 0, 0)), &nothing),
+        kept(R14, WRITE_AHEAD, distance, &|asm| asm.load(R11, at(0x100)), &nothing), // too far away
+        kept(R14, WRITE_AHEAD, distance, &nothing, &|asm| asm.load(R11, at(8))), // where it is not there
+        kept(R14, WRITE_AHEAD, 0, &|asm| asm.load(R11, at(8)), &nothing),        // where there is no entry
+        kept(R14, WRITE_AHEAD, distance, &|asm| asm.load(R11, At::Index(R8, RCX, 0, 0)), &nothing),
     ];
     assert!(wrong.iter().all(|complaint| complaint.contains("reaches")), "{wrong:?}");
 }
