@@ -110,6 +110,14 @@ impl Arena {
         start..start + self.bytes as u64
     }
 
+    /// What code that runs at `at` begins with.
+    pub(crate) fn bytes<const N: usize>(&self, at: u64) -> [u8; N] {
+        let offset = at.wrapping_sub(self.run.start.as_ptr() as u64) as usize;
+        assert!(offset <= self.bytes && N <= self.bytes - offset, "outside the code");
+        // SAFETY: within the mapping, as just checked.
+        unsafe { self.write.start.as_ptr().add(offset).cast::<[u8; N]>().read_unaligned() }
+    }
+
     /// Replaces bytes of code that runs at `at`. Nobody may be running them.
     pub(crate) fn patch(&mut self, at: u64, bytes: &[u8]) {
         let offset = at.wrapping_sub(self.run.start.as_ptr() as u64) as usize;

@@ -510,7 +510,7 @@ impl<'a> Emit<'a> {
     fn exit(&mut self, target: u64, mode: u16, at: Option<u64>, poll: bool) -> Label {
         debug_assert_eq!(self.behind, 0, "whoever goes on finds RSP right");
         let exit = self.first_exit + self.exits.len() as u32;
-        self.exits.push(Exit { target, anchor: self.anchor, mode, at, instead: None });
+        self.exits.push(Exit { target, anchor: self.anchor, mode, at, block: self.block.0, instead: false });
         let here = self.asm.label();
         self.colds.push(Cold::Exit { here, exit, poll });
         here

@@ -77,7 +77,8 @@ impl Jit {
         {
             return None;
         }
-        let Block { anchor, .. } = self.blocks[around as usize];
+        let Block { anchor, ref looks, .. } = self.blocks[around as usize];
+        let looks = looks.clone();
         let block = self.blocks.len() as u32;
         self.blocks.push(Block {
             key,
@@ -87,6 +88,7 @@ impl Jit {
             instructions: 0,
             second: None,
             landing: 0,
+            looks,
             alive: true,
         });
         self.by_key.insert(key, block);

@@ -76,7 +76,7 @@ impl Jit {
         if let Some(page) = self.pages.remove(&(gpa >> 12)) {
             cpu.config.ledger.work(Work::SelfModified, page.blocks.len() as u64);
             for piece in page.blocks {
-                self.forget_block(piece.block);
+                self.put_to_sleep(piece);
             }
         }
     }
@@ -177,6 +177,8 @@ impl Jit {
         self.exits.clear();
         self.sites.clear();
         self.marks.clear();
+        self.looks.clear();
+        self.asleep.clear();
         self.ops.clear();
         self.pages.clear();
         self.anchors.clear();

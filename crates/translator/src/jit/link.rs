@@ -55,6 +55,9 @@ impl Jit {
             return Ok(block);
         }
         cpu.now(Phase::Translating);
+        if let Some(block) = self.wake(cpu, key) {
+            return Ok(block);
+        }
         if let Some(block) = self.find_inside(key, exit.and_then(|exit| exit.at)) {
             return Ok(block);
         }
@@ -78,7 +81,7 @@ impl Jit {
     /// Translates a block and keeps it. `None`: the code cache is full.
     fn make(&mut self, cpu: &mut Cpu, key: Key, bytes: &Bytes, lands: bool) -> Result<Option<u32>, Ran> {
         let Some(anchor) = self.anchor(cpu, key, Gpa(key.gpa)) else { return Ok(None) };
-        let sites = self.sites.len();
+        let (sites, looks) = (self.sites.len(), self.looks.len());
         let mut translation = None;
         for careful in [false, true] {
             translation = self.translate(cpu, (key, anchor), bytes, (lands, careful));
@@ -86,6 +89,7 @@ impl Jit {
                 break;
             }
             self.sites.truncate(sites);
+            self.looks.truncate(looks);
         }
         let Some(translation) = translation else { return Err(Ran::Unable) };
         if !bytes.are_current() {
@@ -115,20 +119,18 @@ impl Jit {
             instructions: translation.instructions as u16,
             second: bytes.second,
             landing: if translation.head > 0 { start } else { 0 },
+            looks: looks as u32..self.looks.len() as u32,
             alive: true,
         });
         self.starts.push((start + translation.head as u64, block));
         self.apart.push((next.cold, block, length));
-        self.by_key.insert(key, block);
         let begins = (key.gpa % PAGE_SIZE) as u16;
         let last = self.marks[first as usize..].get(translation.instructions - 1).map_or(0, |mark| mark.guest);
-        self.page(key.gpa).add(match bytes.second {
+        let piece = match bytes.second {
             None => Piece { block, first: begins, last: begins + last },
             Some(_) => Piece::closed(block),
-        });
-        if key.is_upper() {
-            self.note_upper(cpu, key.rip, key.gpa);
-        }
+        };
+        self.keep_block(cpu, key, piece);
         if let Some(second) = bytes.second {
             self.page(second.gpa.0).add(Piece::closed(block));
             if key.is_upper() {
@@ -136,6 +138,15 @@ impl Jit {
             }
         }
         Ok(Some(block))
+    }
+
+    /// Makes a block be found.
+    pub(super) fn keep_block(&mut self, cpu: &mut Cpu, key: Key, piece: Piece) {
+        self.by_key.insert(key, piece.block);
+        self.page(key.gpa).add(piece);
+        if key.is_upper() {
+            self.note_upper(cpu, key.rip, key.gpa);
+        }
     }
 
     fn page(&mut self, gpa: u64) -> &mut Page {
@@ -171,7 +182,10 @@ impl Jit {
         let exit = self.exits[exit as usize];
         let Block { key, anchor, start, .. } = self.blocks[block as usize];
         let Some(at) = exit.at else { return };
-        if exit.instead.is_some_and(|old| self.blocks[old as usize].key != key) {
+        // A forgotten block begins with a jump, which may be where its own first exit was; one that has been taken back
+        // begins with its code.
+        let from = &self.blocks[exit.block as usize];
+        if from.alive == exit.instead || exit.instead && from.key != key {
             return;
         }
         let target = match (exit.anchor, anchor) {
@@ -292,7 +306,8 @@ impl Jit {
             anchor,
             mode: key.mode & APART,
             at: Some(start + 1),
-            instead: Some(block),
+            block,
+            instead: true,
         });
         let asm = &mut self.room.asm;
         asm.restart(self.arena.next().hot);

@@ -29,6 +29,7 @@ mod invalidate;
 mod link;
 mod live;
 mod lone;
+mod look;
 mod loops;
 mod near;
 mod operand;
@@ -203,8 +204,10 @@ struct Exit {
     mode: u16,
     /// Where the displacement is that leads there, if it is to be linked.
     at: Option<u64>,
-    /// It stands in the place of this block, which has been forgotten, and leads to one made for the same key only.
-    instead: Option<u32>,
+    /// The block that it is of.
+    block: u32,
+    /// It stands in the place of that block, which has been forgotten, and leads to one for the same key only.
+    instead: bool,
 }
 
 /// Where the translation of an instruction begins, from the start of its block.
@@ -232,6 +235,8 @@ struct Block {
     second: Option<read::Second>,
     /// What branches enter that compare addresses; 0 until needed.
     landing: u64,
+    /// What it was made from.
+    looks: std::ops::Range<u32>,
     alive: bool,
 }
 
@@ -316,6 +321,11 @@ pub(crate) struct Jit {
     exits: Vec<Exit>,
     sites: Vec<Site>,
     marks: Vec<Mark>,
+    looks: Vec<look::Look>,
+    /// Forgotten blocks that may be taken back.
+    asleep: Map<Key, look::Asleep>,
+    /// How far flags were followed last, in the bytes at hand.
+    furthest: usize,
     /// What emitting takes memory for.
     room: Room,
     /// What reading takes memory for: nothing between blocks.
@@ -409,6 +419,9 @@ impl Jit {
             exits: Vec::with_capacity(4 * blocks),
             sites: Vec::with_capacity(8 * blocks),
             marks: Vec::with_capacity(16 * blocks),
+            looks: Vec::with_capacity(4 * blocks),
+            asleep: Map::default(),
+            furthest: 0,
             room: Room::default(),
             sources: Vec::new(),
             groups: group::Room::default(),

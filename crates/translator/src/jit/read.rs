@@ -115,11 +115,16 @@ impl Jit {
         let across = bytes.second.is_some();
         let mut decoder = Decoder::with_ip(64, bytes.as_slice(), key.rip, DecoderOptions::AMD);
         self.decode(cpu, key, (bytes, &mut decoder), if across { 1 } else { MOST }, sources);
+        // What follows may have been looked at, and found to be no instruction.
+        let looked = bytes.length.min(decoder.position() + LONGEST);
+        if !across {
+            self.note_look(key.gpa, &bytes.bytes[..looked]);
+        }
         if self.lone.is_none() {
             join(sources);
         }
         let mut needed = [0; MOST];
-        let mut seen = Seen { key, decoder: &mut decoder, length: if across { 0 } else { bytes.length } };
+        let mut seen = Seen { key, decoder: &mut decoder, bytes: if across { &[] } else { bytes.as_slice() } };
         self.needed_flags(cpu, &mut seen, sources, &mut needed)?;
         let back = if self.lone.is_none() && loops::may_be(key.mode) { loops::find(sources) } else { None };
         if key.mode & APART == 0 {
@@ -247,13 +252,16 @@ impl Jit {
 
     /// The same for a branch of a block whose bytes have been read: they may say so.
     fn needs_flags_behind(&mut self, cpu: &mut Cpu, seen: &mut Seen<'_, '_>, target: u64) -> u32 {
-        let Seen { key, decoder, length } = seen;
+        let Seen { key, decoder, bytes } = seen;
         let left = PAGE_SIZE - key.gpa % PAGE_SIZE;
         let at = target.wrapping_sub(key.rip) as usize;
-        if at < *length && decoder.set_position(at).is_ok() {
+        if at < bytes.len() && decoder.set_position(at).is_ok() {
             decoder.set_ip(target);
-            let whole = *length as u64 == left;
-            if let Some(flags) = self.follow_flags(cpu, decoder, *length, whole) {
+            let whole = bytes.len() as u64 == left;
+            if let Some(flags) = self.follow_flags(cpu, decoder, bytes.len(), whole) {
+                if flags != live::ALL {
+                    self.note_look(key.gpa + at as u64, &bytes[at..self.furthest]);
+                }
                 return flags;
             }
         }
@@ -271,7 +279,11 @@ impl Jit {
         // SAFETY: good up to the end of the page.
         unsafe { std::ptr::copy_nonoverlapping(host.as_ptr(), bytes.as_mut_ptr(), left) };
         let mut decoder = Decoder::with_ip(64, &bytes[..left], target, DecoderOptions::AMD);
-        self.follow_flags(cpu, &mut decoder, left, left == page || BYTES == PEEK_BYTES)
+        let flags = self.follow_flags(cpu, &mut decoder, left, left == page || BYTES == PEEK_BYTES);
+        if flags.is_some_and(|flags| flags != live::ALL) {
+            self.note_look(gpa.0, &bytes[..self.furthest]);
+        }
+        flags
     }
 
     /// Which flags the code that a decoder is at may read before it replaces them. `None`: its bytes, so many, do not say;
@@ -279,6 +291,7 @@ impl Jit {
     fn follow_flags(&mut self, cpu: &Cpu, decoder: &mut Decoder<'_>, length: usize, whole: bool) -> Option<u32> {
         let mut instruction = Instruction::default();
         let (first, base) = (decoder.position(), decoder.ip().wrapping_sub(decoder.position() as u64));
+        self.furthest = first;
         let mut way = Way { at: first, open: live::ALL, been: [0; PEEK_BYTES / 64] };
         let mut others: [Option<Way>; OTHERS] = [None; OTHERS];
         for _ in 0..PEEK {
@@ -288,6 +301,7 @@ impl Jit {
             }
             way.pass(decoder.position());
             decoder.decode_out(&mut instruction);
+            self.furthest = self.furthest.max(decoder.position());
             if instruction.is_invalid() {
                 return Some(live::ALL);
             }
@@ -354,7 +368,7 @@ impl Way {
 struct Seen<'a, 'b> {
     key: Key,
     decoder: &'a mut Decoder<'b>,
-    length: usize,
+    bytes: &'b [u8],
 }
 
 /// Finds the conditional branches that lead to instructions further on in their block.

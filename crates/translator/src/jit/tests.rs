@@ -5,7 +5,7 @@ use engine::state::rflags;
 use engine::{Exit, Phase, Profile, Vcpu as _};
 use memory::Gpa;
 
-use crate::bare::{Bare, CODE, LARGE, PRESENT_WRITABLE, TABLES};
+use crate::bare::{Bare, CODE, DATA, LARGE, PRESENT_WRITABLE, TABLES};
 use crate::config::{Config, LEAST_CODE_CACHE};
 
 /// Links of a chain of blocks: direct and indirect jumps, and calls that never return.
@@ -228,7 +228,7 @@ fn instructions_are_counted_where_that_is_asked_for() {
 
 #[test]
 fn a_loop_is_entered_inside_the_block_that_leads_to_it() {
-    let code = [
+    let mut code = [
         0xb9, 0xe8, 0x03, 0x00, 0x00, // mov ecx, 1000
         0x48, 0xff, 0xc0, // again: inc rax
         0x48, 0xff, 0xc9, // dec rcx
@@ -237,15 +237,45 @@ fn a_loop_is_entered_inside_the_block_that_leads_to_it() {
         0xf4, // hlt
     ];
     let mut bare = Bare::new(&code, Config::default());
-    for round in 1..3 {
-        let (exit, mut state) = bare.run();
-        assert_eq!((exit, state.gpr[0]), (Exit::Halted, 1001));
-        assert_eq!(bare.ledger.worked(Work::Translate), round, "once, and once more when it has changed");
-        // What was translated goes with all that is inside it.
+    for (second, result, blocks) in [(0xc0, 1001, 1), (0xc8, 999, 2), (0xc8, 999, 2), (0xc0, 1001, 3)] {
+        code[15] = second; // inc rax, dec rax
+        // What was translated goes with all that is inside it, and comes back where the bytes are the same.
         bare.ram.write(Gpa(CODE + 5), &code[5..]).unwrap();
+        let (exit, mut state) = bare.run();
+        assert_eq!((exit, state.gpr[0]), (Exit::Halted, result));
+        assert_eq!(bare.ledger.worked(Work::Translate), blocks, "once, and once more when it has changed");
         (state.halted, state.rip, state.gpr[0]) = (false, CODE, 0);
         bare.vcpu.load(&state).unwrap();
     }
+}
+
+#[test]
+fn a_block_stays_where_its_page_is_overwritten_elsewhere() {
+    // mov eax, [rsi]; jmp over 200 bytes to xor ecx, ecx, so that no flags are needed before; hlt
+    let mut code = vec![0x8b, 0x06, 0xe9, 200, 0, 0, 0];
+    code.resize(207, 0xcc);
+    code.extend([0x31, 0xc9, 0xf4]);
+    let mut bare = Bare::new(&code, Config::default());
+    let mut blocks = |at: usize, byte: u8| {
+        bare.ram.write(Gpa(CODE + at as u64), &[byte]).unwrap();
+        let mut state = bare.vcpu.save();
+        (state.halted, state.rip, state.gpr[6]) = (false, CODE, DATA);
+        bare.vcpu.load(&state).unwrap();
+        let before = bare.ledger.worked(Work::Translate);
+        let (exit, state) = bare.run();
+        (exit, state.rip - CODE, bare.ledger.worked(Work::Translate) - before)
+    };
+    let end = code.len() as u64;
+    assert_eq!(blocks(100, 0xcc), (Exit::Halted, end, 2));
+    assert_eq!(blocks(30, 0x90), (Exit::Halted, end, 0), "beside both");
+    assert_eq!(
+        blocks(208, 0xd2),
+        (Exit::Halted, end, 2),
+        "where flags were followed, and the block there: xor edx, edx"
+    );
+    assert_eq!(blocks(208, 0xd2), (Exit::Halted, end, 0), "the same byte");
+    assert_eq!(blocks(0, 0x8a), (Exit::Halted, end, 1), "the first one's own: mov al, [rsi]");
+    assert_eq!(blocks(0, 0x8a), (Exit::Halted, end, 0), "the same byte");
 }
 
 #[test]
