@@ -188,6 +188,11 @@ impl Table {
         self.local.iter().map(move |&at| ((at as u64) << 12, entry(at))).filter(|(_, entry)| *entry != 0)
     }
 
+    /// True where the entry of an address may be a global page's.
+    pub(crate) fn may_be_global(&self, address: u64) -> bool {
+        index(address) >= HALF || self.global_below
+    }
+
     /// Forgets one page.
     pub(crate) fn clear_page(&mut self, address: u64) {
         let before = self.get(address);

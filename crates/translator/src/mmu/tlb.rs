@@ -404,8 +404,15 @@ impl Tlb {
         self.context = self.by_pcid[self.pcid as usize].into();
     }
 
-    /// Forgets the page at `address` in every address space (INVLPG must reach global pages in all of them).
+    /// Forgets the page at `address` of the current address space, and in every other where it may be global.
     pub(crate) fn flush_page(&mut self, address: u64) {
+        self.flush_page_of(self.pcid, address);
+    }
+
+    /// Forgets the page at `address` as it is cached for `pcid`, and in every address space where it may be global (INVLPG
+    /// must reach global pages in all of them; Intel SDM vol. 3A, 4.10.4.1). Elsewhere there is nothing to look for, and a
+    /// look has its price: the host makes a page of each table where there was none.
+    pub(crate) fn flush_page_of(&mut self, pcid: u16, address: u64) {
         let large = self.large.contains(&(address >> 21));
         if large && self.huge {
             return self.flush_all();
@@ -414,16 +421,16 @@ impl Tlb {
         if address >> 63 != 0 {
             self.upper_generation += 1;
         }
-        for view in self.views() {
-            if large {
-                // Nothing about a large page that is not in it: its other half, if it has 4 MiB, is in `large` too.
-                view.read.clear_range(address & !0x1f_ffff, 1 << 21);
-                view.write.clear_range(address & !0x1f_ffff, 1 << 21);
-                view.read.clear_range((address ^ 1 << 21) & !0x1f_ffff, 1 << 21);
-                view.write.clear_range((address ^ 1 << 21) & !0x1f_ffff, 1 << 21);
-            } else {
-                view.read.clear_page(address);
-                view.write.clear_page(address);
+        for slot in &mut self.slots {
+            let own = slot.pcid == pcid & 0xfff;
+            for table in slot.views.iter_mut().flatten().flat_map(|view| [&mut view.read, &mut view.write]) {
+                if large {
+                    // Nothing about a large page that is not in it: its other half, if it has 4 MiB, is in `large` too.
+                    table.clear_range(address & !0x1f_ffff, 1 << 21);
+                    table.clear_range((address ^ 1 << 21) & !0x1f_ffff, 1 << 21);
+                } else if own || table.may_be_global(address) {
+                    table.clear_page(address);
+                }
             }
         }
         if large {
@@ -579,6 +586,27 @@ mod tests {
         tlb.note_large(0x5000, 1 << 21);
         tlb.flush_page(0x1f_0000);
         assert!(!filled(&tlb, 0x5000), "what was noted last is still known");
+    }
+
+    #[test]
+    fn a_flushed_page_goes_where_it_is_current_or_global() {
+        const UPPER: u64 = 0xffff_8000_0000_0000;
+        for (address, global, stays) in [(0x5000, false, true), (0x5000, true, false), (UPPER, false, false)] {
+            let mut tlb = Tlb::new(DISTANCE, None);
+            tlb.share(1);
+            let fill = Fill { address, read: Some(0x7000), write: None, window: None, global };
+            let filled = |tlb: &Tlb| tlb.lookup_read(DataMode::Supervisor, address, 1).is_some();
+            for pcid in [1, 2] {
+                tlb.select(pcid);
+                tlb.fill(DataMode::Supervisor, fill);
+            }
+            tlb.flush_page(address);
+            assert!(!filled(&tlb), "{address:#x}");
+            tlb.select(1);
+            assert_eq!(filled(&tlb), stays, "{address:#x}, of another address space");
+            tlb.flush_page_of(1, address);
+            assert!(!filled(&tlb), "{address:#x}");
+        }
     }
 
     #[test]

@@ -295,7 +295,7 @@ fn invpcid(cpu: &mut Cpu, op: &Op) -> Done {
         return Err(cpu.gp());
     }
     match kind {
-        0 => cpu.tlb.flush_page(target),
+        0 => cpu.tlb.flush_page_of(pcid as u16, target),
         1 => cpu.tlb.flush_pcid(pcid as u16),
         _ => cpu.tlb.flush_all(),
     }
