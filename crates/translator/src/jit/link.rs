@@ -49,7 +49,7 @@ impl Jit {
         let exit = if let Way::Chained(exit) = way { Some(self.exits[exit as usize]) } else { None };
         let lands = way == Way::Landed && self.lone.is_none();
         let key = Self::key(cpu, place.gpa, exit.map_or(0, |exit| exit.mode));
-        if let Some(&block) = self.by_key.get(&key)
+        if let Some(block) = self.known(key)
             && self.leads_on(cpu, block)?
         {
             return Ok(block);
@@ -76,6 +76,16 @@ impl Jit {
             }
             self.forget_everything(cpu);
         }
+    }
+
+    /// The block of a key, if there is one.
+    fn known(&mut self, key: Key) -> Option<u32> {
+        let recent = &mut self.recent[key.recent()];
+        let block = self.blocks.get(*recent as usize);
+        if !block.is_some_and(|block| block.key == key && block.alive) {
+            *recent = *self.by_key.get(&key)?;
+        }
+        Some(*recent)
     }
 
     /// Translates a block and keeps it. `None`: the code cache is full.

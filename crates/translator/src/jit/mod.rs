@@ -117,6 +117,11 @@ impl Key {
         Self { gpa: self.gpa.wrapping_add(bytes), rip: self.rip.wrapping_add(bytes), ..self }
     }
 
+    /// Its place among those of [`RECENT`] blocks.
+    fn recent(self) -> usize {
+        (self.gpa.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize % RECENT
+    }
+
     /// An upper address.
     fn is_upper(self) -> bool {
         self.rip >> 63 != 0
@@ -289,6 +294,8 @@ impl Hasher for Mix {
 const BLOCK_BYTES: usize = 512;
 /// How many blocks can be found before what they are found in has to grow.
 const BLOCKS_AT_FIRST: usize = 1 << 13;
+/// Blocks found last that are found again by one look: a map takes three, and memory for each that no cache holds.
+const RECENT: usize = 1 << 12;
 /// How much of the code cache is for code that stands apart from blocks, percent: about as much as of code does.
 const COLD: usize = 40;
 
@@ -318,6 +325,8 @@ pub(crate) struct Jit {
     /// Where code begins that stands apart from blocks, ascending, the numbers of these, and their lengths without it.
     apart: Vec<(u64, u32, u16)>,
     by_key: Map<Key, u32>,
+    /// The blocks found last, by [`Key::recent`].
+    recent: Box<[u32; RECENT]>,
     exits: Vec<Exit>,
     sites: Vec<Site>,
     marks: Vec<Mark>,
@@ -416,6 +425,7 @@ impl Jit {
             starts: Vec::with_capacity(blocks),
             apart: Vec::with_capacity(blocks),
             by_key: Map::with_capacity_and_hasher(BLOCKS_AT_FIRST, BuildHasherDefault::default()),
+            recent: Box::new([0; RECENT]),
             exits: Vec::with_capacity(4 * blocks),
             sites: Vec::with_capacity(8 * blocks),
             marks: Vec::with_capacity(16 * blocks),

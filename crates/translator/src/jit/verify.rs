@@ -138,8 +138,8 @@ impl Piece<'_> {
                     let keeps = self.bounds.keeping.contains(&instruction.near_branch_target());
                     let mut known = START;
                     if keeps {
-                        (known.held[R10], known.group, known.near) =
-                            (merged.held[R10], merged.group, merged.near.clone());
+                        (known.held[R10], known.group) = (merged.held[R10], merged.group);
+                        (known.near, known.same) = (merged.near.clone(), merged.same);
                         for lost in [Register::RCX, Register::R11] {
                             known.forget(Part::Host(lost));
                         }

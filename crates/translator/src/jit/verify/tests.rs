@@ -236,7 +236,11 @@ fn a_check_is_good_for_a_copy_of_the_register_too() {
     let [slot_changes, copy_changes] = [slot, copy].map(|at| move |asm: &mut Asm| asm.store(at, RAX));
     let in_register = |asm: &mut Asm| asm.mov(R11, R10);
     let nothing = |_: &mut Asm| {};
-    let good: [[Emits<'_>; 2]; 6] = [
+    let miss = |asm: &mut Asm| asm.call_to(BOUNDS.keeping[0]);
+    let good: [[Emits<'_>; 2]; 9] = [
+        [&miss, &in_slot],
+        [&miss, &in_copy],
+        [&miss, &in_register],
         [&nothing, &in_slot],
         [&nothing, &in_copy],
         [&nothing, &in_register],
