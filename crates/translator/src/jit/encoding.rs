@@ -170,6 +170,20 @@ impl Encoding {
         !self.rex && self.vex.is_none() && (4..8).contains(&number)
     }
 
+    /// The form of an instruction that has its register operands the other way round, so that the one that is only read may be in memory
+    /// (Intel SDM vol. 2, B.2). `None`: there is none.
+    pub(super) fn reversed(&self) -> Option<Self> {
+        let opcode = match self.opcode.value & 0xff {
+            // ADD, OR, ADC, SBB, AND, SUB, XOR, CMP; MOV
+            alu @ (0x00..=0x3f | 0x88 | 0x89) if alu & 6 == 0 => alu | 2,
+            test @ (0x84 | 0x85) => test,
+            _ => return None,
+        };
+        let plain = self.vex.is_none() && self.opcode.length == 1 && self.direct;
+        let opcode = Constant { value: opcode, ..self.opcode };
+        plain.then_some(Self { opcode, reg: self.rm, rm: self.reg, direct: false, ..*self })
+    }
+
     /// Writes the instruction with other operands. `rex`: it needs a REX prefix, for SPL, BPL, SIL or DIL.
     pub(super) fn emit(&self, asm: &mut Asm, operands: Operands, rex: bool) {
         if self.legacy.length != 0 {
@@ -198,15 +212,56 @@ mod tests {
     use crate::jit::asm::{At, reg};
     use iced_x86::{Decoder, DecoderOptions, Formatter as _, IntelFormatter};
 
-    fn again(bytes: &[u8], operands: Operands, rex: bool) -> String {
-        let mut asm = Asm::new(0);
+    fn parsed(bytes: &[u8]) -> Encoding {
         let mut window = Window::default();
         window[..bytes.len()].copy_from_slice(bytes);
-        Encoding::parse(&window, bytes.len()).unwrap().emit(&mut asm, operands, rex);
+        Encoding::parse(&window, bytes.len()).unwrap()
+    }
+
+    fn again(bytes: &[u8], operands: Operands, rex: bool) -> String {
+        text(&parsed(bytes), operands, rex)
+    }
+
+    fn text(encoding: &Encoding, operands: Operands, rex: bool) -> String {
+        let mut asm = Asm::new(0);
+        encoding.emit(&mut asm, operands, rex);
         let bytes = asm.finish().unwrap();
         let mut text = String::new();
         IntelFormatter::new().format(&Decoder::new(64, &bytes, DecoderOptions::NONE).decode(), &mut text);
         text
+    }
+
+    #[test]
+    fn the_reversed_form_does_the_same() {
+        let reversed = |bytes: &[u8]| {
+            let encoding = parsed(bytes);
+            let reversed = encoding.reversed()?;
+            assert_eq!((reversed.reg, reversed.rm), (encoding.rm, encoding.reg));
+            let operands = Operands { reg: reversed.reg, place: Place::Mem(At::Base(reg::R14, 8)), second: 0 };
+            Some(text(&reversed, operands, false))
+        };
+        let cases: [(&[u8], &str); 7] = [
+            (&[0x4c, 0x89, 0xe6], "mov rsi,[r14+8]"),       // mov rsi, r12
+            (&[0x44, 0x89, 0xe6], "mov esi,[r14+8]"),       // mov esi, r12d
+            (&[0x66, 0x45, 0x39, 0xe0], "cmp r8w,[r14+8]"), // cmp r8w, r12w
+            (&[0x44, 0x38, 0xe2], "cmp dl,[r14+8]"),        // cmp dl, r12b
+            (&[0x4c, 0x01, 0xe0], "add rax,[r14+8]"),       // add rax, r12
+            (&[0x4d, 0x19, 0xf1], "sbb r9,[r14+8]"),        // sbb r9, r14
+            (&[0x4c, 0x85, 0xe0], "test [r14+8],rax"),      // test rax, r12
+        ];
+        for (bytes, expected) in cases {
+            assert_eq!(reversed(bytes).as_deref(), Some(expected), "{bytes:x?}");
+        }
+        // xchg rax, r12; mov rsi, [r12]; mov rsi, r12 in its other form; mov [rsi], r12; bt rax, r12
+        for bytes in [
+            &[0x4c, 0x87, 0xe0][..],
+            &[0x49, 0x8b, 0x34, 0x24],
+            &[0x49, 0x8b, 0xf4],
+            &[0x4c, 0x89, 0x26],
+            &[0x4c, 0x0f, 0xa3, 0xe0],
+        ] {
+            assert_eq!(reversed(bytes), None, "{bytes:x?}");
+        }
     }
 
     #[test]

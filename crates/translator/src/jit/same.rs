@@ -173,6 +173,16 @@ impl<'a> Emit<'a> {
             let second = pinned(template.second, encoding.second);
             return self.write(source, encoding, Operands { reg, place, second });
         }
+        // A register that is only read may be the memory operand instead, unless it is at hand.
+        let reads = spilled(template.reg, encoding.reg) && !template.reg.written && !through_rcx && !in_memory;
+        if reads
+            && self.cached != Some(encoding.reg.into())
+            && let Some(reversed) = encoding.reversed()
+        {
+            let place = Place::Mem(self.slot(encoding.reg.into()));
+            let reg = pinned(template.rm, encoding.rm);
+            return self.write(source, &reversed, Operands { reg, place, second: 0 });
+        }
         let place = at.map(|at| {
             let second = template.reads_rcx || template.writes_rcx || spilled(template.second, encoding.second);
             let read = spilled(template.reg, encoding.reg) && !template.reg.replaced;

@@ -240,7 +240,9 @@ impl State {
     /// An address is so many bytes from its page's start at least: all of these are on the page that any of them is on.
     pub(super) fn on_the_page(mut self, (sum, most): (Sum, i64)) -> Self {
         let there = |byte: &Sum| sum.beyond(byte).is_some_and(|beyond| (0..=most).contains(&beyond));
-        if sum.index == Part::Host(Register::None) {
+        // R10 has the entry of that address, or the test is the guest's own.
+        let entry = matches!(self.held[R10], Held::Entry { of: Some(of), .. } if of == sum);
+        if entry && sum.index == Part::Host(Register::None) {
             self.group = Some((sum.base, sum.displacement.wrapping_sub(most), sum.displacement.wrapping_add(1)));
         }
         let known: Vec<(Sum, bool)> = self.near.iter().filter(|(byte, _)| there(byte)).copied().collect();

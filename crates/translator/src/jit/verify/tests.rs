@@ -1,7 +1,7 @@
 //! Pieces of code that are good, and others that are not.
 
 use super::*;
-use crate::jit::asm::reg::{R8, R10, R11, R14, R15, RAX, RCX, RSP};
+use crate::jit::asm::reg::{R8, R10, R11, R14, R15, RAX, RCX, RDI, RSP};
 use crate::jit::asm::{Asm, At};
 use crate::jit::emit::{READ_AHEAD, condition};
 
@@ -172,6 +172,28 @@ fn a_check_is_good_for_what_lies_before_its_byte() {
     // The guest's register is another one since.
     assert!(complaint(|asm| group(asm, &|asm| asm.store(slot, RAX), at(0))).contains("reaches"));
     assert!(complaint(|asm| group(asm, &|asm| asm.store_constant(slot, 1), at(0))).contains("reaches"));
+}
+
+#[test]
+fn the_guests_own_test_of_an_address_is_no_groups_check() {
+    let access = |base: u8| {
+        complaint(|asm| {
+            let apart = asm.label();
+            asm.lea(R11, At::Base(R8, -1));
+            asm.extract_bits(RCX, R11, R15);
+            asm.load(R10, At::Index(R14, RCX, 3, WRITE_AHEAD));
+            asm.test_32(R11, 0xf80);
+            asm.jcc(condition::ZERO, apart);
+            asm.test(R10, R10);
+            asm.jcc(condition::ZERO, apart);
+            asm.test_32(RDI, 0xfff);
+            asm.jcc(condition::ZERO, apart);
+            asm.store(At::Index(base, R10, 0, -8), RAX);
+            asm.bind(apart);
+        })
+    };
+    assert_eq!(access(R8), "");
+    assert!(access(RDI).contains("reaches"));
 }
 
 #[test]
