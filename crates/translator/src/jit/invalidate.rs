@@ -3,6 +3,7 @@
 use engine::ledger::Work;
 use memory::{Gpa, Gva};
 
+use super::look::Looks;
 use super::{Jit, Piece, Seen, units_of};
 use crate::cpu::Cpu;
 use crate::home::LANDING_TABLES;
@@ -177,8 +178,7 @@ impl Jit {
         self.exits.clear();
         self.sites.clear();
         self.marks.clear();
-        self.looks.clear();
-        self.asleep.clear();
+        self.looks = Looks::default();
         self.ops.clear();
         self.pages.clear();
         self.anchors.clear();

@@ -91,7 +91,7 @@ impl Jit {
     /// Translates a block and keeps it. `None`: the code cache is full.
     fn make(&mut self, cpu: &mut Cpu, key: Key, bytes: &Bytes, lands: bool) -> Result<Option<u32>, Ran> {
         let Some(anchor) = self.anchor(cpu, key, Gpa(key.gpa)) else { return Ok(None) };
-        let (sites, looks) = (self.sites.len(), self.looks.len());
+        let (sites, looks) = (self.sites.len(), self.looks.list.len());
         let mut translation = None;
         for careful in [false, true] {
             translation = self.translate(cpu, (key, anchor), bytes, (lands, careful));
@@ -99,7 +99,7 @@ impl Jit {
                 break;
             }
             self.sites.truncate(sites);
-            self.looks.truncate(looks);
+            self.looks.list.truncate(looks);
         }
         let Some(translation) = translation else { return Err(Ran::Unable) };
         if !bytes.are_current() {
@@ -129,7 +129,7 @@ impl Jit {
             instructions: translation.instructions as u16,
             second: bytes.second,
             landing: if translation.head > 0 { start } else { 0 },
-            looks: looks as u32..self.looks.len() as u32,
+            looks: looks as u32..self.looks.list.len() as u32,
             alive: true,
         });
         self.starts.push((start + translation.head as u64, block));

@@ -6,7 +6,7 @@
 use memory::{Gpa, PAGE_SIZE};
 use twox_hash::XxHash3_64;
 
-use super::{Jit, Key, Piece};
+use super::{Jit, Key, Map, Piece};
 use crate::block::Version;
 use crate::cpu::Cpu;
 
@@ -34,6 +34,17 @@ impl Look {
     }
 }
 
+/// What is known about all blocks.
+#[derive(Default)]
+pub(super) struct Looks {
+    /// Those of one block are beside each other.
+    pub list: Vec<Look>,
+    /// Forgotten blocks that may be taken back.
+    pub asleep: Map<Key, Asleep>,
+    /// How far flags were followed last, in the bytes at hand.
+    pub furthest: usize,
+}
+
 /// A forgotten block that can be taken back.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Asleep {
@@ -47,7 +58,7 @@ impl Jit {
     pub(super) fn note_look(&mut self, gpa: u64, bytes: &[u8]) {
         // What is run alone is compared anew each time.
         if self.lone.is_none() {
-            self.looks.push(Look::new(gpa, bytes));
+            self.looks.list.push(Look::new(gpa, bytes));
         }
     }
 
@@ -59,13 +70,13 @@ impl Jit {
         let code = self.arena.bytes(start);
         self.forget_block(piece.block);
         if awake && one_page {
-            self.asleep.insert(key, Asleep { piece, start: code });
+            self.looks.asleep.insert(key, Asleep { piece, start: code });
         }
     }
 
     /// Takes a block back that was made from what is there now.
     pub(super) fn wake(&mut self, cpu: &mut Cpu, key: Key) -> Option<u32> {
-        let Asleep { piece, start } = *self.asleep.get(&key)?;
+        let Asleep { piece, start } = *self.looks.asleep.get(&key)?;
         let page = key.gpa & !(PAGE_SIZE - 1);
         let looks = {
             let looks = &self.blocks[piece.block as usize].looks;
@@ -73,7 +84,7 @@ impl Jit {
         };
         let mut version = None;
         for at in looks.clone() {
-            let Look { first, length, .. } = self.looks[at];
+            let Look { first, length, .. } = self.looks.list[at];
             let marked = self.mark_page(cpu, page + u64::from(first), length.into());
             version.get_or_insert(marked);
         }
@@ -81,12 +92,12 @@ impl Jit {
         let host = cpu.shared.ram.host_page(Gpa(page))?;
         // SAFETY: a page of guest RAM.
         unsafe { std::ptr::copy_nonoverlapping(host.as_ptr(), bytes.as_mut_ptr(), bytes.len()) };
-        let same = self.looks[looks].iter().all(|look| look.is_in(&bytes));
+        let same = self.looks.list[looks].iter().all(|look| look.is_in(&bytes));
         // Whatever is overwritten moves the first one.
         if !same || !version.is_some_and(Version::is_current) {
             return None;
         }
-        self.asleep.remove(&key);
+        self.looks.asleep.remove(&key);
         let block = &mut self.blocks[piece.block as usize];
         block.alive = true;
         self.arena.patch(block.start, &start);

@@ -67,6 +67,7 @@ use fault::{Active, Shadow};
 use inside::{Page, Piece};
 use link::Way;
 use lone::Lone;
+use look::Looks;
 use same::Source;
 use template::{Kind, Templates, Unit};
 use thunk::{Thunks, exit};
@@ -290,7 +291,8 @@ impl Hasher for Mix {
     }
 }
 
-/// About what a block takes of the code cache.
+/// About what a block takes of the code cache. For as many as it has room for, what is written about them need not move as it
+/// grows; it takes no memory before.
 const BLOCK_BYTES: usize = 512;
 /// How many blocks can be found before what they are found in has to grow.
 const BLOCKS_AT_FIRST: usize = 1 << 13;
@@ -330,11 +332,7 @@ pub(crate) struct Jit {
     exits: Vec<Exit>,
     sites: Vec<Site>,
     marks: Vec<Mark>,
-    looks: Vec<look::Look>,
-    /// Forgotten blocks that may be taken back.
-    asleep: Map<Key, look::Asleep>,
-    /// How far flags were followed last, in the bytes at hand.
-    furthest: usize,
+    looks: Looks,
     /// What emitting takes memory for.
     room: Room,
     /// What reading takes memory for: nothing between blocks.
@@ -412,7 +410,6 @@ impl Jit {
         cpu.state.set_fixed_anchor(FIXED);
         let hot = cpu.state.hot_mut();
         (hot.begins, hot.pointers, hot.shadow) = (begins, begins, begins[0]);
-        // What is written about blocks does not have to move as it grows. It takes no memory before.
         let blocks = cache / BLOCK_BYTES;
         let mut jit = Self {
             known,
@@ -429,9 +426,7 @@ impl Jit {
             exits: Vec::with_capacity(4 * blocks),
             sites: Vec::with_capacity(8 * blocks),
             marks: Vec::with_capacity(16 * blocks),
-            looks: Vec::with_capacity(4 * blocks),
-            asleep: Map::default(),
-            furthest: 0,
+            looks: Looks::default(),
             room: Room::default(),
             sources: Vec::new(),
             groups: group::Room::default(),

@@ -260,7 +260,7 @@ impl Jit {
             let whole = bytes.len() as u64 == left;
             if let Some(flags) = self.follow_flags(cpu, decoder, bytes.len(), whole) {
                 if flags != live::ALL {
-                    self.note_look(key.gpa + at as u64, &bytes[at..self.furthest]);
+                    self.note_look(key.gpa + at as u64, &bytes[at..self.looks.furthest]);
                 }
                 return flags;
             }
@@ -281,7 +281,7 @@ impl Jit {
         let mut decoder = Decoder::with_ip(64, &bytes[..left], target, DecoderOptions::AMD);
         let flags = self.follow_flags(cpu, &mut decoder, left, left == page || BYTES == PEEK_BYTES);
         if flags.is_some_and(|flags| flags != live::ALL) {
-            self.note_look(gpa.0, &bytes[..self.furthest]);
+            self.note_look(gpa.0, &bytes[..self.looks.furthest]);
         }
         flags
     }
@@ -291,7 +291,7 @@ impl Jit {
     fn follow_flags(&mut self, cpu: &Cpu, decoder: &mut Decoder<'_>, length: usize, whole: bool) -> Option<u32> {
         let mut instruction = Instruction::default();
         let (first, base) = (decoder.position(), decoder.ip().wrapping_sub(decoder.position() as u64));
-        self.furthest = first;
+        self.looks.furthest = first;
         let mut way = Way { at: first, open: live::ALL, been: [0; PEEK_BYTES / 64] };
         let mut others: [Option<Way>; OTHERS] = [None; OTHERS];
         for _ in 0..PEEK {
@@ -301,7 +301,7 @@ impl Jit {
             }
             way.pass(decoder.position());
             decoder.decode_out(&mut instruction);
-            self.furthest = self.furthest.max(decoder.position());
+            self.looks.furthest = self.looks.furthest.max(decoder.position());
             if instruction.is_invalid() {
                 return Some(live::ALL);
             }
