@@ -170,8 +170,8 @@ impl Encoding {
         !self.rex && self.vex.is_none() && (4..8).contains(&number)
     }
 
-    /// The form of an instruction that has its register operands the other way round, so that the one that is only read may be in memory
-    /// (Intel SDM vol. 2, B.2). `None`: there is none.
+    /// The form of an instruction that has its register operands the other way round, so that the one that is only read may
+    /// be in memory (Intel SDM vol. 2, 2.1.5 and appendix A). `None`: there is none.
     pub(super) fn reversed(&self) -> Option<Self> {
         let opcode = match self.opcode.value & 0xff {
             // ADD, OR, ADC, SBB, AND, SUB, XOR, CMP; MOV

@@ -1,7 +1,8 @@
 //! What blocks were made from: the bytes of a page that were looked at.
 //!
 //! Where a page is overwritten, all of its blocks are forgotten; most have nothing to do with what has changed. They stay
-//! where they are, and where one is looked for again that was made from what is there now, it is taken back.
+//! where they are, and where one is looked for again that was made from what is there now, it is taken back. A hash says
+//! that; if it were wrong, the guest would run what it had there before, behind the same checks.
 
 use memory::{Gpa, PAGE_SIZE};
 use twox_hash::XxHash3_64;
